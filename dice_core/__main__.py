@@ -1,0 +1,107 @@
+"""`python -m dice_core [--json]`: every backend, usable or why not, the processor's level, threads,
+versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+from typing import Any
+
+import dice_core
+
+from . import backends, threads
+
+PACKAGES = ("numpy", "torch", "numba", "numba-cuda", "cupy")
+
+
+def report() -> dict[str, Any]:
+    """What this installation can do on this machine."""
+    return {
+        "dice_core": dice_core.__version__,
+        "backends": {
+            row.name: {"description": row.description, "unavailable": row.unavailable()}
+            for row in backends.table()
+        },
+        backends.VARIABLE: os.environ.get(backends.VARIABLE),
+        "cpu": _cpu(),
+        "threads": {
+            "default": threads.resolve(None),
+            "available_cores": threads.available_cores(),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in PACKAGES},
+        },
+        "platform": platform.platform(),
+    }
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    """The report for people, a line per fact."""
+    lines = [
+        f"dice_core {facts['dice_core']} on {facts['platform']}",
+        "",
+        "backends, in the order tried",
+    ]
+    for name, row in facts["backends"].items():
+        state = "; ".join(row["unavailable"]) or "usable"
+        if name == "reference" and state == "usable":
+            state = "usable, when asked for by name"
+        lines.append(f"  {name:<12}{row['description']:<38}{state}")
+    asked = facts[backends.VARIABLE]
+    lines.append(f"  {backends.VARIABLE} " + (f"= {asked}" if asked else "is not set"))
+    cpu = facts["cpu"]
+    lines += ["", "cpu"]
+    if cpu is None:
+        lines.append("  no compiled kernels")
+    else:
+        openmp = (
+            f"{cpu['openmp']} ({cpu['openmp_library']})"
+            if cpu["openmp"]
+            else "none: single-threaded"
+        )
+        lines += [f"  level       {cpu['level']}", f"  OpenMP      {openmp}"]
+    count = facts["threads"]
+    omp = count["OMP_NUM_THREADS"]
+    lines.append(
+        f"  threads     {count['default']} by default ({count['available_cores']} cores available, "
+        f"OMP_NUM_THREADS {'= ' + omp if omp else 'is not set'})"
+    )
+    lines += ["", "versions"]
+    lines += [
+        f"  {name:<12}{version or 'not installed'}" for name, version in facts["versions"].items()
+    ]
+    return "\n".join(lines)
+
+
+def _cpu() -> dict[str, Any] | None:
+    for row in backends.BUILT_IN:
+        if row.device == "cpu" and row.automatic and not row.unavailable():
+            kernels = row.load()
+            version, library = kernels.openmp()
+            return {"level": kernels.LEVEL, "openmp": version, "openmp_library": library}
+    return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def main() -> None:
+    """Prints the report."""
+    parser = argparse.ArgumentParser(prog="python -m dice_core", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="for machines and bug reports")
+    facts = report()
+    print(json.dumps(facts, indent=2) if parser.parse_args().json else as_text(facts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""The loss of plain arrays: `loss`, `loss_and_grad`, `statistics`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from . import backends, buffers, losses, spec, threads
+
+Float64 = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def loss(
+    x: Any,
+    y: Any,
+    *,
+    weight: Any = None,
+    ignore_channel: int = -1,
+    ignore_label: int | None = -1,
+    smooth: float = 0.0,
+    p: int = 1,
+    reduction: str = "mean",
+    backend: str | None = None,
+    num_threads: int | None = None,
+) -> Any:
+    """The Dice loss of logits and labels, softmax and one-hot included.
+
+    Replaces, without allocating anything of x's size::
+
+        s = softmax(x, axis=1)
+        t = (y[:, None] == arange(C).reshape(1, C, 1, ...)) & (y != ignore_label)[:, None]
+        loss_nc = 1 - (2 * sum(s * t) + smooth) / (sum(s**p) + sum(t) + smooth)
+        loss = mean(sum(weight * loss_nc, axis=1))
+
+    where sum runs over the voxels of a sample that count. With p = 2 this is the loss of Milletari
+    et al., V-Net (2016), per class: 0/1 labels are their own squares. The options are those of the
+    C++ extension nslay/diceloss_cpp.
+
+    Parameters
+    ----------
+    x : array (N, C, d1, d2, ...)
+        Logits, float32 or float64, any strides, any number of spatial axes from 0 up. C = 1 is a
+        two-class problem: foreground sigmoid(x), background 1 - sigmoid(x).
+    y : array (N, d1, d2, ...) or (N, 1, d1, d2, ...)
+        Class labels, any integer dtype or bool, read in place.
+    weight : (C,) numbers, optional
+        The classes are combined as sum_c weight_c loss_c; None stands for 1/C each. C = 1 takes two
+        numbers.
+    ignore_channel : int
+        This class's term is left out, of the value and of the gradient; it still counts in the 1/C
+        above, and its voxels still count for every other class. Outside [0, C): no effect.
+    ignore_label : int or None
+        Voxels so labelled contribute to nothing, whatever their logits. None: every label must be a
+        class.
+    smooth : float
+        Added above and below, >= 0. With 0, a class neither predicted nor present has loss 0 and
+        gradient 0.
+    p : int
+        Exponent of the scores in the denominator, >= 1.
+    reduction : {"mean", "sum", "none", "batch"}
+        Over samples; "none" gives (N,), "batch" pools the sums over the batch before the ratio. The
+        mean of no samples is NaN.
+    backend : str, optional
+        A name from `python -m dice_core`; else the environment's DICE_CORE_BACKEND, else the first
+        that takes the call.
+    num_threads : int, optional
+        Else OMP_NUM_THREADS, else the cores this process may use. The result has the same bits for
+        every number.
+
+    Returns
+    -------
+    A NumPy scalar, or an array (N,) for reduction "none"; float64 for float64 logits, else float32.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what does not fit, labels outside [0, C) included, with their number, the first one and
+        its position.
+    BackendError
+        If no backend takes the call, with each one's reasons.
+    """
+    at = _call(x, y, p, ignore_label)
+    dice = losses.dice(at.classes, spec.weights(weight), ignore_channel, smooth, reduction)
+    return _rounded(dice(_sums(at, backend, num_threads)), at.logits.dtype)
+
+
+def loss_and_grad(
+    x: Any,
+    y: Any,
+    *,
+    weight: Any = None,
+    ignore_channel: int = -1,
+    ignore_label: int | None = -1,
+    smooth: float = 0.0,
+    p: int = 1,
+    reduction: str = "mean",
+    backend: str | None = None,
+    num_threads: int | None = None,
+    grad_loss: Any = None,
+    out: Any = None,
+) -> tuple[Any, Any]:
+    """The Dice loss and its gradient for x; see `loss` for the other arguments.
+
+    Parameters
+    ----------
+    grad_loss : number or array of the loss's shape, optional
+        The incoming gradient; None stands for ones.
+    out : array, optional
+        Takes the gradient: any writable array of x's shape, dtype and device, x itself included
+        (the gradient then overwrites the logits). Otherwise it must not overlap x or y.
+
+    Returns
+    -------
+    (loss, dx), dx in x's dtype; `out` if it was given, else a new array of x's kind (torch for a
+    torch tensor, NumPy for other host memory) with x's strides where x is dense.
+    """
+    at = _call(x, y, p, ignore_label)
+    dice = losses.dice(at.classes, spec.weights(weight), ignore_channel, smooth, reduction)
+    upstream = _upstream(grad_loss, dice, at)
+    grad, out = _gradient_buffer(x, out, at)
+    sums = _sums(at, backend, num_threads)
+    _gradient(at, dice.pullback(sums, upstream), grad, backend, num_threads)
+    return _rounded(dice(sums), at.logits.dtype), out
+
+
+def statistics(
+    x: Any,
+    y: Any,
+    *,
+    ignore_label: int | None = -1,
+    p: int = 1,
+    backend: str | None = None,
+    num_threads: int | None = None,
+) -> Statistics:
+    """The sums over voxels that a Dice loss needs; see `loss` for the arguments.
+
+    For volumes that do not fit in memory: take the statistics of every tile and add them, take the
+    loss of the total, then ask the total for each tile's gradient.
+    """
+    at = _call(x, y, p, ignore_label)
+    sums = _sums(at, backend, num_threads)
+    return Statistics(sums, at.spec, at.logits.dtype, backend, num_threads)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Statistics:
+    """Sums over voxels, per sample and class: `intersection`, `pred_sum`, `target_sum`.
+
+    Made by `statistics`; two of the same kind add up with `+`.
+    """
+
+    sums: Float64  # (3, N, C)
+    spec: spec.Spec
+    dtype: str  # of the logits
+    backend: str | None
+    num_threads: int | None
+
+    @property
+    def intersection(self) -> Float64:
+        """(N, C): I = sum of the class's score over its own voxels."""
+        return self.sums[0]
+
+    @property
+    def pred_sum(self) -> Float64:
+        """(N, C): P = sum of score**p over the counted voxels."""
+        return self.sums[1]
+
+    @property
+    def target_sum(self) -> Float64:
+        """(N, C): Y = how many voxels have the class's label."""
+        return self.sums[2]
+
+    def __add__(self, other: Statistics) -> Statistics:
+        """The statistics of both sets of voxels. Raises ValueError unless both sum the same."""
+        if not isinstance(other, Statistics):
+            return NotImplemented
+        for mine, theirs in (
+            (self.spec, other.spec),
+            (self.dtype, other.dtype),
+            (self.sums.shape[1:], other.sums.shape[1:]),
+        ):
+            if mine != theirs:
+                raise ValueError(f"statistics of different calls do not add: {mine} and {theirs}")
+        return Statistics(
+            self.sums + other.sums, self.spec, self.dtype, self.backend, self.num_threads
+        )
+
+    def __repr__(self) -> str:
+        samples, classes = self.sums.shape[1:]
+        return f"<Statistics of {samples} samples, {classes} classes: {self.spec}>"
+
+    def loss(
+        self,
+        *,
+        weight: Any = None,
+        ignore_channel: int = -1,
+        smooth: float = 0.0,
+        reduction: str = "mean",
+    ) -> Any:
+        """The Dice loss of these sums; see `dice_core.loss` for arguments and result."""
+        dice = losses.dice(
+            self.sums.shape[2], spec.weights(weight), ignore_channel, smooth, reduction
+        )
+        return _rounded(dice(self.sums), self.dtype)
+
+    def gradient(
+        self,
+        x: Any,
+        y: Any,
+        *,
+        weight: Any = None,
+        ignore_channel: int = -1,
+        smooth: float = 0.0,
+        reduction: str = "mean",
+        grad_loss: Any = None,
+        out: Any = None,
+    ) -> Any:
+        """The gradient for x of the loss of these sums, x and y being one of the tiles they were
+        summed over.
+
+        See `dice_core.loss_and_grad` for arguments, result and errors.
+        """
+        at = _call(x, y, self.spec.power, self.spec.ignore_label)
+        tile, mine = (
+            (at.sums_shape, at.spec, at.logits.dtype),
+            (self.sums.shape, self.spec, self.dtype),
+        )
+        if tile != mine:
+            raise ValueError(
+                f"x is not a tile of these statistics: "
+                f"(K, N, C), sums and dtype are {tile}, not {mine}"
+            )
+        dice = losses.dice(at.classes, spec.weights(weight), ignore_channel, smooth, reduction)
+        cotangent = dice.pullback(self.sums, _upstream(grad_loss, dice, at))
+        grad, out = _gradient_buffer(x, out, at)
+        _gradient(at, cotangent, grad, self.backend, self.num_threads)
+        return out
+
+
+def _call(x: Any, y: Any, p: Any, ignore_label: Any) -> spec.Call:
+    if getattr(x, "requires_grad", False):
+        raise TypeError(
+            "x requires grad, and dice_core.loss and its like give plain values: "
+            "use dice_core.torch.dice_loss, or pass x.detach()"
+        )
+    return spec.call(buffers.of(x, "x"), buffers.of(y, "y"), p=p, ignore_label=ignore_label)
+
+
+def _sums(at: spec.Call, backend: str | None, num_threads: int | None) -> Float64:
+    sums = np.empty(at.sums_shape)
+    backends.statistics(at, buffers.of(sums, "sums"), backend, threads.resolve(num_threads))
+    return sums
+
+
+def _gradient_buffer(x: Any, out: Any, at: spec.Call) -> tuple[buffers.Buffer, Any]:
+    if out is None:
+        out = buffers.empty_like(x, "x")
+        return buffers.of(out, "out"), out
+    grad = buffers.of(out, "out")
+    spec.check_out(grad, at)
+    return grad, out
+
+
+def _gradient(
+    at: spec.Call,
+    cotangent: Float64,
+    grad: buffers.Buffer,
+    backend: str | None,
+    num_threads: int | None,
+) -> None:
+    cotangent = np.ascontiguousarray(cotangent)
+    backends.gradient(
+        at, buffers.of(cotangent, "cotangent"), grad, backend, threads.resolve(num_threads)
+    )
+
+
+def _upstream(grad_loss: Any, dice: losses.Dice, at: spec.Call) -> Float64:
+    return spec.upstream(grad_loss, at.logits.shape[:1] if dice.reduction == "none" else ())
+
+
+def _rounded(value: Any, logits_dtype: str) -> Any:
+    dtype = np.float64 if logits_dtype == "float64" else np.float32
+    return np.asarray(value).astype(dtype)[()]

@@ -1,0 +1,174 @@
+"""One ordered table of backends: selection, override, refusal.
+
+A backend is a module with three functions:
+
+- ``statistics(logits, labels, sums, spec, threads) -> int`` fills sums, (K, N, C);
+- ``gradient(logits, labels, cotangent, grad, spec, threads) -> int`` fills grad, like the logits,
+  with the vector-Jacobian product of the statistics and cotangent, (K, N, C);
+- ``unsupported(call) -> list[str]`` says why it does not take a call; empty if it does.
+
+Arrays are Buffers, logits (N, C, *), labels (N, *), (K, N, C) contiguous float64 in the order of
+spec.STATISTICS. The integers count labels that are neither a class nor the ignore label.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import spec
+from .buffers import Buffer
+from .spec import Call
+
+VARIABLE = "DICE_CORE_BACKEND"
+ENTRY_POINTS = "dice_core.backends"
+
+
+class BackendError(RuntimeError):
+    """No backend takes a call, or the one asked for does not; each one's reasons are given."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A row of the table."""
+
+    name: str
+    module: str
+    device: str | None  # the kind of memory it reads, "cpu" or "cuda"; None if it says so itself
+    description: str
+    level: str | None = None  # the processor level its code needs
+    remedy: str = ""
+    automatic: bool = True  # whether it is chosen unasked
+
+    def unavailable(self) -> list[str]:
+        """Why it does not run on this machine; empty if it does. Found out once."""
+        return list(_unavailable(self))
+
+    def load(self) -> Any:
+        """Its module, imported only now: its code may need what the processor lacks."""
+        return importlib.import_module(self.module)
+
+    def unsupported(self, call: Call) -> list[str]:
+        """Why it does not take a call; empty if it does."""
+        reasons = []
+        kind = call.logits.device.split(":")[0]
+        if self.device is not None and kind != self.device:
+            reasons.append(
+                f"reads {self.device} memory, and the logits are on {call.logits.device}"
+            )
+        reasons += self.unavailable()
+        return reasons or list(self.load().unsupported(call))
+
+
+BUILT_IN = (
+    Backend(
+        "cuda",
+        "dice_core._gpu",
+        "cuda",
+        "numba.cuda kernels for NVIDIA GPUs",
+        remedy=" (its kernels are still to come)",
+    ),
+    Backend("cpu-avx512", "dice_core._cpu_avx512", "cpu", "OpenMP, AVX-512", level="x86-64-v4"),
+    Backend("cpu-avx2", "dice_core._cpu_avx2", "cpu", "OpenMP, AVX2", level="x86-64-v3"),
+    Backend(
+        "cpu",
+        "dice_core._cpu",
+        "cpu",
+        "OpenMP, any processor",
+        remedy=f" in {Path(__file__).parent}, which was not built (pip install -e .)",
+    ),
+    Backend("reference", "dice_core._reference", "cpu", "plain NumPy, float64", automatic=False),
+)
+
+
+def table() -> Iterator[Backend]:
+    """Every backend in the order in which they are tried, other packages' after the built-in
+    ones.
+    """
+    yield from BUILT_IN
+    yield from _entry_points()
+
+
+def select(call: Call, name: str | None = None) -> Any:
+    """The kernel module for a call: `name`, else the environment's DICE_CORE_BACKEND, else the
+    first that takes it.
+
+    Raises ValueError for a name that is not in the table and BackendError where the one asked for,
+    or every one, refuses.
+    """
+    asked_by = "backend="
+    if name is None:
+        name, asked_by = os.environ.get(VARIABLE) or None, f"{VARIABLE}="
+    if name is not None:
+        row = _by_name(name, asked_by)
+        reasons = row.unsupported(call)
+        if reasons:
+            raise BackendError(_refusal(call, [(row, reasons)], f"{asked_by}{name} was asked for"))
+        return row.load()
+    refused = []
+    for row in table():
+        reasons = row.unsupported(call) if row.automatic else ["runs only when asked for by name"]
+        if not reasons:
+            return row.load()
+        refused.append((row, reasons))
+    raise BackendError(_refusal(call, refused, "no backend takes this call"))
+
+
+def statistics(call: Call, sums: Buffer, backend: str | None, threads: int) -> None:
+    """Fills sums, (K, N, C). Raises ValueError for bad labels."""
+    kernels = select(call, backend)
+    spec.check_labels(kernels.statistics(call.logits, call.labels, sums, call.spec, threads), call)
+
+
+def gradient(
+    call: Call, cotangent: Buffer, grad: Buffer, backend: str | None, threads: int
+) -> None:
+    """Fills grad, the gradient for the logits. Raises ValueError for bad labels."""
+    kernels = select(call, backend)
+    bad = kernels.gradient(call.logits, call.labels, cotangent, grad, call.spec, threads)
+    spec.check_labels(bad, call)
+
+
+def _by_name(name: str, asked_by: str) -> Backend:
+    for row in table():
+        if row.name == name:
+            return row
+    names = ", ".join(row.name for row in table())
+    raise ValueError(f"{asked_by}{name} names no backend; there are {names}")
+
+
+def _refusal(call: Call, refused: list[tuple[Backend, list[str]]], headline: str) -> str:
+    lines = [headline]
+    lines += [f"    {line}" for line in str(call).splitlines()]
+    lines += [f"  {row.name}: {'; '.join(reasons)}" for row, reasons in refused]
+    lines.append("`python -m dice_core` lists every backend of this machine.")
+    return "\n".join(lines)
+
+
+@functools.cache
+def _entry_points() -> tuple[Backend, ...]:
+    return tuple(
+        Backend(point.name, point.value, None, f"from {point.dist.name if point.dist else '?'}")
+        for point in importlib.metadata.entry_points(group=ENTRY_POINTS)
+    )
+
+
+@functools.cache
+def _unavailable(row: Backend) -> tuple[str, ...]:
+    try:
+        if row.level and not importlib.import_module("dice_core._cpu").processor_runs(row.level):
+            return (f"needs a processor of level {row.level}",)
+        row.load()
+    except ModuleNotFoundError as error:
+        if error.name != row.module:
+            return (f"needs the module {error.name}",)
+        return (f"{row.module} is not part of this installation{row.remedy}",)
+    except ImportError as error:
+        return (f"{row.module} does not load: {error}",)
+    return ()

@@ -1,0 +1,203 @@
+"""Buffer: where an array of any library lies in memory.
+
+A library is looked up only if the caller has already imported it; nothing is copied.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """An array's memory: what a kernel needs to read or write it in place."""
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # bytes
+    dtype: str  # "float32", "bfloat16", "int64", "bool", ...
+    itemsize: int  # bytes
+    device: str  # "cpu", "cuda:0", ...
+    readonly: bool
+    owner: Any  # keeps the memory alive
+    stream: int | None = None  # of a device whose work is queued
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        """Lets `np.asarray(buffer)` view host memory, copying nothing."""
+        if self.device != "cpu":
+            raise TypeError(f"memory on {self.device} cannot be viewed by NumPy")
+        return {
+            "version": 3,
+            "shape": self.shape,
+            "strides": self.strides,
+            "typestr": np.dtype(self.dtype).str,
+            "data": (self.address, self.readonly),
+        }
+
+    def without_axis(self, axis: int) -> Buffer:
+        """The same memory without an axis of length 1."""
+        keep = [i for i in range(len(self.shape)) if i != axis]
+        return replace(
+            self,
+            shape=tuple(self.shape[i] for i in keep),
+            strides=tuple(self.strides[i] for i in keep),
+        )
+
+    def __str__(self) -> str:
+        steps = tuple(stride // self.itemsize for stride in self.strides)
+        return f"{self.dtype} {self.shape} on {self.device}, strides {steps}"
+
+
+def of(array: Any, name: str) -> Buffer:
+    """The Buffer of an array.
+
+    Takes NumPy arrays (memmap too), torch tensors, and objects with `__cuda_array_interface__`
+    (CuPy, numba), `__dlpack__`, `__array_interface__` or the buffer protocol.
+
+    Raises TypeError, calling the array `name`, for anything else, and for arrays whose elements
+    cannot be read in place: masked, byte-swapped, misaligned, sparse.
+    """
+    if isinstance(array, np.ndarray):
+        return _of_numpy(array, name)
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor):
+        return _of_torch(array, name, torch)
+    if hasattr(array, "__cuda_array_interface__"):
+        return _of_cuda_array(array)
+    if hasattr(array, "__dlpack__"):
+        return _of_dlpack(array, name)
+    if hasattr(array, "__array_interface__"):
+        return _of_numpy(np.asarray(array), name)
+    try:
+        return _of_numpy(np.asarray(memoryview(array)), name)
+    except TypeError:
+        pass
+    raise TypeError(
+        f"{name} must be an array (NumPy, torch, CuPy, DLPack), got {type(array).__name__}; "
+        f"lists and numbers are not converted, since that would copy"
+    )
+
+
+def empty_like(array: Any, name: str) -> Any:
+    """An uninitialised array of the same kind, shape, dtype, device and, where dense, strides."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor):
+        return torch.empty_like(array, requires_grad=False)
+    return np.empty_like(np.asarray(of(array, name)), subok=False)
+
+
+def may_overlap(a: Buffer, b: Buffer) -> bool:
+    """Whether the two share memory; True as well where that would take long to find out."""
+    if a.device != b.device or not _size(a) or not _size(b):
+        return False
+    if a.device != "cpu":
+        (a_low, a_high), (b_low, b_high) = _bounds(a), _bounds(b)
+        return a_low < b_high and b_low < a_high
+    try:
+        return np.shares_memory(np.asarray(a), np.asarray(b), max_work=10_000)  # type: ignore[arg-type]  # numpy's stub knows only -1 and 0
+    except np.exceptions.TooHardError:
+        return True
+
+
+def may_overlap_itself(a: Buffer) -> bool:
+    """Whether two elements may lie at one address, as in a broadcast array."""
+    axes = sorted((abs(step), n) for step, n in zip(a.strides, a.shape, strict=True) if n > 1)
+    spans = [a.itemsize]
+    for step, n in axes:
+        spans.append(spans[-1] + step * (n - 1))
+    return any(step < span for (step, _), span in zip(axes, spans, strict=False))
+
+
+def _size(a: Buffer) -> int:
+    return 0 if 0 in a.shape else 1
+
+
+def _bounds(a: Buffer) -> tuple[int, int]:
+    reach = [step * (n - 1) for step, n in zip(a.strides, a.shape, strict=True)]
+    low = a.address + sum(r for r in reach if r < 0)
+    return low, a.address + sum(r for r in reach if r > 0) + a.itemsize
+
+
+def _of_numpy(array: np.ndarray[Any, Any], name: str) -> Buffer:
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} is a masked array and its mask would be ignored; "
+            f"give the plain array and mark masked voxels in the labels with ignore_label"
+        )
+    if not array.dtype.isnative:
+        raise TypeError(f"{name} is in another byte order ({array.dtype.str})")
+    itemsize = array.itemsize
+    if not array.flags.aligned or (itemsize and any(step % itemsize for step in array.strides)):
+        raise TypeError(f"{name}'s elements are not aligned to their {itemsize} bytes")
+    return Buffer(
+        address=array.ctypes.data if array.size else 0,
+        shape=array.shape,
+        strides=array.strides,
+        dtype=array.dtype.name,
+        itemsize=itemsize,
+        device="cpu",
+        readonly=not array.flags.writeable,
+        owner=array,
+    )
+
+
+def _of_torch(tensor: Any, name: str, torch: Any) -> Buffer:
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} is a {str(tensor.layout)[6:]} tensor; call .to_dense() on it")
+    if tensor.is_neg():
+        raise TypeError(f"{name} is a lazily negated view; call .resolve_neg() on it")
+    itemsize = tensor.element_size()
+    device = tensor.device
+    return Buffer(
+        address=tensor.data_ptr(),
+        shape=tuple(tensor.shape),
+        strides=tuple(step * itemsize for step in tensor.stride()),
+        dtype=str(tensor.dtype)[6:],
+        itemsize=itemsize,
+        device="cpu" if device.type == "cpu" else str(device),
+        readonly=False,
+        owner=tensor,
+        stream=torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None,
+    )
+
+
+def _of_cuda_array(array: Any) -> Buffer:
+    interface = array.__cuda_array_interface__
+    address, readonly = interface["data"]
+    shape = tuple(interface["shape"])
+    dtype = np.dtype(interface["typestr"])
+    strides = interface.get("strides") or _contiguous_strides(shape, dtype.itemsize)
+    device = getattr(getattr(array, "device", None), "id", 0)
+    return Buffer(
+        address=address,
+        shape=shape,
+        strides=tuple(strides),
+        dtype=dtype.name,
+        itemsize=dtype.itemsize,
+        device=f"cuda:{device}",
+        readonly=readonly,
+        owner=array,
+        stream=interface.get("stream"),
+    )
+
+
+def _of_dlpack(array: Any, name: str) -> Buffer:
+    kind, index = array.__dlpack_device__()
+    if kind != 1:
+        raise TypeError(
+            f"{name} lies on DLPack device ({int(kind)}, {index}) and has no "
+            f"__cuda_array_interface__; only host memory is read through DLPack"
+        )
+    return _of_numpy(np.from_dlpack(array), name)
+
+
+def _contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    strides = [itemsize]
+    for n in reversed(shape[1:]):
+        strides.insert(0, strides[0] * n)
+    return tuple(strides[: len(shape)])

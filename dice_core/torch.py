@@ -1,0 +1,233 @@
+"""The loss with autograd, on torch tensors.
+
+Two torch operators, `dice_core::statistics` and its vector-Jacobian product
+`dice_core::statistics_grad`, are all that touch voxels; the losses are ordinary torch arithmetic on
+(3, N, C) numbers. Between forward and backward only x, y and those numbers are kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends, buffers, losses, spec, threads
+
+
+class Statistics(NamedTuple):
+    """Differentiable sums over voxels, (N, C) float64 each; see `dice_core.Statistics`."""
+
+    intersection: Tensor
+    pred_sum: Tensor
+    target_sum: Tensor
+
+
+def statistics(
+    x: Tensor,
+    y: Tensor,
+    *,
+    ignore_label: int | None = -1,
+    p: int = 1,
+    backend: str | None = None,
+    num_threads: int | None = None,
+) -> Statistics:
+    """Intersection, pred_sum and target_sum of logits and labels, differentiable in x.
+
+    Replaces, without allocating anything of x's size::
+
+        s = x.softmax(1)
+        t = one_hot(y, C).movedim(-1, 1)
+        (s * t).sum(spatial), (s**p).sum(spatial), t.sum(spatial)
+
+    Any differentiable function of the three is a loss whose backward pass is one pass over x. For
+    the arguments see `dice_core.loss`; `num_threads` is by default torch's own setting.
+    """
+    return Statistics(*_sums(x, y, ignore_label, p, backend, num_threads))
+
+
+def dice_loss(
+    x: Tensor,
+    y: Tensor,
+    *,
+    weight: Any = None,
+    ignore_channel: int = -1,
+    ignore_label: int | None = -1,
+    smooth: float = 0.0,
+    p: int = 1,
+    reduction: str = "mean",
+    backend: str | None = None,
+    num_threads: int | None = None,
+) -> Tensor:
+    """`dice_core.loss` with autograd: the same arguments, formula and errors, in and out as torch
+    tensors.
+
+    Gradients reach x, in its dtype, memory format and device, and `weight` if it is a tensor that
+    requires grad; y has none. `num_threads` is by default torch's own setting.
+    """
+    sums = _sums(x, y, ignore_label, p, backend, num_threads)
+    if isinstance(weight, Tensor):
+        weight = weight.to(sums)
+    elif weight is not None:
+        weight = torch.as_tensor(spec.weights(weight), device=x.device)
+    dice = losses.dice(sums.shape[2], weight, ignore_channel, smooth, reduction)
+    value: Tensor = dice(sums)
+    return value if x.dtype == torch.float64 else value.float()
+
+
+class DiceLoss(torch.nn.Module):
+    """`dice_loss` as a module; `weight` is a buffer.
+
+    >>> import torch, dice_core.torch
+    >>> criterion = dice_core.torch.DiceLoss(smooth=1)
+    >>> x = torch.zeros(1, 2, 8, 8, requires_grad=True)
+    >>> y = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    >>> criterion(x, y)
+    tensor(0.6498, grad_fn=<ToCopyBackward0>)
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        weight: Any = None,
+        ignore_channel: int = -1,
+        ignore_label: int | None = -1,
+        smooth: float = 0,
+        p: int = 1,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        if weight is not None and not isinstance(weight, Tensor):
+            weight = torch.as_tensor(spec.weights(weight))
+        self.register_buffer("weight", weight)
+        self.ignore_channel = spec.channel(ignore_channel)
+        self.ignore_label = spec.label(ignore_label)
+        self.smooth = spec.smoothing(smooth)
+        self.p = spec.power(p)
+        self.reduction = spec.reduction(reduction)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Logits (N, C, *) and labels (N, *) or (N, 1, *) -> the loss."""
+        return dice_loss(
+            x,
+            y,
+            weight=self.weight,
+            ignore_channel=self.ignore_channel,
+            ignore_label=self.ignore_label,
+            smooth=self.smooth,
+            p=self.p,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        """Every option, the weight as numbers."""
+        weight = None if self.weight is None else self.weight.tolist()
+        return (
+            f"weight={weight}, ignore_channel={self.ignore_channel}, "
+            f"ignore_label={self.ignore_label}, smooth={self.smooth:g}, "
+            f"p={self.p}, reduction={self.reduction!r}"
+        )
+
+
+def _sums(
+    x: Tensor, y: Tensor, ignore_label: Any, p: Any, backend: str | None, num_threads: int | None
+) -> Tensor:
+    for name, value in (("x", x), ("y", y)):
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name} must be a torch tensor, got {type(value).__name__}; "
+                f"dice_core.loss takes other arrays"
+            )
+    ignore_label = spec.label(ignore_label)
+    if ignore_label is not None and not -(2**63) <= ignore_label < 2**63:
+        raise ValueError(f"ignore_label must fit in torch's int64, got {ignore_label}")
+    if num_threads is not None:
+        num_threads = threads.resolve(num_threads)
+    options = (spec.power(p), ignore_label, backend, num_threads)
+    sums: Tensor = torch.ops.dice_core.statistics(x, y, *options)
+    return sums
+
+
+# The operators, defined through torch.library so that torch.compile and export see them whole.
+
+_library = torch.library.Library("dice_core", "DEF")
+_OPTIONS = "int p, int? ignore_label, str? backend, int? num_threads"
+_library.define(f"statistics(Tensor x, Tensor y, {_OPTIONS}) -> Tensor")
+_library.define(f"statistics_grad(Tensor x, Tensor y, Tensor cotangent, {_OPTIONS}) -> Tensor")
+
+
+def _statistics(
+    x: Tensor,
+    y: Tensor,
+    p: int,
+    ignore_label: int | None,
+    backend: str | None,
+    num_threads: int | None,
+) -> Tensor:
+    """(K, N, C) float64 on x's device."""
+    at = spec.call(buffers.of(x, "x"), buffers.of(y, "y"), p=p, ignore_label=ignore_label)
+    sums = x.new_empty(at.sums_shape, dtype=torch.float64)
+    backends.statistics(
+        at, buffers.of(sums, "sums"), backend, num_threads or torch.get_num_threads()
+    )
+    return sums
+
+
+def _statistics_grad(
+    x: Tensor,
+    y: Tensor,
+    cotangent: Tensor,
+    p: int,
+    ignore_label: int | None,
+    backend: str | None,
+    num_threads: int | None,
+) -> Tensor:
+    """The gradient for x of sum(cotangent * statistics)."""
+    at = spec.call(buffers.of(x, "x"), buffers.of(y, "y"), p=p, ignore_label=ignore_label)
+    cotangent = cotangent.contiguous()
+    grad = torch.empty_like(x)
+    backends.gradient(
+        at,
+        buffers.of(cotangent, "cotangent"),
+        buffers.of(grad, "grad"),
+        backend,
+        num_threads or torch.get_num_threads(),
+    )
+    return grad
+
+
+def _fake_statistics(x: Tensor, y: Tensor, *options: Any) -> Tensor:
+    spec.check_shapes(x.shape, y.shape)
+    shape = (len(spec.STATISTICS), x.shape[0], spec.classes(x.shape[1]))
+    return x.new_empty(shape, dtype=torch.float64)
+
+
+def _fake_statistics_grad(x: Tensor, y: Tensor, cotangent: Tensor, *options: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, y, *ctx.options = inputs
+    ctx.save_for_backward(x, y)
+
+
+def _backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+    x, y = ctx.saved_tensors
+    grad = torch.ops.dice_core.statistics_grad(x, y, cotangent, *ctx.options)
+    return grad, None, *(None for _ in ctx.options)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    raise RuntimeError(
+        "dice_core computes first derivatives only: it cannot be differentiated twice"
+    )
+
+
+for _name, _kernel, _fake, _setup, _vjp in (
+    ("statistics", _statistics, _fake_statistics, _save, _backward),
+    ("statistics_grad", _statistics_grad, _fake_statistics_grad, None, _no_second_derivative),
+):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dice_core::{_name}", _fake, lib=_library)
+    torch.library.register_autograd(f"dice_core::{_name}", _vjp, setup_context=_setup, lib=_library)

@@ -1,0 +1,319 @@
+"""Each backend's two functions against the oracle, with random cotangents (they are linear)."""
+
+import itertools
+
+import numpy as np
+import pytest
+from compare import assert_close, assert_same_bits, kernel_rows
+from layouts import LAYOUTS
+
+from dice_core import _reference, buffers, spec
+
+TOLERANCE = {"float32": 2e-6, "float64": 2e-14}
+LABELS = ("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
+CHANNELS = (1, 2, 3, 5, 17, 33, 150)
+SIZES = (0, 1, 7, 8, 15, 16, 17, 31, 33, 63, 65, 1023, 1024, 1025, 3001)  # around vectors and tiles
+
+backend = pytest.mark.parametrize(
+    "kernels", [r.load() for r in kernel_rows()], ids=lambda m: m.LEVEL
+)
+floats = pytest.mark.parametrize("dtype", TOLERANCE)
+
+
+def example(shape, dtype, *, labels="int64", scale=3.0, seed=0):
+    """Random logits and labels of every class."""
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal(shape) * scale).astype(dtype)
+    classes = spec.classes(shape[1])
+    y = rng.integers(0, min(classes, 2 if labels == "bool" else 127), (shape[0], *shape[2:]))
+    return x, y.astype(labels)
+
+
+def run(kernels, x, y, *, p=1, ignore_label=None, threads=1, out=None, seed=1):
+    """(sums, gradient for random cotangents) of one backend."""
+    at = spec.call(buffers.of(x, "x"), buffers.of(y, "y"), p=p, ignore_label=ignore_label)
+    sums = np.full(at.sums_shape, np.nan)
+    bad = kernels.statistics(at.logits, at.labels, buffers.of(sums, "sums"), at.spec, threads)
+    cotangent = np.random.default_rng(seed).standard_normal(at.sums_shape)
+    grad = np.full_like(x, np.nan, subok=False) if out is None else out
+    again = kernels.gradient(
+        at.logits,
+        at.labels,
+        buffers.of(cotangent, "cotangent"),
+        buffers.of(grad, "grad"),
+        at.spec,
+        threads,
+    )
+    assert bad == again == 0
+    return sums, grad
+
+
+def check(kernels, x, y, **options):
+    """One backend's sums and gradient against the oracle's."""
+    expected_sums, expected_grad = run(_reference, x.astype(np.float64), y, **options)
+    sums, grad = run(kernels, x, y, **options)
+    tolerance = TOLERANCE[x.dtype.name] * options.get("p", 1)  # of s^p
+    assert_close(sums, expected_sums, rtol=tolerance, what="sums")
+    # s (t - t.s) cancels: its error is that of a score times a cotangent, here about 1.
+    assert_close(grad, expected_grad, rtol=tolerance, atol=tolerance, what="gradient")
+
+
+@backend
+@floats
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("p", [1, 2, 3, 8])
+def test_channels_and_powers(kernels, dtype, channels, p):
+    check(kernels, *example((2, channels, 11, 13), dtype), p=p)
+
+
+@backend
+@floats
+@pytest.mark.parametrize("channels", [1, 3, 150])
+@pytest.mark.parametrize("size", SIZES)
+def test_ragged_sizes(kernels, dtype, channels, size):
+    check(kernels, *example((2, channels, size), dtype))
+
+
+@backend
+@floats
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 4), (1, 2, 5), (2, 1, 3, 4), (2, 3, 4, 5, 6), (1, 5, 2, 3, 2, 3), (0, 3, 4), (2, 3, 0, 4)],
+    ids=str,
+)
+def test_spatial_axes(kernels, dtype, shape):
+    check(kernels, *example(shape, dtype))
+
+
+@backend
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("channels", [1, 2, 9])
+def test_label_dtypes(kernels, labels, channels):
+    x, y = example((2, channels, 300), "float32", labels=labels)
+    check(kernels, x, y)
+    info = (0, 1) if labels == "bool" else (int(np.iinfo(labels).min), int(np.iinfo(labels).max))
+    for ignore_label in {*info, 1, -1, 2**63, 2**64 - 1, 2**70}:
+        y[0, ::10] = ignore_label if info[0] <= ignore_label <= info[1] else 0
+        check(kernels, x, y, ignore_label=ignore_label)
+
+
+READ_ONLY_LAYOUTS = {
+    **LAYOUTS,
+    "broadcast": lambda a: np.broadcast_to(a[:, :, :1], a.shape),
+    "read-only": lambda a: np.frombuffer(a.tobytes(), a.dtype).reshape(a.shape),
+}
+
+
+@backend
+@floats
+@pytest.mark.parametrize("layout", READ_ONLY_LAYOUTS)
+@pytest.mark.parametrize("label_layout", READ_ONLY_LAYOUTS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_layouts(kernels, dtype, channels, layout, label_layout):
+    x, y = example((2, channels, 7, 20, 9), dtype)
+    labels = READ_ONLY_LAYOUTS[label_layout](y[:, None])[:, 0]
+    check(kernels, READ_ONLY_LAYOUTS[layout](x), labels)
+
+
+@backend
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_goes_into_any_strides(kernels, layout):
+    x, y = example((2, 3, 7, 20, 9), "float32")
+    _, expected = run(kernels, x, y)
+    _, grad = run(kernels, x, y, out=LAYOUTS[layout](np.full_like(x, np.nan)))
+    assert_same_bits(np.ascontiguousarray(grad), expected)
+
+
+@backend
+@floats
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels", [1, 3, 40])
+def test_gradient_over_the_logits(kernels, dtype, layout, channels):
+    x, y = example((2, channels, 9, 30, 11), dtype)
+    x = LAYOUTS[layout](x)
+    _, expected = run(kernels, x, y)
+    _, grad = run(kernels, x, y, out=x)
+    assert grad is x
+    assert_same_bits(np.ascontiguousarray(x), np.ascontiguousarray(expected))
+
+
+@backend
+@floats
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 40_001), (1, 1, 70_000), (3, 20, 9000), (1, 150, 5000)], ids=str
+)
+def test_same_bits_for_any_number_of_threads(kernels, dtype, shape):
+    x, y = example(shape, dtype)
+    sums, grad = run(kernels, x, y, threads=1)
+    for threads in (1, 2, 3, 7):
+        other_sums, other_grad = run(kernels, x, y, threads=threads)
+        assert_same_bits(other_sums, sums, what=f"sums with {threads} threads")
+        assert_same_bits(other_grad, grad, what=f"gradient with {threads} threads")
+
+
+@backend
+@floats
+@pytest.mark.parametrize("channels", [1, 4])
+def test_ignored_voxels_leak_nothing(kernels, dtype, channels):
+    x, y = example((2, channels, 500), dtype)
+    ignored = np.random.default_rng(2).random(y.shape) < 0.3
+    y[ignored] = 99
+    clean, clean_grad = run(kernels, x, y, ignore_label=99)
+    for poison in (np.nan, np.inf, -np.inf, 1e30):
+        x[np.broadcast_to(ignored[:, None], x.shape)] = poison
+        sums, grad = run(kernels, x, y, ignore_label=99)
+        assert_same_bits(sums, clean)
+        assert_close(grad, clean_grad, rtol=0)
+        assert not grad[np.broadcast_to(ignored[:, None], x.shape)].any()
+
+
+@backend
+@floats
+def test_nan_in_a_counted_voxel_is_nan_there(kernels, dtype):
+    x, y = example((2, 3, 100), dtype)
+    x[1, 2, 50] = np.nan
+    sums, grad = run(kernels, x, y)
+    assert np.isfinite(sums[:, 0]).all()
+    assert np.isnan(sums[:2, 1][:, [0, 1, 2]]).any()
+    assert np.isnan(grad[1, :, 50]).all()
+    assert np.isfinite(np.delete(grad, 50, axis=2)).all()
+
+
+@backend
+@floats
+@pytest.mark.parametrize("scale", [1e-30, 20.0, 90.0, 1e4, 1e30])
+@pytest.mark.parametrize("channels", [1, 2, 7])
+def test_logits_of_any_size(kernels, dtype, scale, channels):
+    check(kernels, *example((2, channels, 400), dtype, scale=scale))
+
+
+@backend
+@floats
+@pytest.mark.parametrize("infinity", [np.inf, -np.inf])
+@pytest.mark.parametrize("channels", [1, 2, 7])
+def test_infinite_logits(kernels, dtype, infinity, channels):
+    x, y = example((2, channels, 400), dtype)
+    x[:, 0, ::3] = infinity
+    check(kernels, x, y)
+    assert np.isfinite(run(kernels, x, y)[1]).all()
+
+
+@backend
+@floats
+def test_exponential(kernels, dtype):
+    """The scores of two classes d apart are 1 / (1 + e^-d), down to where they underflow."""
+    largest = 100 if dtype == "float32" else 740
+    d = np.linspace(0, largest, 60_001).astype(dtype)
+    x = np.stack([np.zeros_like(d), -d])[None]
+    grad = np.empty_like(x)
+    at = spec.call(
+        buffers.of(x, "x"), buffers.of(np.zeros((1, d.size), int), "y"), p=1, ignore_label=None
+    )
+    cotangent = np.zeros((3, 1, 2))
+    cotangent[1, 0, 1] = 1  # dP_1/dx_1 = s_1 (1 - s_1)
+    kernels.gradient(
+        at.logits, at.labels, buffers.of(cotangent, "c"), buffers.of(grad, "g"), at.spec, 1
+    )
+    e = np.exp(-d.astype(np.longdouble))
+    tiny = np.finfo(dtype).tiny
+    expected = (e / (1 + e) ** 2).astype(np.float64)
+    assert_close(grad[0, 1], expected, rtol=8 * np.finfo(dtype).eps, atol=1.01 * tiny)
+
+
+@backend
+def test_counts_beyond_float32(kernels):
+    """A float32 counter stops at 2^24; a broadcast array has more voxels in no memory."""
+    voxels = 2**25 + 3
+    x = np.broadcast_to(np.zeros((1, 2, 1), np.float32), (1, 2, voxels))
+    y = np.broadcast_to(np.zeros((1, 1), np.uint8), (1, voxels))
+    at = spec.call(buffers.of(x, "x"), buffers.of(y, "y"), p=1, ignore_label=None)
+    sums = np.empty(at.sums_shape)
+    kernels.statistics(at.logits, at.labels, buffers.of(sums, "sums"), at.spec, 2)
+    assert sums.tolist() == [[[voxels / 2, 0]], [[voxels / 2, voxels / 2]], [[voxels, 0]]]
+
+
+@backend
+@pytest.mark.parametrize("threads", [1, 2])
+def test_bad_labels_are_counted_and_skipped(kernels, threads):
+    x, y = example((2, 3, 40_000), "float32")
+    wrong = np.random.default_rng(3).random(y.shape) < 0.01
+    marked = y.copy()
+    marked[wrong] = np.random.default_rng(4).choice([-7, 3, 2**40], wrong.sum())
+    at = spec.call(buffers.of(x, "x"), buffers.of(marked, "y"), p=1, ignore_label=None)
+    sums = np.empty(at.sums_shape)
+    bad = kernels.statistics(at.logits, at.labels, buffers.of(sums, "sums"), at.spec, threads)
+    assert bad == wrong.sum()
+    y[wrong] = 99
+    assert_same_bits(sums, run(kernels, x, y, ignore_label=99)[0])
+
+
+def test_levels_agree_in_float64():
+    modules = [row.load() for row in kernel_rows()]
+    x, y = example((2, 5, 3001), "float64")
+    results = [run(module, x, y, p=2) for module in modules]
+    for (sums, grad), (other_sums, other_grad) in itertools.pairwise(results):
+        assert_close(other_sums, sums, rtol=1e-15)
+        assert_close(other_grad, grad, rtol=1e-15, atol=1e-15)
+
+
+# ---- the checks bite ------------------------------------------------------------------------
+
+
+class Broken:
+    """The first backend with one fault."""
+
+    def __init__(self, fault):
+        self.kernels, self.fault = kernel_rows()[0].load(), fault
+
+    def statistics(self, logits, labels, sums, spec, threads):
+        if self.fault == "drops a voxel":
+            labels = np.asarray(labels).copy()
+            x = np.delete(np.asarray(logits), 5, axis=2)
+            logits, labels = buffers.of(x, "x"), buffers.of(np.delete(labels, 5, axis=1), "y")
+        bad = self.kernels.statistics(logits, labels, sums, spec, threads)
+        total = np.asarray(sums)
+        if self.fault == "sums in half":
+            total[:] = total.astype(np.float16)
+        if self.fault == "swaps statistics":
+            total[:] = total[[1, 0, 2]]
+        return bad
+
+    def gradient(self, logits, labels, cotangent, grad, spec, threads):
+        bad = self.kernels.gradient(logits, labels, cotangent, grad, spec, threads)
+        dx = np.asarray(grad)
+        if self.fault == "flips the sign":
+            dx *= -1
+        if self.fault == "leaves a voxel":
+            dx[0, 0, 5] = np.nan
+        if self.fault == "rounds to half":
+            dx[:] = dx.astype(np.float16)
+        return bad
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "drops a voxel",
+        "sums in half",
+        "swaps statistics",
+        "flips the sign",
+        "leaves a voxel",
+        "rounds to half",
+    ],
+)
+def test_a_wrong_kernel_is_found(fault):
+    x, y = example((2, 3, 300), "float32")
+    check(Broken("none"), x, y)
+    with pytest.raises(AssertionError, match="differ"):
+        check(Broken(fault), x, y)
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected"),
+    [([1.0], [1.1]), ([np.nan], [1.0]), ([1.0], [np.nan]), ([np.inf], [1.0]), ([1.0], [1.0, 1.0])],
+)
+def test_comparisons_bite(actual, expected):
+    with pytest.raises(AssertionError):
+        assert_close(actual, expected, rtol=1e-3)
+    with pytest.raises(AssertionError):
+        assert_same_bits(actual, expected)

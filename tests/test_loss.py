@@ -1,0 +1,248 @@
+"""`dice_core.loss` and its like, and the torch adapter, against the naive code in float64."""
+
+import math
+
+import hypothesis.strategies as st
+import naive
+import numpy as np
+import pytest
+import torch
+from compare import assert_close, assert_same_bits, kernel_rows
+from hypothesis import given, settings
+from layouts import LAYOUTS
+
+import dice_core
+import dice_core.torch
+from dice_core import spec
+
+REDUCTIONS = spec.REDUCTIONS
+LABELS = ("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
+BACKENDS = ("reference", *(row.name for row in kernel_rows()))
+
+
+@st.composite
+def problems(draw):
+    """Logits, labels and options of every kind."""
+    channels = draw(st.integers(1, 33))
+    spatial = draw(st.lists(st.integers(0, 9), max_size=4))
+    shape = (draw(st.integers(0, 3)), channels, *spatial)
+    dtype = draw(st.sampled_from(["float32", "float64"]))
+    classes = max(2, channels)
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    lay_out = LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))]
+    x = lay_out(rng.standard_normal(shape).astype(dtype) * 3)
+    labels = draw(st.sampled_from(LABELS))
+    y = rng.integers(0, 2 if labels == "bool" else classes, (shape[0], *spatial)).astype(labels)
+    if draw(st.booleans()):
+        y = y[:, None]
+    options = {
+        "weight": draw(st.none() | st.just(rng.random(classes).tolist())),
+        "ignore_channel": draw(st.integers(-2, classes + 1)),
+        "ignore_label": draw(st.none() | st.integers(-2, classes + 1)),
+        "smooth": draw(st.sampled_from([0.0, 1e-5, 1.0])),
+        "p": draw(st.integers(1, 4)),
+        "reduction": draw(st.sampled_from(REDUCTIONS)),
+    }
+    return x, y, options
+
+
+def truth(x, y, options, upstream=None):
+    """Value and gradient of the naive code in float64."""
+    x = torch.tensor(np.ascontiguousarray(x), dtype=torch.float64, requires_grad=True)
+    y = torch.tensor(np.ascontiguousarray(y).astype(np.int64))
+    value = naive.dice_loss(x, y, **options)
+    upstream = torch.ones_like(value) if upstream is None else torch.as_tensor(upstream).double()
+    (grad,) = torch.autograd.grad(value, x, upstream)
+    return value.detach().numpy(), grad.numpy()
+
+
+def check(value, grad, x, y, options, upstream=None):
+    expected, expected_grad = truth(x, y, options, upstream)
+    tolerance = 1e-5 if x.dtype == np.float32 else 1e-12
+    assert np.asarray(value).dtype == x.dtype
+    assert_close(value, expected, rtol=tolerance, atol=tolerance, what="loss")
+    size = np.abs(expected_grad).max(initial=0)
+    assert_close(grad, expected_grad, rtol=tolerance, atol=tolerance * size, what="gradient")
+
+
+@settings(deadline=None, max_examples=300)
+@given(problems(), st.sampled_from(BACKENDS), st.sampled_from([1, 2]))
+def test_arrays(problem, backend, num_threads):
+    x, y, options = problem
+    use = {"backend": backend, "num_threads": num_threads}
+    value = dice_core.loss(x, y, **options, **use)
+    again, grad = dice_core.loss_and_grad(x, y, **options, **use)
+    assert_same_bits(value, again)
+    assert (grad.shape, grad.dtype) == (x.shape, x.dtype)
+    check(value, grad, x, y, options)
+
+
+@settings(deadline=None, max_examples=150)
+@given(problems(), st.sampled_from(BACKENDS))
+def test_torch(problem, backend):
+    x, y, options = problem
+    logits = torch.tensor(np.ascontiguousarray(x), requires_grad=True)
+    labels = torch.tensor(np.ascontiguousarray(y))
+    value = dice_core.torch.dice_loss(logits, labels, **options, backend=backend)
+    value.sum().backward()
+    assert logits.grad.stride() == logits.stride()
+    check(value.detach(), logits.grad, x, y, options)
+
+
+@settings(deadline=None, max_examples=100)
+@given(problems(), st.integers(0, 9))
+def test_tiles(problem, cut):
+    x, y, options = problem
+    if x.ndim < 3 or not 0 < cut < x.shape[-1]:
+        return
+    tiles = [(x[..., :cut], y[..., :cut]), (x[..., cut:], y[..., cut:])]
+    summed = {name: options.pop(name) for name in ("ignore_label", "p")}
+    first, second = (dice_core.statistics(*tile, **summed) for tile in tiles)
+    total = first + second
+    grads = [total.gradient(*tile, **options) for tile in tiles]
+    check(total.loss(**options), np.concatenate(grads, -1), x, y, {**options, **summed})
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_finite_differences(reduction, channels):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, channels, 3, 4))
+    y = rng.integers(0, max(2, channels), (2, 3, 4))
+    options = {"reduction": reduction, "smooth": 0.5, "p": 3, "ignore_channel": 1}
+    options["weight"] = rng.random(max(2, channels))
+    upstream = rng.standard_normal(2) if reduction == "none" else rng.standard_normal()
+    _, grad = dice_core.loss_and_grad(x, y, grad_loss=upstream, **options)
+    step = 1e-6
+    for i in np.ndindex(x.shape):
+        at = [x.copy(), x.copy()]
+        at[0][i] += step
+        at[1][i] -= step
+        high, low = (np.sum(upstream * dice_core.loss(a, y, **options)) for a in at)
+        assert_close((high - low) / (2 * step), grad[i], rtol=1e-5, atol=1e-10, what=f"at {i}")
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_incoming_gradient(reduction):
+    rng = np.random.default_rng(1)
+    x, y = rng.standard_normal((3, 4, 50)), rng.integers(0, 4, (3, 50))
+    options = {"reduction": reduction}
+    upstream = rng.standard_normal(3) if reduction == "none" else np.float64(-2.5)
+    value, grad = dice_core.loss_and_grad(x, y, grad_loss=upstream, **options)
+    check(value, grad, x, y, options, upstream)
+
+
+def test_known_values():
+    x = np.zeros((1, 2, 4))  # every score is 1/2
+    y = np.array([[0, 0, 0, 1]])
+    # class 0: 1 - 2 * 1.5 / (2 + 3), class 1: 1 - 2 * 0.5 / (2 + 1)
+    assert dice_core.loss(x, y) == pytest.approx((0.4 + 2 / 3) / 2)
+    assert dice_core.loss(x, y, weight=[1, 0]) == pytest.approx(0.4)
+    assert dice_core.loss(x, y, ignore_channel=0) == pytest.approx(1 / 3)
+    assert dice_core.loss(x, y, p=2) == pytest.approx((1 - 3 / 4 + 1 - 1 / 2) / 2)
+    assert dice_core.loss(x, y, smooth=1) == pytest.approx((1 - 4 / 6 + 1 - 2 / 4) / 2)
+    assert dice_core.loss(x, y, ignore_label=1) == pytest.approx((1 - 3 / 4.5 + 1) / 2)
+    stats = dice_core.statistics(x, y)
+    assert stats.intersection.tolist() == [[1.5, 0.5]]
+    assert stats.pred_sum.tolist() == [[2, 2]]
+    assert stats.target_sum.tolist() == [[3, 1]]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_empty_class_predicted_empty_is_perfect(channels):
+    x = np.full((2, channels, 10), -1e4, np.float32)
+    x[:, 0] = -1e4 if channels == 1 else 1e4
+    y = np.zeros((2, 10), int)
+    value, grad = dice_core.loss_and_grad(x, y, reduction="none")
+    assert value.tolist() == [0, 0]
+    assert not grad.any()
+
+
+def test_empty_class_predicted_somewhere_is_a_full_loss():
+    x, y = np.zeros((1, 2, 10)), np.zeros((1, 10), int)
+    assert dice_core.loss(x, y, weight=[0, 1]) == 1
+    assert dice_core.loss(x, y, weight=[0, 1], smooth=1) == pytest.approx(1 - 1 / 6)
+
+
+def test_no_samples():
+    x, y = np.zeros((0, 3, 5)), np.zeros((0, 5), int)
+    values = {name: dice_core.loss(x, y, reduction=name) for name in REDUCTIONS}
+    assert values["none"].shape == (0,)
+    assert values["sum"] == values["batch"] == 0
+    assert math.isnan(values["mean"])
+
+
+def test_no_voxels():
+    x, y = np.zeros((2, 3, 0, 4)), np.zeros((2, 0, 4), int)
+    value, grad = dice_core.loss_and_grad(x, y)
+    assert value == 0
+    assert grad.shape == x.shape
+
+
+def test_every_voxel_ignored():
+    x, y = np.full((1, 3, 8), np.nan), np.full((1, 8), 7)
+    value, grad = dice_core.loss_and_grad(x, y, ignore_label=7)
+    assert value == 0
+    assert not grad.any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_keeps_dtype_and_strides(dtype, layout):
+    x = LAYOUTS[layout](np.random.default_rng(0).standard_normal((2, 3, 4, 5)).astype(dtype))
+    _, grad = dice_core.loss_and_grad(x, np.zeros((2, 4, 5), int))
+    assert grad.dtype == x.dtype
+    assert np.argsort(grad.strides).tolist() == np.argsort(np.abs(x.strides)).tolist()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_out(layout):
+    x = np.random.default_rng(0).standard_normal((2, 3, 4, 5))
+    y = np.ones((2, 4, 5), np.uint8)
+    value, grad = dice_core.loss_and_grad(x, y)
+    out = LAYOUTS[layout](np.zeros_like(x))
+    value_out, returned = dice_core.loss_and_grad(x, y, out=out)
+    assert returned is out
+    assert_same_bits(value_out, value)
+    assert_same_bits(np.ascontiguousarray(out), grad)
+    value_over, over = dice_core.loss_and_grad(x, y, out=x)
+    assert over is x
+    assert_same_bits(value_over, value)
+    assert_same_bits(x, grad)
+
+
+def test_torch_tensors_are_read_like_any_array():
+    x = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    x = x.to(memory_format=torch.channels_last)
+    y = torch.ones(2, 4, 5, dtype=torch.int16)
+    value, grad = dice_core.loss_and_grad(x, y)
+    assert isinstance(value, np.float32)
+    assert isinstance(grad, torch.Tensor)
+    assert grad.is_contiguous(memory_format=torch.channels_last)
+    assert_close(value, dice_core.loss(x.numpy(), y.numpy()), rtol=0)
+    check(value, grad, x.numpy(), y.numpy(), {})
+
+
+def test_statistics_object():
+    x, y = np.zeros((2, 3, 4), np.float32), np.zeros((2, 4), int)
+    stats = dice_core.statistics(x, y, p=2)
+    assert stats.intersection.shape == stats.pred_sum.shape == stats.target_sum.shape == (2, 3)
+    assert stats.intersection.dtype == np.float64
+    assert isinstance(stats.loss(), np.float32)
+    assert repr(stats) == (
+        "<Statistics of 2 samples, 3 classes: softmax, p = 2, ignore_label = -1>"
+    )
+    out = np.empty_like(x)
+    assert stats.gradient(x, y, out=out) is out
+    assert_same_bits(out, dice_core.loss_and_grad(x, y, p=2)[1])
+    with pytest.raises(TypeError):
+        stats + 1
+
+
+def test_larger_tiles_merge_in_any_order():
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((1, 4, 64, 64)), rng.integers(0, 4, (1, 64, 64))
+    parts = [dice_core.statistics(x[:, :, i::4], y[:, i::4]) for i in range(4)]
+    whole = dice_core.statistics(x, y)
+    assert_close((parts[0] + parts[1] + parts[2] + parts[3]).sums, whole.sums, rtol=1e-13)
+    assert_close((parts[3] + parts[1] + parts[0] + parts[2]).sums, whole.sums, rtol=1e-13)

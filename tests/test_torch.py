@@ -1,0 +1,182 @@
+"""The torch adapter: autograd, modules, operators, compilation, what is kept."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from compare import assert_close
+
+from dice_core.torch import DiceLoss, dice_loss, statistics
+
+
+def example(*shape, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator, dtype=dtype)
+    y = torch.randint(max(2, shape[1]), (shape[0], *shape[2:]), generator=generator)
+    return x.requires_grad_(), y
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+@pytest.mark.parametrize("p", [1, 2])
+def test_gradcheck(channels, p):
+    x, y = example(2, channels, 3, 2)
+    weight = torch.rand(max(2, channels), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: tuple(statistics(x, y, p=p)), x)
+    assert torch.autograd.gradcheck(lambda x, w: dice_loss(x, y, weight=w, p=p), (x, weight))
+
+
+@pytest.mark.parametrize("name", ["statistics", "statistics_grad"])
+def test_operators_are_well_formed(name):
+    x, y = example(2, 3, 4, 5)
+    options = (1, -1, None, 1)
+    if name == "statistics":
+        torch.library.opcheck(torch.ops.dice_core.statistics.default, (x, y, *options))
+    else:
+        cotangent = torch.rand(3, 2, 3, dtype=torch.float64)
+        torch.library.opcheck(
+            torch.ops.dice_core.statistics_grad.default, (x.detach(), y, cotangent, *options)
+        )
+
+
+@pytest.mark.parametrize(
+    ("shape", "memory_format"),
+    [
+        ((2, 3, 4, 5), torch.contiguous_format),
+        ((2, 3, 4, 5), torch.channels_last),
+        ((2, 3, 4, 5, 6), torch.channels_last_3d),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradient_keeps_dtype_and_memory_format(shape, memory_format, dtype):
+    x, y = example(*shape, dtype=dtype)
+    x = x.detach().to(memory_format=memory_format).requires_grad_()
+    loss = dice_loss(x, y)
+    loss.backward()
+    assert loss.dtype == x.grad.dtype == dtype
+    assert x.grad.is_contiguous(memory_format=memory_format)
+
+
+def test_forward_keeps_only_the_inputs_and_small_numbers():
+    x, y = example(2, 3, 16, 16, dtype=torch.float32)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        dice_loss(x, y)
+    large = {t.data_ptr() for t in kept if t.numel() > 3 * 2 * 3}
+    assert large == {x.data_ptr(), y.data_ptr()}
+
+
+def test_inputs_changed_before_backward_are_refused():
+    x, y = example(1, 2, 5)
+    loss = dice_loss(x, y)
+    y[0, 0] = 1 - y[0, 0]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_second_derivatives_are_refused():
+    x, y = example(1, 2, 5)
+    (grad,) = torch.autograd.grad(dice_loss(x, y), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        grad.sum().backward()
+
+
+def test_no_graph_without_grad():
+    x, y = example(1, 2, 5)
+    assert dice_loss(x.detach(), y).grad_fn is None
+    with torch.no_grad():
+        assert dice_loss(x, y).grad_fn is None
+
+
+def test_upstream_scale_reaches_small_gradients_before_rounding():
+    x, y = example(1, 2, 1000, dtype=torch.float32)
+    (grad,) = torch.autograd.grad(dice_loss(x, y), x)
+    (scaled,) = torch.autograd.grad(dice_loss(x, y) * 1e30, x)
+    assert_close(scaled, grad.double() * 1e30, rtol=1e-5, atol=1e20)
+
+
+def test_own_loss_of_the_statistics():
+    """A Tversky loss in a line, against autograd through softmax and one-hot."""
+    x, y = example(2, 3, 50)
+    i, p, t = statistics(x, y)
+    (grad,) = torch.autograd.grad((1 - i / (i + 0.3 * (p - i) + 0.7 * (t - i))).mean(), x)
+    s, onehot = x.softmax(1), torch.nn.functional.one_hot(y, 3).movedim(-1, 1)
+    i, p, t = (s * onehot).sum(2), s.sum(2), onehot.sum(2)
+    expected = (1 - i / (i + 0.3 * (p - i) + 0.7 * (t - i))).mean()
+    assert_close(grad, torch.autograd.grad(expected, x)[0], rtol=1e-9, atol=1e-12)
+
+
+def test_weight_gradient():
+    x, y = example(2, 3, 20)
+    weight = torch.ones(3, requires_grad=True)
+    dice_loss(x, y, weight=weight, reduction="none").sum().backward()
+    i, p, t = statistics(x.detach(), y)
+    assert_close(weight.grad, (1 - 2 * i / (p + t)).sum(0), rtol=1e-6)
+
+
+def test_compiled_whole():
+    criterion = DiceLoss(weight=[1.0, 2.0, 3.0], smooth=1, ignore_channel=0)
+
+    def step(x, y):
+        return criterion(2 * x, y)
+
+    x, y = example(2, 3, 4, 5)
+    eager = step(x, y)
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)(x, y)
+    assert_close(compiled.detach(), eager.detach(), rtol=1e-15)
+    grads = [torch.autograd.grad(value, x)[0] for value in (compiled, eager)]
+    assert_close(grads[0], grads[1], rtol=1e-12, atol=1e-16)
+
+
+def test_meta_tensors_have_shapes():
+    x = torch.empty(2, 3, 4, 5, device="meta")
+    y = torch.empty(2, 4, 5, dtype=torch.int64, device="meta")
+    assert dice_loss(x, y, reduction="none").shape == (2,)
+
+
+def test_module():
+    module = DiceLoss(torch.tensor([1.0, 2.0]), ignore_channel=1, smooth=1, p=2, reduction="none")
+    assert list(module.state_dict()) == ["weight"]
+    assert module.double().weight.dtype == torch.float64
+    assert repr(module) == (
+        "DiceLoss(weight=[1.0, 2.0], ignore_channel=1, ignore_label=-1, smooth=1, p=2, "
+        "reduction='none')"
+    )
+    x, y = example(3, 2, 7)
+    options = {"ignore_channel": 1, "smooth": 1, "p": 2, "reduction": "none"}
+    expected = dice_loss(x, y, weight=[1, 2], **options)
+    assert torch.equal(module(x, y), expected)
+    assert DiceLoss().state_dict() == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16, torch.int32, torch.uint64])
+@pytest.mark.parametrize("channel_axis", [False, True])
+def test_label_dtypes_and_shapes(dtype, channel_axis):
+    x, y = example(2, 2, 3, 4)
+    expected = dice_loss(x, y)
+    labels = y.to(dtype)[:, None] if channel_axis else y.to(dtype)
+    assert torch.equal(dice_loss(x, labels), expected)
+
+
+def test_small_network_trains():
+    torch.manual_seed(0)
+    x = torch.randn(4, 1, 12, 12)
+    y = (x[:, 0] > 0.3).to(torch.uint8) + (x[:, 0] > 1).to(torch.uint8)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 16, 1), torch.nn.ReLU(), torch.nn.Conv2d(16, 3, 1)
+    )
+    optimizer = torch.optim.Adam(network.parameters(), 0.05)
+    criterion = DiceLoss()
+    first = criterion(network(x), y).item()
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = criterion(network(x), y)
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1 < first
+
+
+def test_import_order_does_not_matter():
+    for order in ("import torch, dice_core.torch", "import dice_core; dice_core.torch.DiceLoss()"):
+        subprocess.run([sys.executable, "-c", order], check=True)
