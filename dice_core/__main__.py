@@ -52,7 +52,7 @@ def as_text(facts: dict[str, Any]) -> str:
         state = "; ".join(row["unavailable"]) or "usable"
         if name == "reference" and state == "usable":
             state = "usable, when asked for by name"
-        lines.append(f"  {name:<12}{row['description']:<38}{state}")
+        lines.append(f"  {name:<11} {row['description']:<37} {state}")
     asked = facts[backends.VARIABLE]
     lines.append(f"  {backends.VARIABLE} " + (f"= {asked}" if asked else "is not set"))
     cpu = facts["cpu"]

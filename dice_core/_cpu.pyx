@@ -209,6 +209,14 @@ cdef inline double sum_row(const real *row, Py_ssize_t n) noexcept nogil:
     return total
 
 
+cdef inline int32_t count_of_class(const int32_t *label, int32_t c, Py_ssize_t n) noexcept nogil:
+    cdef int32_t count = 0
+    cdef Py_ssize_t v
+    for v in range(n):
+        count += label[v] == c
+    return count
+
+
 cdef inline const real *class_row(
     const real *row, const int32_t *label, int32_t c, real *out, Py_ssize_t n
 ) noexcept nogil:
@@ -395,20 +403,18 @@ cdef Py_ssize_t sum_chunk(
     cdef Py_ssize_t sample = index // q.chunks
     cdef Py_ssize_t first = index % q.chunks * q.chunk
     cdef Py_ssize_t stop = min(first + q.chunk, q.voxels)
-    cdef Py_ssize_t n, m, c, v, bad = 0
+    cdef Py_ssize_t n, m, c, bad = 0
     cdef Py_ssize_t C = q.classes
     cdef const real *row
     while first < stop:
         n = min(q.tile, stop - first)
         m = padded(n)
         bad += softmax_tile(q, sample, first, n, t, s)
-        for v in range(n):
-            if t.label[v] >= 0:
-                sums[2 * C + t.label[v]] += 1
         for c in range(C):
             row = s + c * q.tile
             sums[c] += sum_row(class_row(row, t.label, <int32_t>c, <real *>t.row0, m), m)
             sums[C + c] += sum_row(power_row(row, q.power, <real *>t.row0, <real *>t.row1, m), m)
+            sums[2 * C + c] += count_of_class(t.label, <int32_t>c, m)
         first += n
     return bad
 

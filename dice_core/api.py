@@ -119,7 +119,7 @@ def loss_and_grad(
     at = _call(x, y, p, ignore_label)
     dice = losses.dice(at.classes, spec.weights(weight), ignore_channel, smooth, reduction)
     upstream = _upstream(grad_loss, dice, at)
-    grad, out = _gradient_buffer(x, out, at)
+    grad, out = _gradient_buffer(x, out, at, backend)
     sums = _sums(at, backend, num_threads)
     _gradient(at, dice.pullback(sums, upstream), grad, backend, num_threads)
     return _rounded(dice(sums), at.logits.dtype), out
@@ -220,12 +220,13 @@ class Statistics:
         """The gradient for x of the loss of these sums, x and y being one of the tiles they were
         summed over.
 
-        See `dice_core.loss_and_grad` for arguments, result and errors.
+        See `dice_core.loss_and_grad` for arguments, result and errors. The labels were checked when
+        the statistics were taken: other labels that are bad raise only after `out` was written.
         """
         at = _call(x, y, self.spec.power, self.spec.ignore_label)
         tile, mine = (
-            (at.sums_shape, at.spec, at.logits.dtype),
-            (self.sums.shape, self.spec, self.dtype),
+            f"{at.sums_shape}, {at.spec}, {at.logits.dtype}",
+            f"{self.sums.shape}, {self.spec}, {self.dtype}",
         )
         if tile != mine:
             raise ValueError(
@@ -234,7 +235,7 @@ class Statistics:
             )
         dice = losses.dice(at.classes, spec.weights(weight), ignore_channel, smooth, reduction)
         cotangent = dice.pullback(self.sums, _upstream(grad_loss, dice, at))
-        grad, out = _gradient_buffer(x, out, at)
+        grad, out = _gradient_buffer(x, out, at, self.backend)
         _gradient(at, cotangent, grad, self.backend, self.num_threads)
         return out
 
@@ -254,7 +255,10 @@ def _sums(at: spec.Call, backend: str | None, num_threads: int | None) -> Float6
     return sums
 
 
-def _gradient_buffer(x: Any, out: Any, at: spec.Call) -> tuple[buffers.Buffer, Any]:
+def _gradient_buffer(
+    x: Any, out: Any, at: spec.Call, backend: str | None
+) -> tuple[buffers.Buffer, Any]:
+    backends.select(at, backend)  # refuses before anything is allocated
     if out is None:
         out = buffers.empty_like(x, "x")
         return buffers.of(out, "out"), out

@@ -169,6 +169,6 @@ def _unavailable(row: Backend) -> tuple[str, ...]:
         if error.name != row.module:
             return (f"needs the module {error.name}",)
         return (f"{row.module} is not part of this installation{row.remedy}",)
-    except ImportError as error:
+    except Exception as error:  # a driver's OSError, say: one broken row must not hide the others
         return (f"{row.module} does not load: {error}",)
     return ()

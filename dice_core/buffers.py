@@ -68,7 +68,7 @@ def of(array: Any, name: str) -> Buffer:
     if torch is not None and isinstance(array, torch.Tensor):
         return _of_torch(array, name, torch)
     if hasattr(array, "__cuda_array_interface__"):
-        return _of_cuda_array(array)
+        return _of_cuda_array(array, name)
     if hasattr(array, "__dlpack__"):
         return _of_dlpack(array, name)
     if hasattr(array, "__array_interface__"):
@@ -99,7 +99,8 @@ def may_overlap(a: Buffer, b: Buffer) -> bool:
         (a_low, a_high), (b_low, b_high) = _bounds(a), _bounds(b)
         return a_low < b_high and b_low < a_high
     try:
-        return np.shares_memory(np.asarray(a), np.asarray(b), max_work=10_000)  # type: ignore[arg-type]  # numpy's stub knows only -1 and 0
+        # NumPy's stub knows only two of the numbers that max_work takes.
+        return np.shares_memory(_bytes(a), _bytes(b), max_work=10_000)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 
@@ -111,6 +112,11 @@ def may_overlap_itself(a: Buffer) -> bool:
     for step, n in axes:
         spans.append(spans[-1] + step * (n - 1))
     return any(step < span for (step, _), span in zip(axes, spans, strict=False))
+
+
+def _bytes(a: Buffer) -> Any:
+    """Memory of any dtype, for NumPy, which lacks some."""
+    return np.asarray(replace(a, dtype=f"V{a.itemsize}"))
 
 
 def _size(a: Buffer) -> int:
@@ -166,11 +172,13 @@ def _of_torch(tensor: Any, name: str, torch: Any) -> Buffer:
     )
 
 
-def _of_cuda_array(array: Any) -> Buffer:
+def _of_cuda_array(array: Any, name: str) -> Buffer:
     interface = array.__cuda_array_interface__
     address, readonly = interface["data"]
     shape = tuple(interface["shape"])
     dtype = np.dtype(interface["typestr"])
+    if not dtype.isnative:
+        raise TypeError(f"{name} is in another byte order ({dtype.str})")
     strides = interface.get("strides") or _contiguous_strides(shape, dtype.itemsize)
     device = getattr(getattr(array, "device", None), "id", 0)
     return Buffer(
@@ -193,7 +201,11 @@ def _of_dlpack(array: Any, name: str) -> Buffer:
             f"{name} lies on DLPack device ({int(kind)}, {index}) and has no "
             f"__cuda_array_interface__; only host memory is read through DLPack"
         )
-    return _of_numpy(np.from_dlpack(array), name)
+    try:
+        view = np.from_dlpack(array)
+    except (BufferError, RuntimeError) as error:
+        raise TypeError(f"{name} cannot be read through DLPack: {error}") from error
+    return _of_numpy(view, name)
 
 
 def _contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:

@@ -133,10 +133,12 @@ def check_labels(bad: int, at: Call) -> None:
             break
     else:
         raise ValueError("y was changed by another thread while it was read")
+    has_channel_axis = at.labels.owner.ndim > len(position)
+    where = (n, 0, *position[1:]) if has_channel_axis else position
     ignored = "no label is ignored" if ignore is None else f"{ignore} is ignored"
     raise ValueError(
         f"y has {bad} label{'s'[: bad != 1]} outside [0, {at.classes}) ({ignored}); "
-        f"the first is {y[position]} at {position}"
+        f"the first is {y[position]} at {where}"
     )
 
 
@@ -160,10 +162,9 @@ def channel(ignore_channel: Any) -> int:
 
 def smoothing(smooth: Any) -> float:
     """A finite number >= 0."""
-    try:
-        value = float(smooth)
-    except (TypeError, ValueError):
-        raise TypeError(f"smooth must be a number, got {type(smooth).__name__}") from None
+    if isinstance(smooth, (str, bytes, bool)) or not hasattr(smooth, "__float__"):
+        raise TypeError(f"smooth must be a number, got {type(smooth).__name__}")
+    value = float(smooth)
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"smooth must be finite and at least 0, got {value}")
     return value
@@ -171,11 +172,11 @@ def smoothing(smooth: Any) -> float:
 
 def reduction(name: Any) -> str:
     """One of REDUCTIONS."""
-    if name not in REDUCTIONS:
+    if not isinstance(name, str) or name not in REDUCTIONS:
         raise ValueError(
             f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {name!r}"
         )
-    return str(name)
+    return name
 
 
 def weights(weight: Any) -> np.ndarray[Any, np.dtype[np.float64]] | None:
@@ -183,7 +184,7 @@ def weights(weight: Any) -> np.ndarray[Any, np.dtype[np.float64]] | None:
     if weight is None:
         return None
     try:
-        array = np.asarray(weight, np.float64)
+        array = np.asarray(weight).astype(np.float64, casting="same_kind")
     except (TypeError, ValueError):
         raise TypeError(f"weight must be numbers, one per class, got {weight!r}") from None
     if not np.isfinite(array).all():
@@ -204,7 +205,8 @@ def check_weight(weight: Any, length: int) -> None:
 def upstream(grad_loss: Any, shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.float64]]:
     """The incoming gradient of a loss of this shape, in float64; ones for None."""
     try:
-        array = np.asarray(1.0 if grad_loss is None else grad_loss, np.float64)
+        array = np.asarray(1.0 if grad_loss is None else grad_loss)
+        array = array.astype(np.float64, casting="same_kind")
     except (TypeError, ValueError):
         raise TypeError(f"grad_loss must be numbers, got {type(grad_loss).__name__}") from None
     if array.shape not in ((), shape):

@@ -98,7 +98,9 @@ class DiceLoss(torch.nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        if weight is not None and not isinstance(weight, Tensor):
+        if isinstance(weight, Tensor):
+            spec.weights(weight.detach().double().cpu())
+        elif weight is not None:
             weight = torch.as_tensor(spec.weights(weight))
         self.register_buffer("weight", weight)
         self.ignore_channel = spec.channel(ignore_channel)

@@ -48,8 +48,8 @@ def problems(draw):
 
 def truth(x, y, options, upstream=None):
     """Value and gradient of the naive code in float64."""
-    x = torch.tensor(np.ascontiguousarray(x), dtype=torch.float64, requires_grad=True)
-    y = torch.tensor(np.ascontiguousarray(y).astype(np.int64))
+    x = torch.tensor(x.copy(order="C"), dtype=torch.float64, requires_grad=True)
+    y = torch.tensor(y.astype(np.int64, order="C"))
     value = naive.dice_loss(x, y, **options)
     upstream = torch.ones_like(value) if upstream is None else torch.as_tensor(upstream).double()
     (grad,) = torch.autograd.grad(value, x, upstream)
@@ -81,8 +81,8 @@ def test_arrays(problem, backend, num_threads):
 @given(problems(), st.sampled_from(BACKENDS))
 def test_torch(problem, backend):
     x, y, options = problem
-    logits = torch.tensor(np.ascontiguousarray(x), requires_grad=True)
-    labels = torch.tensor(np.ascontiguousarray(y))
+    logits = torch.tensor(x.copy(order="C"), requires_grad=True)
+    labels = torch.tensor(y.copy(order="C"))
     value = dice_core.torch.dice_loss(logits, labels, **options, backend=backend)
     value.sum().backward()
     assert logits.grad.stride() == logits.stride()

@@ -1,0 +1,365 @@
+"""backends: which kernels take a call, and what is said when none does."""
+
+import importlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import dice_core
+import dice_core.torch
+from dice_core import _cpu, backends, buffers, spec
+
+X, Y = np.zeros((2, 3, 4), np.float32), np.zeros((2, 4), np.uint8)
+ROWS = {row.name: row for row in backends.BUILT_IN}
+CPU = [row for row in backends.BUILT_IN if row.device == "cpu" and row.automatic]
+CPU_NAMES = [row.name for row in CPU]
+LEVELS = [row for row in CPU if row.level]
+
+
+@pytest.fixture(autouse=True)
+def nothing_asked_for(monkeypatch):
+    monkeypatch.delenv(backends.VARIABLE, raising=False)
+
+
+@pytest.fixture
+def fresh():
+    """Nothing is remembered of modules and entry points, before and after."""
+    caches = (backends._unavailable, backends._entry_points)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.fixture
+def record(monkeypatch):
+    """The names of the backends whose kernels ran, in order."""
+    ran = []
+    for row in backends.BUILT_IN:
+        if row.unavailable():
+            continue
+        for function in ("statistics", "gradient"):
+            real = getattr(row.load(), function)
+            monkeypatch.setattr(row.load(), function, recorder(row.name, real, ran))
+    return ran
+
+
+def recorder(name, real, ran):
+    def function(*args):
+        ran.append(name)
+        return real(*args)
+
+    return function
+
+
+def call(x=X, y=Y):
+    return spec.call(buffers.of(x, "x"), buffers.of(y, "y"), p=1, ignore_label=-1)
+
+
+def cuda_array(shape, typestr):
+    """Has an address that is never read."""
+    interface = {"shape": shape, "typestr": typestr, "data": (4096, False), "version": 3}
+    return SimpleNamespace(__cuda_array_interface__=interface)
+
+
+CUDA_X, CUDA_Y = cuda_array((2, 3, 4), "<f4"), cuda_array((2, 4), "|u1")
+
+
+def usable(name):
+    return not ROWS[name].unavailable()
+
+
+def message(error, function, *args, **options):
+    with pytest.raises(error) as caught:
+        function(*args, **options)
+    assert type(caught.value) is error
+    return str(caught.value)
+
+
+# ---- precedence --------------------------------------------------------------------------------
+
+
+def test_the_table_in_order():
+    assert [row.name for row in backends.table()][:5] == [
+        "cuda",
+        "cpu-avx512",
+        "cpu-avx2",
+        "cpu",
+        "reference",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argument", "variable", "expected"),
+    [
+        ("cpu", "reference", "cpu"),
+        ("reference", "cpu", "reference"),
+        (None, "cpu", "cpu"),
+        (None, "reference", "reference"),
+        (None, "", next(filter(usable, CPU_NAMES))),
+        (None, None, next(filter(usable, CPU_NAMES))),
+    ],
+)
+def test_argument_then_environment_then_first_usable(
+    monkeypatch, record, argument, variable, expected
+):
+    if variable is not None:
+        monkeypatch.setenv(backends.VARIABLE, variable)
+    dice_core.loss_and_grad(X, Y, backend=argument)
+    assert record == [expected] * 2
+
+
+def test_the_environment_is_read_at_each_call(monkeypatch, record):
+    for name in ("reference", "cpu", "reference"):
+        monkeypatch.setenv(backends.VARIABLE, name)
+        dice_core.loss(X, Y)
+    assert record == ["reference", "cpu", "reference"]
+
+
+def test_statistics_remember_the_argument(record):
+    dice_core.statistics(X, Y, backend="reference").gradient(X, Y)
+    assert record == ["reference"] * 2
+
+
+def test_torch_passes_the_argument_to_both_passes(record):
+    x = torch.zeros(2, 3, 4, requires_grad=True)
+    dice_core.torch.dice_loss(x, torch.from_numpy(Y), backend="reference").backward()
+    assert record == ["reference"] * 2
+
+
+@pytest.mark.parametrize("name", CPU_NAMES)
+def test_a_forced_level_is_the_one_that_runs(record, name):
+    if reasons := ROWS[name].unavailable():
+        pytest.skip(f"{name}: {'; '.join(reasons)}")
+    dice_core.loss_and_grad(X, Y, backend=name)
+    assert record == [name] * 2
+    levels = [ROWS[name].level] if ROWS[name].level else ["x86-64", "arm64", "generic"]
+    assert ROWS[name].load().LEVEL in levels
+
+
+def test_reference_is_never_chosen_unasked(monkeypatch):
+    alone = (ROWS["reference"],)
+    monkeypatch.setattr(backends, "BUILT_IN", alone)
+    text = message(dice_core.BackendError, dice_core.loss, X, Y)
+    assert "  reference: runs only when asked for by name" in text.splitlines()
+    dice_core.loss(X, Y, backend="reference")
+
+
+# ---- refusals ----------------------------------------------------------------------------------
+
+NAMES = "cuda, cpu-avx512, cpu-avx2, cpu, reference"
+
+
+@pytest.mark.parametrize("function", [dice_core.loss, dice_core.loss_and_grad])
+@pytest.mark.parametrize("variable", [None, "cpu"], ids=["unset", "set"])
+def test_unknown_argument(monkeypatch, function, variable):
+    if variable:
+        monkeypatch.setenv(backends.VARIABLE, variable)
+    text = message(ValueError, function, X, Y, backend="gpu")
+    assert text == f"backend=gpu names no backend; there are {NAMES}"
+
+
+def test_unknown_environment(monkeypatch):
+    monkeypatch.setenv(backends.VARIABLE, "avx2")
+    text = message(ValueError, dice_core.loss, X, Y)
+    assert text == f"DICE_CORE_BACKEND=avx2 names no backend; there are {NAMES}"
+
+
+LOGITS = "logits  float32 (2, 3, 4) on {}, strides (12, 4, 1)"
+LABELS = "labels  uint8 (2, 4) on {}, strides (4, 1)"
+LAST = "`python -m dice_core` lists every backend of this machine."
+
+
+@pytest.mark.parametrize("source", ["backend", "DICE_CORE_BACKEND"])
+def test_explicit_refusal(monkeypatch, source):
+    options = {"backend": "cpu"}
+    if source == backends.VARIABLE:
+        monkeypatch.setenv(source, options.pop("backend"))
+    text = message(dice_core.BackendError, dice_core.loss, CUDA_X, CUDA_Y, **options)
+    assert text.splitlines() == [
+        f"{source}=cpu was asked for",
+        f"    {LOGITS.format('cuda:0')}",
+        f"    {LABELS.format('cuda:0')}",
+        "    softmax, p = 1, ignore_label = -1",
+        "  cpu: reads cpu memory, and the logits are on cuda:0",
+        LAST,
+    ]
+
+
+def test_cuda_says_why_it_does_not_take_host_memory():
+    text = message(dice_core.BackendError, dice_core.loss, X, Y, backend="cuda")
+    assert LOGITS.format("cpu") in text
+    assert "  cuda: reads cuda memory, and the logits are on cpu" in text
+
+
+@pytest.mark.parametrize("function", [dice_core.loss, dice_core.loss_and_grad])
+def test_automatic_refusal_explains_every_row(monkeypatch, function):
+    no_gpu = "dice_core._gpu_of_no_installation"
+    gpu = backends.Backend("cuda", no_gpu, "cuda", "", remedy=" (a remedy)")
+    monkeypatch.setattr(backends, "BUILT_IN", (gpu, *backends.BUILT_IN[1:]))
+    lines = message(dice_core.BackendError, function, CUDA_X, CUDA_Y).splitlines()
+    assert lines[:4] == [
+        "no backend takes this call",
+        f"    {LOGITS.format('cuda:0')}",
+        f"    {LABELS.format('cuda:0')}",
+        "    softmax, p = 1, ignore_label = -1",
+    ]
+    assert lines[4] == f"  cuda: {no_gpu} is not part of this installation (a remedy)"
+    for line, name in zip(lines[5:-2], CPU_NAMES, strict=True):
+        assert line.startswith(f"  {name}: reads cpu memory, and the logits are on cuda:0")
+    assert lines[-2:] == ["  reference: runs only when asked for by name", LAST]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "out_is_x"])
+def test_half_precision_is_refused_by_the_cpu(dtype, overwrite):
+    x = torch.zeros(2, 3, 4, dtype=getattr(torch, dtype))
+    out = x if overwrite else None
+    text = message(dice_core.BackendError, dice_core.loss_and_grad, x, Y, out=out)
+    assert f"    logits  {dtype} (2, 3, 4) on cpu, strides (12, 4, 1)" in text.splitlines()
+    assert f"  cpu: takes float32 and float64 logits, not {dtype}" in text.splitlines()
+
+
+def test_more_axes_than_the_cpu_takes():
+    at = call()
+    wide = buffers.Buffer(0, (1,) * 65, (4,) * 65, "float32", 4, "cpu", False, None)
+    text = message(
+        dice_core.BackendError, backends.select, spec.Call(wide, at.labels, at.spec), "cpu"
+    )
+    assert "  cpu: takes at most 64 axes, not 65" in text.splitlines()
+
+
+# ---- modules -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def imported(monkeypatch):
+    """The modules asked for; a level's is a stand-in, which any processor runs."""
+    names = []
+    real = importlib.import_module
+    stand_ins = {row.module: SimpleNamespace(unsupported=lambda call: []) for row in LEVELS}
+
+    def import_module(name):
+        names.append(name)
+        return stand_ins[name] if name in stand_ins else real(name)
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    return names
+
+
+@pytest.mark.parametrize("name", [row.name for row in LEVELS])
+@pytest.mark.parametrize("runs", [False, True], ids=["lacks", "has"])
+def test_a_level_is_imported_only_if_the_processor_has_it(monkeypatch, fresh, imported, name, runs):
+    monkeypatch.setattr(_cpu, "processor_runs", lambda level: runs)
+    row = ROWS[name]
+    assert row.unsupported(call()) == ([] if runs else [f"needs a processor of level {row.level}"])
+    assert (row.module in imported) == runs
+
+
+@pytest.mark.parametrize("runs", [False, True], ids=["lacks", "has"])
+def test_asking_for_a_level_the_processor_lacks(monkeypatch, fresh, imported, runs):
+    monkeypatch.setattr(_cpu, "processor_runs", lambda level: runs)
+    row = ROWS["cpu-avx512"]
+    if runs:
+        assert backends.select(call(), row.name) is importlib.import_module(row.module)
+    else:
+        text = message(dice_core.BackendError, backends.select, call(), row.name)
+        assert "  cpu-avx512: needs a processor of level x86-64-v4" in text.splitlines()
+
+
+def test_the_walk_goes_past_levels_the_processor_lacks(monkeypatch, fresh, imported):
+    monkeypatch.setattr(_cpu, "processor_runs", lambda level: level == "x86-64-v3")
+    assert backends.select(call()) is importlib.import_module("dice_core._cpu_avx2")
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (None, "fake_kernels is not part of this installation; a remedy"),
+        ("import no_such_module_at_all", "needs the module no_such_module_at_all"),
+        ("raise ImportError('libfake.so: bad')", "fake_kernels does not load: libfake.so: bad"),
+        ("raise OSError('no driver')", "fake_kernels does not load: no driver"),
+    ],
+    ids=["missing", "needs_another", "import_error", "other_error"],
+)
+def test_a_module_that_does_not_load_says_so(tmp_path, monkeypatch, source, reason):
+    if source is not None:
+        (tmp_path / "fake_kernels.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    row = backends.Backend("fake", "fake_kernels", None, "", remedy="; a remedy")
+    try:
+        assert row.unavailable() == [reason]
+        assert row.unsupported(call()) == [reason]
+    finally:
+        backends._unavailable.cache_clear()
+
+
+# ---- other packages' backends ------------------------------------------------------------------
+
+PLUG_IN = """
+import numpy as np
+
+def statistics(logits, labels, sums, spec, threads):
+    np.asarray(sums)[:] = [[[1.0]], [[2.0]], [[3.0]]]
+    return 0
+
+def gradient(logits, labels, cotangent, grad, spec, threads):
+    np.asarray(grad)[:] = 5
+    return 0
+
+def unsupported(call):
+    return [] if call.logits.dtype == "float32" else ["wants float32"]
+"""
+
+
+@pytest.fixture
+def plug_in(tmp_path, monkeypatch, fresh):
+    """An installed distribution with a backend `plugged` and a broken one."""
+    meta = tmp_path / "dice_plug_in-1.0.dist-info"
+    meta.mkdir()
+    (tmp_path / "dice_plug_in_kernels.py").write_text(PLUG_IN)
+    (meta / "METADATA").write_text("Metadata-Version: 2.1\nName: dice-plug-in\nVersion: 1.0\n")
+    (meta / "entry_points.txt").write_text(
+        "[dice_core.backends]\nplugged = dice_plug_in_kernels\nbroken = dice_plug_in_missing\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_without_a_plug_in_it_is_unknown(fresh):
+    message(ValueError, dice_core.loss, X, Y, backend="plugged")
+
+
+def test_a_plug_in_is_listed_last(plug_in):
+    built_in = len(backends.BUILT_IN)
+    rows = {row.name: row for row in list(backends.table())[built_in:]}
+    assert {"plugged", "broken"} <= set(rows)
+    assert rows["plugged"].description == "from dice-plug-in"
+    assert rows["plugged"].unavailable() == []
+    assert rows["broken"].unavailable() == ["dice_plug_in_missing is not part of this installation"]
+
+
+def test_a_plug_in_runs_when_asked_for(plug_in):
+    value, grad = dice_core.loss_and_grad(X, Y, backend="plugged")
+    assert value == pytest.approx(1 - 2 / 5)
+    assert (grad == 5).all()
+    sums = dice_core.statistics(X, Y, backend="plugged")
+    assert (sums.intersection == 1).all()
+    assert (sums.target_sum == 3).all()
+
+
+def test_a_plug_in_refuses_for_itself(plug_in):
+    text = message(dice_core.BackendError, dice_core.loss, X.astype("f8"), Y, backend="plugged")
+    assert "  plugged: wants float32" in text.splitlines()
+
+
+def test_a_plug_in_is_tried_after_the_built_in_rows(plug_in, record):
+    dice_core.loss(X, Y)
+    assert record == [next(filter(usable, CPU_NAMES))]
+
+
+def test_a_plug_in_takes_what_no_built_in_row_does(plug_in, monkeypatch):
+    monkeypatch.setattr(backends, "BUILT_IN", (ROWS["reference"],))
+    assert dice_core.loss(X, Y) == pytest.approx(1 - 2 / 5)

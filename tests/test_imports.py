@@ -1,0 +1,169 @@
+"""Who imports whom in dice_core: arrows point down only, and nothing heavy comes unasked."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dice_core
+
+PACKAGE = Path(__file__).parents[1] / "dice_core"
+SOURCES = sorted(PACKAGE.glob("*.py"))
+KERNELS = sorted(PACKAGE.glob("_*.pyx"))
+
+BELOW = {"backends", "losses", "spec", "buffers", "threads"}
+ARROWS = {
+    "__init__": {"api", "torch", "backends", "threads"},
+    "__main__": {"__init__", "api", "torch", "backends", "threads"},
+    "api": BELOW,
+    "torch": BELOW,
+    "backends": {"spec", "buffers"},
+    "losses": {"spec"},
+    "spec": {"buffers"},
+    "buffers": set(),
+    "threads": set(),
+    "_reference": set(),
+}
+MODULES = {path.stem for path in (*SOURCES, *KERNELS)}
+
+
+def imports(source):
+    """The package's modules that a module of it imports, anywhere in its text."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            paths = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            inside = ["dice_core"] if node.level else []
+            module = [*inside, *(node.module or "").split(".")]
+            paths = [[*filter(None, module), alias.name] for alias in node.names]
+        else:
+            continue
+        for first, *rest in paths:
+            if first == "dice_core":
+                found.add(rest[0] if rest and rest[0] in MODULES else "__init__")
+    return found
+
+
+def pyx_imports(source):
+    """The modules that Cython text imports, as written."""
+    lines = re.findall(r"^\s*(?:from\s+(\S+)\s+c?import\b|c?import\s+(\S+))", source, re.MULTILINE)
+    return {name for pair in lines for name in pair if name}
+
+
+def of_the_package(module):
+    return module.startswith(".") or module.split(".")[0] == "dice_core"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_arrows_point_down(path):
+    assert path.stem in ARROWS, f"{path.name} has no place in the drawing of arrows yet"
+    assert imports(path.read_text()) <= ARROWS[path.stem]
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
+def test_kernels_import_nothing_of_the_package(path):
+    assert not list(filter(of_the_package, pyx_imports(path.read_text())))
+
+
+def test_every_module_of_the_drawing_is_there():
+    assert {"api", "torch", "_reference", "_cpu"} <= MODULES
+    assert set(ARROWS) <= MODULES
+
+
+def test_arrows_have_no_loop():
+    above = dict(ARROWS)
+    while leaves := {name for name, below in above.items() if not below & set(above)}:
+        for name in leaves:
+            del above[name]
+    assert not above
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from . import spec, backends", {"spec", "backends"}),
+        ("from .api import loss", {"api"}),
+        ("def f():\n    from .torch import dice_loss", {"torch"}),
+        ("if TYPE_CHECKING:\n    import dice_core.api as a", {"api"}),
+        ("from dice_core import buffers, loss", {"buffers", "__init__"}),
+        ("from dice_core.threads import resolve", {"threads"}),
+        ("import dice_core", {"__init__"}),
+        ("import numpy, torch\nfrom torch import api", set()),
+    ],
+)
+def test_the_reader_finds_imports(source, found):
+    assert imports(source) == found
+
+
+def test_the_reader_finds_what_is_forbidden():
+    assert imports("from .api import loss") - ARROWS["losses"] == {"api"}
+    assert imports("from . import api") - ARROWS["torch"] == {"api"}
+    assert imports("import dice_core.torch") - ARROWS["api"] == {"torch"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from .spec import classes",
+        "from . cimport _gpu",
+        "    import dice_core.spec",
+        "from dice_core.buffers import of",
+        "cimport dice_core",
+    ],
+)
+def test_the_reader_finds_what_is_forbidden_to_kernels(line):
+    assert any(map(of_the_package, pyx_imports(f"from libc.stdlib cimport free\n{line}\n")))
+
+
+# ---- what an import brings along ---------------------------------------------------------------
+
+HEAVY = {"torch", "numba", "cupy", "scipy", "matplotlib"}
+
+
+def modules_after(statements, cwd):
+    """The top-level modules of a new interpreter that ran the statements."""
+    show = "import sys; print(*{name.split('.')[0] for name in sys.modules})"
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", f"{statements}\n{show}"],
+        cwd=cwd,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return set(run.stdout.split())
+
+
+def test_importing_the_package_imports_numpy_and_nothing_heavier(tmp_path):
+    modules = modules_after("import dice_core", tmp_path)
+    assert {"dice_core", "numpy"} <= modules
+    assert not modules & HEAVY
+
+
+def test_using_the_package_imports_nothing_heavier(tmp_path):
+    use = (
+        "import dice_core, numpy as np\n"
+        "x, y = np.zeros((1, 2, 3), np.float32), np.zeros((1, 3), np.uint8)\n"
+        "dice_core.loss_and_grad(x, y)"
+    )
+    assert not modules_after(use, tmp_path) & HEAVY
+
+
+def test_torch_comes_when_the_attribute_is_asked_for(tmp_path):
+    use = "import dice_core\nassert dice_core.torch.__name__ == 'dice_core.torch'"
+    assert "torch" in modules_after(use, tmp_path)
+
+
+def test_dir_lists_the_public_names():
+    assert set(dice_core.__all__) <= set(dir(dice_core))
+    assert {"loss", "loss_and_grad", "statistics", "torch", "__version__"} <= set(dir(dice_core))
+    assert all(hasattr(dice_core, name) for name in dir(dice_core))
+
+
+@pytest.mark.parametrize("name", ["tensorflow", "Loss"])
+def test_unknown_attribute(name):
+    with pytest.raises(AttributeError, match=f"^module 'dice_core' has no attribute '{name}'$"):
+        getattr(dice_core, name)

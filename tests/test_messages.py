@@ -1,0 +1,562 @@
+"""What a user reads when an argument does not fit."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import dice_core
+import dice_core.torch
+
+RNG = np.random.default_rng(0)
+X = RNG.standard_normal((2, 3, 4, 5)).astype(np.float32)
+Y = RNG.integers(0, 3, (2, 4, 5)).astype(np.uint8)
+
+
+def message(error, function, *args, **options):
+    """The text of the error, of exactly this type."""
+    with pytest.raises(error) as caught:
+        function(*args, **options)
+    assert type(caught.value) is error
+    return str(caught.value)
+
+
+def torch_loss(x, y, **options):
+    return dice_core.torch.dice_loss(torch.as_tensor(x), torch.as_tensor(y), **options)
+
+
+def torch_statistics(x, y, **options):
+    return dice_core.torch.statistics(torch.as_tensor(x), torch.as_tensor(y), **options)
+
+
+def of_statistics(x, y, **options):
+    return dice_core.statistics(x, y).loss(**options)
+
+
+def gradient_of_statistics(x, y, **options):
+    return dice_core.statistics(x, y).gradient(x, y, **options)
+
+
+def module(x, y, **options):
+    return dice_core.torch.DiceLoss(**options)
+
+
+def module_call(x, y, **options):
+    return module(x, y, **options)(torch.as_tensor(x), torch.as_tensor(y))
+
+
+def named(*functions):
+    return pytest.mark.parametrize("function", functions, ids=lambda function: function.__name__)
+
+
+SUMMING = (
+    dice_core.loss,
+    dice_core.loss_and_grad,
+    dice_core.statistics,
+    torch_loss,
+    torch_statistics,
+)
+SCORING = (
+    dice_core.loss,
+    dice_core.loss_and_grad,
+    of_statistics,
+    gradient_of_statistics,
+    torch_loss,
+)
+
+
+def cases(**named_cases):
+    first = next(iter(named_cases.values()))
+    names = ("x", "y", "error", "text") if len(first) == 4 else ("options", "error", "text")
+    return pytest.mark.parametrize(names, named_cases.values(), ids=named_cases)
+
+
+# ---- shapes and dtypes -------------------------------------------------------------------------
+
+
+def zeros(*shape, dtype="float32"):
+    return np.zeros(shape, dtype)
+
+
+@named(*SUMMING)
+@cases(
+    one_axis=(
+        zeros(3),
+        zeros(3, dtype="uint8"),
+        ValueError,
+        "x must have at least two axes, (N, C, d1, d2, ...), got shape (3,)",
+    ),
+    no_channels=(
+        zeros(2, 0, 4),
+        zeros(2, 4, dtype="uint8"),
+        ValueError,
+        "x must have at least one channel, got shape (2, 0, 4)",
+    ),
+    other_space=(
+        zeros(2, 3, 4, 5),
+        zeros(2, 5, 4, dtype="uint8"),
+        ValueError,
+        "y must have shape (2, 4, 5) or (2, 1, 4, 5) for x of shape (2, 3, 4, 5), got (2, 5, 4)",
+    ),
+    other_batch=(
+        zeros(2, 3, 4),
+        zeros(1, 4, dtype="uint8"),
+        ValueError,
+        "y must have shape (2, 4) or (2, 1, 4) for x of shape (2, 3, 4), got (1, 4)",
+    ),
+    two_label_channels=(
+        zeros(2, 3, 4),
+        zeros(2, 2, 4, dtype="uint8"),
+        ValueError,
+        "y must have shape (2, 4) or (2, 1, 4) for x of shape (2, 3, 4), got (2, 2, 4)",
+    ),
+    no_spatial_axes=(
+        zeros(2, 3),
+        zeros(2, 4, dtype="uint8"),
+        ValueError,
+        "y must have shape (2,) or (2, 1) for x of shape (2, 3), got (2, 4)",
+    ),
+    onehot=(
+        zeros(2, 3, 4),
+        zeros(2, 3, 4, dtype="uint8"),
+        ValueError,
+        "y must have shape (2, 4) or (2, 1, 4) for x of shape (2, 3, 4), got (2, 3, 4); "
+        "y holds class indices: for one-hot labels pass y.argmax(1)",
+    ),
+    integer_logits=(
+        zeros(2, 3, 4, dtype="int32"),
+        zeros(2, 4, dtype="uint8"),
+        TypeError,
+        "x must hold floating-point logits (float16, bfloat16, float32, float64), got int32",
+    ),
+    complex_logits=(
+        zeros(2, 3, 4, dtype="complex64"),
+        zeros(2, 4, dtype="uint8"),
+        TypeError,
+        "x must hold floating-point logits (float16, bfloat16, float32, float64), got complex64",
+    ),
+    float_labels=(
+        zeros(2, 3, 4),
+        zeros(2, 4),
+        TypeError,
+        "y must hold integer or bool class labels, got float32; cast them to an integer dtype",
+    ),
+    complex_labels=(
+        zeros(2, 3, 4),
+        zeros(2, 4, dtype="complex64"),
+        TypeError,
+        "y must hold integer or bool class labels, got complex64",
+    ),
+)
+def test_arrays_that_do_not_fit(function, x, y, error, text):
+    assert message(error, function, x, y) == text
+
+
+@named(dice_core.loss, dice_core.loss_and_grad, dice_core.statistics)
+@pytest.mark.parametrize("name", ["x", "y"])
+def test_a_list_is_no_array(function, name):
+    arrays = {"x": X, "y": Y} | {name: [0, 1]}
+    assert message(TypeError, function, **arrays) == (
+        f"{name} must be an array (NumPy, torch, CuPy, DLPack), got list; "
+        f"lists and numbers are not converted, since that would copy"
+    )
+
+
+@named(dice_core.torch.dice_loss, dice_core.torch.statistics, dice_core.torch.DiceLoss().forward)
+@pytest.mark.parametrize("name", ["x", "y"])
+def test_torch_wants_tensors(function, name):
+    arrays = {"x": torch.as_tensor(X), "y": torch.as_tensor(Y)} | {name: X}
+    assert message(TypeError, function, **arrays) == (
+        f"{name} must be a torch tensor, got ndarray; dice_core.loss takes other arrays"
+    )
+
+
+# ---- labels ------------------------------------------------------------------------------------
+
+
+def labels(dtype, *values, first=23):
+    """Class 1 everywhere but for these values in a row; voxel 23 is (1, 0, 3)."""
+    y = np.ones((2, 4, 5), dtype)
+    y.reshape(-1)[first : first + len(values)] = values
+    return y
+
+
+MINUS_ONE, NOTHING = "-1 is ignored", "no label is ignored"
+
+
+@named(*SUMMING)
+@pytest.mark.parametrize(
+    ("y", "ignore_label", "count", "ignored", "first"),
+    [
+        (labels("uint8", 255), -1, "1 label", MINUS_ONE, 255),
+        (labels("uint8", 3, 255), 255, "1 label", "255 is ignored", 3),
+        (labels("int8", -5), None, "1 label", NOTHING, -5),
+        (labels("int8", -1, -1), None, "2 labels", NOTHING, -1),
+        (labels("int8", 127, -128), -1, "2 labels", MINUS_ONE, 127),
+        (labels("int16", -2, -1, 9), -1, "2 labels", MINUS_ONE, -2),
+        (labels("uint16", 40000), 1, "1 label", "1 is ignored", 40000),
+        (labels("int32", *[3] * 9), 0, "9 labels", "0 is ignored", 3),
+        (labels("uint32", 2**32 - 1), -1, "1 label", MINUS_ONE, 2**32 - 1),
+        (labels("int64", -(2**63)), -1, "1 label", MINUS_ONE, -(2**63)),
+        (labels("int64", 2**32), 0, "1 label", "0 is ignored", 2**32),
+        (labels("uint64", 2**63 + 1), -1, "1 label", MINUS_ONE, 2**63 + 1),
+        (labels("uint64", 2**64 - 1), -1, "1 label", MINUS_ONE, 2**64 - 1),
+        (labels("uint64", 2**64 - 1), None, "1 label", NOTHING, 2**64 - 1),
+    ],
+    ids=lambda value: value.dtype.name if isinstance(value, np.ndarray) else None,
+)
+def test_labels_out_of_range(function, y, ignore_label, count, ignored, first):
+    assert message(ValueError, function, X, y, ignore_label=ignore_label) == (
+        f"y has {count} outside [0, 3) ({ignored}); the first is {first} at (1, 0, 3)"
+    )
+
+
+def test_an_ignored_label_is_not_the_first_bad_one():
+    text = message(ValueError, dice_core.loss, X, labels("int8", -1, 7))
+    assert text.endswith("the first is 7 at (1, 0, 4)")
+
+
+@pytest.mark.parametrize(
+    ("shape", "position"),
+    [((3,), (1,)), ((3, 1), (1, 0)), ((3, 6), (1, 5)), ((3, 1, 2, 3), (1, 0, 1, 2))],
+    ids=str,
+)
+def test_the_position_is_an_index_into_y_as_given(shape, position):
+    y = np.zeros(shape, np.uint8)
+    y[position] = 9
+    space = {(3,): (), (3, 1): (), (3, 6): (6,), (3, 1, 2, 3): (2, 3)}[shape]
+    text = message(ValueError, dice_core.loss, np.zeros((3, 2, *space), np.float32), y)
+    assert text.endswith(f"the first is 9 at {position}")
+
+
+def test_a_single_channel_has_two_classes():
+    text = message(ValueError, dice_core.loss, X[:, :1], labels("uint8", 2))
+    assert text == "y has 1 label outside [0, 2) (-1 is ignored); the first is 2 at (1, 0, 3)"
+
+
+@named(*SUMMING)
+@pytest.mark.parametrize("channels", [1, 2])
+def test_bool_labels_are_always_in_range(function, channels):
+    function(X[:, :channels], Y > 0, ignore_label=None)
+
+
+def test_the_loss_leaves_x_alone_if_labels_are_bad():
+    x, y = X.copy(), labels("uint8", 9)
+    message(ValueError, dice_core.loss_and_grad, x, y, out=x)
+    np.testing.assert_array_equal(x, X)
+    np.testing.assert_array_equal(y, labels("uint8", 9))
+
+
+# ---- options -----------------------------------------------------------------------------------
+
+NAN = float("nan")
+
+
+@named(*SUMMING, module_call)
+@cases(
+    p_zero=({"p": 0}, ValueError, "p must be an integer from 1 to 2**31 - 1, got 0"),
+    p_negative=({"p": -1}, ValueError, "p must be an integer from 1 to 2**31 - 1, got -1"),
+    p_large=({"p": 2**31}, ValueError, f"p must be an integer from 1 to 2**31 - 1, got {2**31}"),
+    p_float=({"p": 1.5}, TypeError, "p must be an integer, got float"),
+    p_bool=({"p": True}, TypeError, "p must be an integer, got bool"),
+    p_text=({"p": "2"}, TypeError, "p must be an integer, got str"),
+    label_float=({"ignore_label": 1.0}, TypeError, "ignore_label must be an integer, got float"),
+    label_bool=({"ignore_label": False}, TypeError, "ignore_label must be an integer, got bool"),
+    label_text=({"ignore_label": "1"}, TypeError, "ignore_label must be an integer, got str"),
+)
+def test_options_of_the_sums(function, options, error, text):
+    assert message(error, function, X, Y, **options) == text
+
+
+@named(*SUMMING)
+@cases(
+    zero=({"num_threads": 0}, ValueError, "num_threads must be at least 1, got 0"),
+    bool=({"num_threads": True}, TypeError, "num_threads must be an integer, got bool"),
+    float=({"num_threads": 1.5}, TypeError, "num_threads must be an integer, got float"),
+)
+def test_threads(function, options, error, text):
+    assert message(error, function, X, Y, **options) == text
+
+
+REDUCTIONS = "reduction must be one of 'none', 'mean', 'sum', 'batch', got "
+NUMBERS = "weight must be numbers, one per class, got "
+
+
+@named(*SCORING, module)
+@cases(
+    smooth_negative=(
+        {"smooth": -1},
+        ValueError,
+        "smooth must be finite and at least 0, got -1.0",
+    ),
+    smooth_nan=({"smooth": NAN}, ValueError, "smooth must be finite and at least 0, got nan"),
+    smooth_inf=(
+        {"smooth": float("inf")},
+        ValueError,
+        "smooth must be finite and at least 0, got inf",
+    ),
+    smooth_text=({"smooth": "a lot"}, TypeError, "smooth must be a number, got str"),
+    smooth_none=({"smooth": None}, TypeError, "smooth must be a number, got NoneType"),
+    channel_float=(
+        {"ignore_channel": 0.0},
+        TypeError,
+        "ignore_channel must be an integer, got float",
+    ),
+    channel_bool=(
+        {"ignore_channel": True},
+        TypeError,
+        "ignore_channel must be an integer, got bool",
+    ),
+    channel_none=(
+        {"ignore_channel": None},
+        TypeError,
+        "ignore_channel must be an integer, got NoneType",
+    ),
+    reduction=({"reduction": "average"}, ValueError, REDUCTIONS + "'average'"),
+    reduction_none=({"reduction": None}, ValueError, REDUCTIONS + "None"),
+    weight_nan=(
+        {"weight": [1, NAN, 2]},
+        ValueError,
+        "weight must be finite, got [1.0, nan, 2.0]",
+    ),
+    weight_text=({"weight": "uniform"}, TypeError, NUMBERS + "'uniform'"),
+    weight_ragged=({"weight": [1, [2], 3]}, TypeError, NUMBERS + "[1, [2], 3]"),
+    weight_dict=({"weight": {0: 1}}, TypeError, NUMBERS + "{0: 1}"),
+    weight_complex=({"weight": np.array([1j])}, TypeError, NUMBERS + "array([0.+1.j])"),
+)
+def test_options_of_the_score(function, options, error, text):
+    assert message(error, function, X, Y, **options) == text
+
+
+@named(*SCORING, module_call)
+@pytest.mark.parametrize(
+    ("channels", "weight", "text"),
+    [
+        (3, [1, 2], "weight must have 3 entries, one per class, got shape (2,)"),
+        (3, [[1, 2, 3]], "weight must have 3 entries, one per class, got shape (1, 3)"),
+        (3, 1.0, "weight must have 3 entries, one per class, got shape ()"),
+        (
+            1,
+            [1],
+            "weight must have 2 entries, one per class "
+            "(one channel is two classes, background and foreground), got shape (1,)",
+        ),
+    ],
+    ids=["short", "two_axes", "number", "one_channel"],
+)
+def test_weight_of_another_shape(function, channels, weight, text):
+    assert message(ValueError, function, X[:, :channels], Y % 2, weight=weight) == text
+
+
+def test_tensor_weight_of_another_shape():
+    weight = torch.ones(2, requires_grad=True)
+    text = message(ValueError, torch_loss, X, Y, weight=weight)
+    assert text == "weight must have 3 entries, one per class, got shape (2,)"
+
+
+@named(torch_loss, torch_statistics)
+@pytest.mark.parametrize("label", [2**63, -(2**63) - 1])
+def test_torch_has_no_larger_integers(function, label):
+    text = message(ValueError, function, X, Y, ignore_label=label)
+    assert text == f"ignore_label must fit in torch's int64, got {label}"
+
+
+# ---- out and grad_loss -------------------------------------------------------------------------
+
+MEMORY = np.zeros(2 * X.size + 1, np.float32)
+IN_MEMORY = MEMORY[: X.size].reshape(X.shape)
+
+
+def readonly(a):
+    a = a.copy()
+    a.flags.writeable = False
+    return a
+
+
+def cuda_array(a):
+    """On another device, at an address that is never read."""
+    interface = {"shape": a.shape, "typestr": a.dtype.str, "data": (4096, False), "version": 3}
+    return SimpleNamespace(__cuda_array_interface__=interface)
+
+
+OUT = {
+    "list": (
+        X,
+        [0.0],
+        TypeError,
+        "out must be an array (NumPy, torch, CuPy, DLPack), got list; "
+        "lists and numbers are not converted, since that would copy",
+    ),
+    "shape": (
+        X,
+        np.empty((2, 3, 5, 4), np.float32),
+        ValueError,
+        "out must have x's shape (2, 3, 4, 5), got (2, 3, 5, 4)",
+    ),
+    "dtype": (
+        X,
+        np.empty(X.shape, np.float64),
+        ValueError,
+        "out must have x's dtype float32, got float64",
+    ),
+    "device": (
+        X,
+        cuda_array(X),
+        ValueError,
+        "out must have x's device cpu, got cuda:0",
+    ),
+    "readonly": (X, readonly(X), ValueError, "out is read-only"),
+    "partly_x": (
+        IN_MEMORY,
+        MEMORY[1 : X.size + 1].reshape(X.shape),
+        ValueError,
+        "out overlaps x; it must be x itself or lie apart from it",
+    ),
+    "x_reversed": (
+        IN_MEMORY,
+        IN_MEMORY[::-1],
+        ValueError,
+        "out overlaps x; it must be x itself or lie apart from it",
+    ),
+    "x_in_another_order": (
+        IN_MEMORY,
+        MEMORY[: X.size].reshape(X.shape, order="F"),
+        ValueError,
+        "out overlaps x; it must be x itself or lie apart from it",
+    ),
+    "itself": (
+        X,
+        np.lib.stride_tricks.as_strided(MEMORY, X.shape, (0, 80, 20, 4)),
+        ValueError,
+        "out must not share memory between its own elements (strides (0, 80, 20, 4))",
+    ),
+}
+
+
+@named(dice_core.loss_and_grad, gradient_of_statistics)
+@pytest.mark.parametrize(("x", "out", "error", "text"), OUT.values(), ids=OUT)
+def test_out_that_does_not_fit(function, x, out, error, text):
+    before = x.copy()
+    assert message(error, function, x, Y, out=out) == text
+    np.testing.assert_array_equal(x, before)
+
+
+@named(dice_core.loss_and_grad, gradient_of_statistics)
+@pytest.mark.parametrize("start", [0, 40, X.size - 1])
+def test_out_over_y(function, start):
+    out = np.zeros(X.size + Y.size, np.float32)
+    y = out.view(np.int32)[start : start + 40].reshape(Y.shape)
+    text = message(ValueError, function, X, y, out=out[: X.size].reshape(X.shape))
+    assert text == "out overlaps y"
+    assert not out.any()
+
+
+def test_out_may_be_x_or_interleaved_with_it():
+    _, expected = dice_core.loss_and_grad(X, Y)
+    both = np.stack([X, X], -1)
+    for x, out in ((both[..., 0], both[..., 1]), (both[..., 0], both[..., 0])):
+        _, given = dice_core.loss_and_grad(x, Y, out=out)
+        assert given is out
+        np.testing.assert_array_equal(out, expected)
+
+
+@named(dice_core.loss_and_grad, gradient_of_statistics)
+@cases(
+    vector=(
+        {"grad_loss": [1, 2]},
+        ValueError,
+        "grad_loss must have the loss's shape (), got (2,)",
+    ),
+    too_long=(
+        {"grad_loss": [1, 2, 3], "reduction": "none"},
+        ValueError,
+        "grad_loss must have the loss's shape (2,), got (3,)",
+    ),
+    text=({"grad_loss": "one"}, TypeError, "grad_loss must be numbers, got str"),
+    complex=({"grad_loss": np.array(1j)}, TypeError, "grad_loss must be numbers, got ndarray"),
+)
+def test_grad_loss(function, options, error, text):
+    assert message(error, function, X, Y, **options) == text
+
+
+# ---- devices and autograd ----------------------------------------------------------------------
+
+
+@named(dice_core.loss, dice_core.loss_and_grad, dice_core.statistics)
+@pytest.mark.parametrize(
+    ("x", "y", "text"),
+    [
+        (cuda_array(X), Y, "x is on cuda:0 but y is on cpu"),
+        (X, cuda_array(Y), "x is on cpu but y is on cuda:0"),
+    ],
+    ids=["x", "y"],
+)
+def test_arrays_on_different_devices(function, x, y, text):
+    assert message(ValueError, function, x, y) == text
+
+
+@named(dice_core.loss, dice_core.loss_and_grad, dice_core.statistics)
+def test_plain_values_of_tensors_that_require_grad(function):
+    x = torch.from_numpy(X.copy()).requires_grad_()
+    assert message(TypeError, function, x, Y) == (
+        "x requires grad, and dice_core.loss and its like give plain values: "
+        "use dice_core.torch.dice_loss, or pass x.detach()"
+    )
+    function(x.detach(), Y)
+
+
+def test_second_derivative():
+    x = torch.zeros(1, 2, 3, requires_grad=True)
+    loss = dice_core.torch.dice_loss(x, torch.zeros(1, 3, dtype=torch.uint8))
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    text = message(RuntimeError, grad.sum().backward)
+    assert text == "dice_core computes first derivatives only: it cannot be differentiated twice"
+
+
+# ---- statistics of several tiles ---------------------------------------------------------------
+
+SUMS = "softmax, p = {}, ignore_label = {}"
+
+
+@pytest.mark.parametrize(
+    ("other", "text"),
+    [
+        (dice_core.statistics(X, Y, p=2), f"{SUMS.format(1, -1)} and {SUMS.format(2, -1)}"),
+        (
+            dice_core.statistics(X, Y, ignore_label=None),
+            f"{SUMS.format(1, -1)} and {SUMS.format(1, None)}",
+        ),
+        (dice_core.statistics(X.astype("f8"), Y), "float32 and float64"),
+        (dice_core.statistics(X[:1], Y[:1]), "(2, 3) and (1, 3)"),
+        (dice_core.statistics(X[:, :2], Y % 2), "(2, 3) and (2, 2)"),
+    ],
+    ids=["p", "ignore_label", "dtype", "samples", "classes"],
+)
+def test_statistics_that_do_not_add(other, text):
+    given = message(ValueError, dice_core.statistics(X, Y).__add__, other)
+    assert given == f"statistics of different calls do not add: {text}"
+
+
+def test_statistics_add_to_nothing_else():
+    with pytest.raises(TypeError, match="unsupported operand"):
+        dice_core.statistics(X, Y) + 1
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "parts"),
+    [
+        (X[:1], Y[:1], ["(3, 1, 3)", "(3, 2, 3)"]),
+        (X[:, :2], Y % 2, ["(3, 2, 2)", "(3, 2, 3)"]),
+        (X[:, :1], Y % 2, ["sigmoid", "softmax"]),
+        (X.astype("f8"), Y, ["float64", "float32"]),
+    ],
+    ids=["samples", "classes", "activation", "dtype"],
+)
+def test_a_tile_that_does_not_fit(x, y, parts):
+    text = message(ValueError, dice_core.statistics(X, Y).gradient, x, y)
+    found, expected = text.split(", not ")
+    assert found.startswith("x is not a tile of these statistics: ")
+    assert parts[0] in found
+    assert parts[1] in expected
+    assert "Spec(" not in text
