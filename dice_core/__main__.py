@@ -20,6 +20,8 @@ PACKAGES = ("numpy", "torch", "numba", "numba-cuda", "cupy")
 
 def report() -> dict[str, Any]:
     """What this installation can do on this machine."""
+    cpu = _cpu()
+    parallel = cpu is not None and cpu["openmp"]
     return {
         "dice_core": dice_core.__version__,
         "backends": {
@@ -27,9 +29,9 @@ def report() -> dict[str, Any]:
             for row in backends.table()
         },
         backends.VARIABLE: os.environ.get(backends.VARIABLE),
-        "cpu": _cpu(),
+        "cpu": cpu,
         "threads": {
-            "default": threads.resolve(None),
+            "default": threads.resolve(None) if parallel else 1,
             "available_cores": threads.available_cores(),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
         },

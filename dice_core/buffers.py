@@ -36,7 +36,8 @@ class Buffer:
             "shape": self.shape,
             "strides": self.strides,
             "typestr": np.dtype(self.dtype).str,
-            "data": (self.address, self.readonly),
+            # NumPy before 2.4 takes no address 0, which an empty array has.
+            "data": (self.address or self.itemsize, self.readonly),
         }
 
     def without_axis(self, axis: int) -> Buffer:
@@ -93,7 +94,7 @@ def empty_like(array: Any, name: str) -> Any:
 
 def may_overlap(a: Buffer, b: Buffer) -> bool:
     """Whether the two share memory; True as well where that would take long to find out."""
-    if a.device != b.device or not _size(a) or not _size(b):
+    if a.device != b.device or 0 in a.shape or 0 in b.shape:
         return False
     if a.device != "cpu":
         (a_low, a_high), (b_low, b_high) = _bounds(a), _bounds(b)
@@ -107,6 +108,8 @@ def may_overlap(a: Buffer, b: Buffer) -> bool:
 
 def may_overlap_itself(a: Buffer) -> bool:
     """Whether two elements may lie at one address, as in a broadcast array."""
+    if 0 in a.shape:
+        return False
     axes = sorted((abs(step), n) for step, n in zip(a.strides, a.shape, strict=True) if n > 1)
     spans = [a.itemsize]
     for step, n in axes:
@@ -117,10 +120,6 @@ def may_overlap_itself(a: Buffer) -> bool:
 def _bytes(a: Buffer) -> Any:
     """Memory of any dtype, for NumPy, which lacks some."""
     return np.asarray(replace(a, dtype=f"V{a.itemsize}"))
-
-
-def _size(a: Buffer) -> int:
-    return 0 if 0 in a.shape else 1
 
 
 def _bounds(a: Buffer) -> tuple[int, int]:

@@ -177,6 +177,7 @@ def test_no_voxels():
     value, grad = dice_core.loss_and_grad(x, y)
     assert value == 0
     assert grad.shape == x.shape
+    assert dice_core.loss_and_grad(x, y, out=grad)[1] is grad
 
 
 def test_every_voxel_ignored():
