@@ -19,19 +19,13 @@ def statistics(x, y, *, ignore_label=-1, p=1):
     return (s * t).sum(2), (s**p).sum(2), t.sum(2)
 
 
-def dice_loss(
-    x,
-    y,
-    *,
-    weight=None,
-    ignore_channel=-1,
-    ignore_label=-1,
-    smooth=0.0,
-    p=1,
-    reduction="mean",
-):
+def dice_loss(x, y, *, ignore_label=-1, p=1, **options):
     """The loss exactly as the documentation states it."""
-    i, q, t = statistics(x, y, ignore_label=ignore_label, p=p)
+    return dice_of(*statistics(x, y, ignore_label=ignore_label, p=p), **options)
+
+
+def dice_of(i, q, t, *, weight=None, ignore_channel=-1, smooth=0.0, reduction="mean"):
+    """The loss of the sums."""
     if reduction == "batch":
         i, q, t = i.sum(0, keepdim=True), q.sum(0, keepdim=True), t.sum(0, keepdim=True)
     classes = i.shape[1]
