@@ -247,20 +247,27 @@ cdef inline const real *power_row(const real *row, Py_ssize_t p, real *out, real
     return out
 
 
+cdef inline int32_t class_of(label_t k, bint has_ignore, label_t ignore, uint64_t classes) noexcept nogil:
+    """The class index; -1 for the ignored label, -2 for one out of range."""
+    cdef int32_t c = <int32_t>k if <uint64_t>k < classes else -2
+    return -1 if has_ignore and k == ignore else c
+
+
 cdef Py_ssize_t load_label_row(
     const label_t *y, Py_ssize_t stride, Py_ssize_t n, const Problem *q, int32_t *out
 ) noexcept nogil:
-    """Class indices of n labels; -1 where ignored or out of range. Returns how many were out of range."""
-    cdef Py_ssize_t v, bad = 0
-    cdef label_t k, ignore = <label_t>q.ignore
-    cdef bint inside, ignored
-    for v in range(n):
-        k = (<const label_t *>(<const char *>y + v * stride))[0]
-        ignored = q.has_ignore and k == ignore
-        inside = <uint64_t>k < <uint64_t>q.classes
-        out[v] = <int32_t>k if inside and not ignored else -1
-        bad += not inside and not ignored
-    return bad
+    """Class indices of n labels, negative where they do not count. Returns how many were out of range."""
+    cdef Py_ssize_t v
+    cdef label_t ignore = <label_t>q.ignore
+    cdef uint64_t classes = q.classes
+    cdef bint has_ignore = q.has_ignore
+    if stride == sizeof(label_t):
+        for v in range(n):
+            out[v] = class_of(y[v], has_ignore, ignore, classes)
+    else:
+        for v in range(n):
+            out[v] = class_of((<const label_t *>(<const char *>y + v * stride))[0], has_ignore, ignore, classes)
+    return count_of_class(out, -2, n)
 
 
 cdef Py_ssize_t load_labels(
@@ -313,7 +320,20 @@ cdef inline Py_ssize_t padded(Py_ssize_t n) noexcept nogil:
     return (n + LANES - 1) // LANES * LANES
 
 
-cdef Py_ssize_t softmax_tile(
+cdef inline void sigmoid_row(real *x, const int32_t *label, real *background, Py_ssize_t n) noexcept nogil:
+    """Scores of a single channel: the foreground's over its logits, the background's beside them."""
+    cdef Py_ssize_t v
+    cdef real e, larger, smaller
+    for v in range(n):
+        e = exp_of_nonpositive[real](-x[v] if x[v] > 0 else x[v])
+        larger = 1 / (1 + e)
+        larger = larger if label[v] >= 0 else 0
+        smaller = e * larger if label[v] >= 0 else 0
+        background[v] = smaller if x[v] > 0 else larger
+        x[v] = larger if x[v] > 0 else smaller
+
+
+cdef Py_ssize_t score_tile(
     const Problem *q, Py_ssize_t sample, Py_ssize_t first, Py_ssize_t n, const Tile *t, real *s
 ) noexcept nogil:
     """Fills t.label and the scores s of n voxels; rows are padded with ignored voxels. Returns how many bad labels."""
@@ -323,7 +343,7 @@ cdef Py_ssize_t softmax_tile(
     cdef Py_ssize_t y_stride = q.axes.labels[q.axes.count - 1]
     cdef real largest = <real>3.4028234663852886e38 if real is float else <real>1.7976931348623157e308
     cdef Py_ssize_t done, run, c, v, bad = 0
-    cdef Py_ssize_t extra = q.classes - q.channels  # the background of a single channel has logit 0
+    cdef Py_ssize_t extra = q.classes - q.channels  # row 0 is the background of a single channel
     cdef real *top = <real *>t.row0
     cdef real *scale = <real *>t.row1
     cdef int32_t *label = t.label
@@ -340,10 +360,6 @@ cdef Py_ssize_t softmax_tile(
         source_row = q.logits_c
         bad = load_labels(y + at.labels, y_stride, n, q, label)
     else:
-        for c in range(extra):
-            to = s + c * q.tile
-            for v in range(n):
-                to[v] = 0
         done = 0
         while True:
             run = min(at.run, n - done)
@@ -357,6 +373,15 @@ cdef Py_ssize_t softmax_tile(
             if done == n:
                 break
             at = locate(&q.axes, first + done)
+
+    for v in range(n, padded(n)):
+        label[v] = -1
+    if extra:
+        sigmoid_row(s + q.tile, label, s, n)
+        for c in range(2):
+            for v in range(n, padded(n)):
+                s[c * q.tile + v] = 0
+        return bad
 
     row = <const real *>source
     for v in range(n):
@@ -383,8 +408,6 @@ cdef Py_ssize_t softmax_tile(
     for v in range(n):
         scale[v] = 1 / scale[v] if label[v] >= 0 else 0
 
-    for v in range(n, padded(n)):
-        label[v] = -1
     for c in range(q.classes):
         to = s + c * q.tile
         for v in range(n):
@@ -409,7 +432,7 @@ cdef Py_ssize_t sum_chunk(
     while first < stop:
         n = min(q.tile, stop - first)
         m = padded(n)
-        bad += softmax_tile(q, sample, first, n, t, s)
+        bad += score_tile(q, sample, first, n, t, s)
         for c in range(C):
             row = s + c * q.tile
             sums[c] += sum_row(class_row(row, t.label, <int32_t>c, <real *>t.row0, m), m)
@@ -444,7 +467,7 @@ cdef Py_ssize_t grad_chunk(
     while first < stop:
         n = min(q.tile, stop - first)
         m = padded(n)
-        bad += softmax_tile(q, sample, first, n, t, s)
+        bad += score_tile(q, sample, first, n, t, s)
         for v in range(m):
             dot[v] = 0
         slope = <real *>t.row1

@@ -188,7 +188,7 @@ def _statistics_grad(
     """The gradient for x of sum(cotangent * statistics)."""
     at = spec.call(buffers.of(x, "x"), buffers.of(y, "y"), p=p, ignore_label=ignore_label)
     cotangent = cotangent.contiguous()
-    grad = torch.empty_like(x)
+    grad: Tensor = buffers.empty_like(x, "x")
     backends.gradient(
         at,
         buffers.of(cotangent, "cotangent"),

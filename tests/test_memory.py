@@ -1,14 +1,18 @@
 """Peak memory: the gradient and nothing else of image size."""
 
+import mmap
 import subprocess
 import sys
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from compare import kernel_rows
 
 import dice_core
+from dice_core import buffers
 
 SHAPE = (2, 5, 64, 64, 64)
 SMALL = 1 << 18  # bytes: sums, cotangents, Python's own
@@ -75,3 +79,20 @@ def test_torch_step_grows_by_one_gradient(shape):
     )
     growth = float(done.stdout)
     assert 0.9 < growth < 1.05, f"the step grew by {growth:.2f} times the logits"
+
+
+def test_large_fresh_gradients_are_advised_huge_pages(monkeypatch):
+    """The whole 2 MiB pages inside a fresh torch gradient, and nothing of small ones."""
+    advised = []
+    libc = SimpleNamespace(madvise=lambda address, size, advice: advised.append((address, size)))
+    monkeypatch.setattr(buffers, "_libc", lambda: libc)
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 14, raising=False)
+    small = buffers.empty_like(torch.empty(1000), "x")
+    assert small.shape == (1000,)
+    assert not advised
+    large = buffers.empty_like(torch.empty(3 << 20), "x")  # 12 MiB
+    ((address, size),) = advised
+    first, stop = address.value, address.value + size.value
+    assert first % (2 << 20) == stop % (2 << 20) == 0
+    assert large.data_ptr() <= first < stop <= large.data_ptr() + large.nbytes
+    assert size.value >= 8 << 20
