@@ -88,19 +88,16 @@ BUILT_IN = (
 
 
 def table() -> Iterator[Backend]:
-    """Every backend in the order in which they are tried, other packages' after the built-in
-    ones.
-    """
+    """Every backend in the order in which they are tried, those of other packages last."""
     yield from BUILT_IN
     yield from _entry_points()
 
 
 def select(call: Call, name: str | None = None) -> Any:
-    """The kernel module for a call: `name`, else the environment's DICE_CORE_BACKEND, else the
-    first that takes it.
+    """The kernel module for a call: `name`, else DICE_CORE_BACKEND's, else the first to take it.
 
-    Raises ValueError for a name that is not in the table and BackendError where the one asked for,
-    or every one, refuses.
+    Raises ValueError for a name that is not in the table, BackendError where the one asked for, or
+    every one, refuses.
     """
     asked_by = "backend="
     if name is None:

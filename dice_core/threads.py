@@ -27,9 +27,7 @@ def resolve(num_threads: int | None) -> int:
 
 
 def available_cores() -> int:
-    """Cores this process may use: its affinity mask, bounded by its control group's quota, rounded
-    up.
-    """
+    """Cores this process may use: its affinity mask, bounded by its control group's quota."""
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
@@ -48,21 +46,14 @@ def _from_environment() -> int | None:
 def _cgroup_quota(
     root: Path = Path("/sys/fs/cgroup"), proc: Path = Path("/proc/self/cgroup")
 ) -> float | None:
-    """The smallest CPU quota, in cores, of this process's control group and those above it (v2,
-    then v1).
-    """
-    quotas = []
-    for group in _groups(proc, controller=""):
-        quotas.append(_quota_v2(root / group))
-    for group in _groups(proc, controller="cpu"):
-        quotas.append(_quota_v1(root / "cpu" / group))
+    """The smallest CPU quota, in cores, of this process's control group and those above it."""
+    quotas = [_quota_v2(root / group) for group in _groups(proc, controller="")]
+    quotas += [_quota_v1(root / "cpu" / group) for group in _groups(proc, controller="cpu")]
     return min((quota for quota in quotas if quota), default=None)
 
 
 def _groups(proc: Path, controller: str) -> list[Path]:
-    """This process's group in a hierarchy and those above it, relative to the mount; the root
-    itself last.
-    """
+    """The process's group in a hierarchy, relative to its mount, and those above it."""
     try:
         lines = proc.read_text().splitlines()
     except OSError:
