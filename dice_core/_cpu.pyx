@@ -5,12 +5,13 @@
 Design
 ------
 1. Summed, per sample and class over the counted voxels: I = sum s_c [y=c], P = sum s_c^p, Y = sum [y=c] with
-   s = softmax(x); one channel is the two-class softmax of (0, x). The gradient is the vector-Jacobian product of the sums.
-2. Precision: voxel arithmetic in the logits' dtype, sums over one tile (at most 1024 voxels) too, everything above in float64.
+   s = softmax(x); one channel scores two classes, (1 - sigmoid(x), sigmoid(x)). The gradient is the vector-Jacobian
+   product of the sums.
+2. Precision: voxel arithmetic in the logits' dtype, sums over one tile (at most 1024 voxels) too, all else in float64.
 3. A chunk is a fixed run of a sample's voxels, its length a function of shape alone; a thread owns whole chunks.
 4. Chunks are added in order after the parallel loop: the same bits for any number of threads.
-5. Any strides: voxels are visited along the logits' strides, axes merged where memory allows. A tile with unit stride is
-   read where it lies, any other is gathered into scratch; gradients are stored the same two ways.
+5. Any strides: voxels are visited along the logits' strides, axes merged where memory allows. Tiles with unit stride
+   are read where they lie, others are gathered into scratch; gradients are stored the same two ways.
 6. A tile is read whole before its gradient is written, so the gradient may overwrite the logits.
 7. Ignored voxels are selected away, never multiplied by zero: their NaN and infinities cannot leak.
 8. Never allocated: anything of image size. Scratch is one tile per thread, partial sums are 3 C numbers per chunk.
@@ -96,6 +97,7 @@ cdef enum:
     TILE_SCORES = 8192  # most scores of a tile, so that it stays in the first two cache levels
     CHUNK_SCORES = 65536
     MAX_CHUNKS = 256
+    CACHE_LINE = 64
 
 ctypedef fused real:
     float
@@ -158,7 +160,7 @@ cdef struct Tile:
 # ---- one number ------------------------------------------------------------------------------------------------------
 
 cdef inline real exp_of_nonpositive(real x) noexcept nogil:
-    """exp(x) for x <= 0 within 2 ulp: 2^n e^r, |r| <= ln(2)/2; 0 below the smallest normal number; NaN for NaN."""
+    """exp(x) for x <= 0 within 1.2 ulp: 2^n e^r, |r| <= ln(2)/2; 0 below the smallest normal number; NaN for NaN."""
     cdef real t, n, r, y
     if real is float:
         t = x * <float>1.4426950408889634 + <float>12582912.0
@@ -516,6 +518,11 @@ cdef Py_ssize_t grad_chunk(
 
 # ---- the whole problem -----------------------------------------------------------------------------------------------
 
+cdef inline Py_ssize_t cache_lines(Py_ssize_t size) noexcept nogil:
+    """Bytes, or an address, rounded up to whole cache lines, so that threads share none."""
+    return (size + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
+
+
 cdef class Scratch:
     """One Tile per thread; raises MemoryError before the parallel region, where nothing could."""
 
@@ -531,23 +538,24 @@ cdef class Scratch:
         free(self.tiles)
 
     cdef int allocate(self, const Problem *q, Py_ssize_t threads) except -1:
-        cdef Py_ssize_t size = 4 if q.single else 8
-        cdef Py_ssize_t row = (q.tile * size + 63) // 64 * 64
-        cdef Py_ssize_t each = (q.classes * q.tile * size + 63) // 64 * 64 + 3 * row + (q.tile * 4 + 63) // 64 * 64
+        cdef Py_ssize_t size = sizeof(float) if q.single else sizeof(double)
+        cdef Py_ssize_t scores = cache_lines(q.classes * q.tile * size)
+        cdef Py_ssize_t row = cache_lines(q.tile * size)
+        cdef Py_ssize_t labels = cache_lines(q.tile * sizeof(int32_t))
         cdef Py_ssize_t i
         cdef char *at
-        self.memory = <char *>malloc(threads * each + 64)
+        self.memory = <char *>malloc(threads * (scores + 3 * row + labels) + CACHE_LINE)
         self.tiles = <Tile *>malloc(threads * sizeof(Tile))
         if self.memory == NULL or self.tiles == NULL:
             raise MemoryError
-        at = self.memory + (64 - <uintptr_t>self.memory % 64)
+        at = <char *>cache_lines(<uintptr_t>self.memory)
         for i in range(threads):
             self.tiles[i].scores = at
-            self.tiles[i].row0 = at + each - 3 * row - (q.tile * 4 + 63) // 64 * 64
-            self.tiles[i].row1 = self.tiles[i].row0 + row
-            self.tiles[i].row2 = self.tiles[i].row1 + row
-            self.tiles[i].label = <int32_t *>(self.tiles[i].row2 + row)
-            at += each
+            self.tiles[i].row0 = at + scores
+            self.tiles[i].row1 = at + scores + row
+            self.tiles[i].row2 = at + scores + 2 * row
+            self.tiles[i].label = <int32_t *>(at + scores + 3 * row)
+            at += scores + 3 * row + labels
         return 0
 
 

@@ -53,7 +53,7 @@ class Call:
     @property
     def sums_shape(self) -> tuple[int, int, int]:
         """(K, N, C) of the statistics."""
-        return len(STATISTICS), self.logits.shape[0], self.classes
+        return sums_shape(self.logits.shape)
 
     def __str__(self) -> str:
         return f"logits  {self.logits}\nlabels  {self.labels}\n{self.spec}"
@@ -62,6 +62,11 @@ class Call:
 def classes(channels: int) -> int:
     """How many classes so many channels score: one is two, background and foreground."""
     return max(2, channels)
+
+
+def sums_shape(x: Sequence[int]) -> tuple[int, int, int]:
+    """(K, N, C) of the statistics of logits (N, channels, *)."""
+    return len(STATISTICS), x[0], classes(x[1])
 
 
 def call(logits: Buffer, labels: Buffer, *, p: Any, ignore_label: Any) -> Call:
@@ -164,7 +169,10 @@ def smoothing(smooth: Any) -> float:
     """A finite number >= 0."""
     if isinstance(smooth, (str, bytes, bool)) or not hasattr(smooth, "__float__"):
         raise TypeError(f"smooth must be a number, got {type(smooth).__name__}")
-    value = float(smooth)
+    try:
+        value = float(smooth)
+    except OverflowError:  # an int beyond any float
+        value = math.inf
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"smooth must be finite and at least 0, got {value}")
     return value

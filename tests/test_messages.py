@@ -296,6 +296,11 @@ NUMBERS = "weight must be numbers, one per class, got "
         ValueError,
         "smooth must be finite and at least 0, got inf",
     ),
+    smooth_huge=(
+        {"smooth": 10**400},
+        ValueError,
+        "smooth must be finite and at least 0, got inf",
+    ),
     smooth_text=({"smooth": "a lot"}, TypeError, "smooth must be a number, got str"),
     smooth_none=({"smooth": None}, TypeError, "smooth must be a number, got NoneType"),
     channel_float=(
