@@ -1,0 +1,213 @@
+/* Vectors for _cpu.pyx: `floats` and `doubles`, as wide as the level that is compiled, 64, 32 or 16 bytes, or single
+   numbers where the compiler has no vectors. Their + - * / are C's own; here is what C lacks. A mask is a vector
+   whose lanes have all bits set or none. */
+#ifndef DICE_VECTORS_H
+#define DICE_VECTORS_H
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#if (defined(__GNUC__) || defined(__clang__)) && !defined(DICE_SINGLE_LANES)
+#define INLINE static inline __attribute__((always_inline, unused))
+#define PREFETCH(p) __builtin_prefetch(p)
+#define MASK(condition) (condition)
+#define CONVERT(v, type) __builtin_convertvector(v, type)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define BYTES 64
+#define SIMD(op) _mm512_##op
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define BYTES 32
+#define SIMD(op) _mm256_##op
+#else
+#define BYTES 16
+#if defined(__x86_64__)
+#define SIMD(op) _mm_##op
+#endif
+#endif
+typedef float floats __attribute__((vector_size(BYTES)));
+typedef int32_t ints __attribute__((vector_size(BYTES)));
+typedef uint32_t words __attribute__((vector_size(BYTES)));
+typedef uint16_t halves __attribute__((vector_size(BYTES / 2)));
+typedef double doubles __attribute__((vector_size(BYTES)));
+typedef int64_t longs __attribute__((vector_size(BYTES)));
+enum { VECTORS = 64 / BYTES }; /* of a cache line */
+#else
+#define INLINE static inline
+#define PREFETCH(p) ((void)(p))
+#define MASK(condition) (-(condition))
+#define CONVERT(v, type) ((type)(v))
+typedef float floats;
+typedef int32_t ints;
+typedef uint32_t words;
+typedef uint16_t halves;
+typedef double doubles;
+typedef int64_t longs;
+enum { VECTORS = 4 };
+#endif
+
+/* Vectors by what they are in memory. */
+typedef floats f16;
+typedef floats bf16;
+typedef floats f32;
+typedef doubles f64;
+
+#if defined(SIMD)
+INLINE floats max_floats(floats a, floats b) { return (floats)SIMD(max_ps)(a, b); }
+INLINE floats min_floats(floats a, floats b) { return (floats)SIMD(min_ps)(a, b); }
+INLINE doubles max_doubles(doubles a, doubles b) { return (doubles)SIMD(max_pd)(a, b); }
+INLINE doubles min_doubles(doubles a, doubles b) { return (doubles)SIMD(min_pd)(a, b); }
+#elif defined(__aarch64__) && !defined(DICE_SINGLE_LANES)
+INLINE floats max_floats(floats a, floats b) { return vmaxq_f32(a, b); }
+INLINE floats min_floats(floats a, floats b) { return vminq_f32(a, b); }
+INLINE doubles max_doubles(doubles a, doubles b) { return vmaxq_f64(a, b); }
+INLINE doubles min_doubles(doubles a, doubles b) { return vminq_f64(a, b); }
+#else
+#define OWN_MAXIMUM
+#endif
+
+#define DEFINE(vec, number, bits, unsigned_bits, mantissa_bits)                                         \
+    INLINE bits bits_of_##vec(vec v) { bits b; memcpy(&b, &v, sizeof b); return b; }                                   \
+    INLINE vec vec_of_##bits(bits b) { vec v; memcpy(&v, &b, sizeof v); return v; }                                    \
+    INLINE vec load_##vec(const void *p) { vec v; memcpy(&v, p, sizeof v); return v; }                                 \
+    INLINE void store_##vec(void *p, vec v) { memcpy(p, &v, sizeof v); }                                               \
+    INLINE vec spread_##vec(number x) { return x - (vec){0}; }                                                         \
+    INLINE vec equal_##vec(vec a, vec b) { return vec_of_##bits((bits)MASK(a == b)); }                                 \
+    INLINE vec less_##vec(vec a, vec b) { return vec_of_##bits((bits)MASK(a < b)); }                                   \
+    INLINE vec where_##vec(vec mask, vec v) { return vec_of_##bits(bits_of_##vec(mask) & bits_of_##vec(v)); }          \
+    INLINE vec unless_##vec(vec mask, vec v) { return vec_of_##bits(~bits_of_##vec(mask) & bits_of_##vec(v)); }        \
+    /* A number's lowest bits as exponent bits. */                                                                     \
+    INLINE vec exponent_##vec(vec v) {                                                                                 \
+        return vec_of_##bits((bits)((unsigned_bits)bits_of_##vec(v) << mantissa_bits));                                \
+    }                                                                                                                  \
+    INLINE vec tally_##vec(vec count, vec mask) { return vec_of_##bits(bits_of_##vec(count) - bits_of_##vec(mask)); }
+
+typedef words unsigned_of_floats;
+#if defined(BYTES)
+typedef uint64_t unsigned_of_doubles __attribute__((vector_size(BYTES)));
+#else
+typedef uint64_t unsigned_of_doubles;
+#endif
+DEFINE(floats, float, ints, unsigned_of_floats, 23)
+DEFINE(doubles, double, longs, unsigned_of_doubles, 52)
+#undef DEFINE
+
+INLINE floats larger_magnitude_floats(floats a, floats b) {
+    ints x = bits_of_floats(a), y = bits_of_floats(b) & 0x7fffffff;
+#if BYTES == 32
+    return (floats)_mm256_max_epi32((__m256i)x, (__m256i)y);
+#else
+    ints larger = (ints)MASK(x > y);
+    return vec_of_ints((x & larger) | (y & ~larger));
+#endif
+}
+INLINE doubles larger_magnitude_doubles(doubles a, doubles b) {
+    longs x = bits_of_doubles(a), y = bits_of_doubles(b) & 0x7fffffffffffffff, larger = (longs)MASK(x > y);
+    return vec_of_longs((x & larger) | (y & ~larger));
+}
+INLINE int any_above_floats(floats a, float bound) {
+#if BYTES == 32
+    return !!_mm256_movemask_ps(_mm256_cmp_ps(a, spread_floats(bound), _CMP_NLE_UQ));
+#else
+    float lanes[sizeof(floats) / sizeof(float)];
+    int any = 0;
+    memcpy(lanes, &a, sizeof a);
+    for (unsigned k = 0; k < sizeof(floats) / sizeof(float); k++) any |= !(lanes[k] <= bound);
+    return any;
+#endif
+}
+INLINE int any_above_doubles(doubles a, double bound) {
+#if BYTES == 32
+    return !!_mm256_movemask_pd(_mm256_cmp_pd(a, spread_doubles(bound), _CMP_NLE_UQ));
+#else
+    double lanes[sizeof(doubles) / sizeof(double)];
+    int any = 0;
+    memcpy(lanes, &a, sizeof a);
+    for (unsigned k = 0; k < sizeof(doubles) / sizeof(double); k++) any |= !(lanes[k] <= bound);
+    return any;
+#endif
+}
+
+#if defined(OWN_MAXIMUM)
+#define DEFINE(vec)                                                                                                    \
+    INLINE vec pick_##vec(vec m, vec a, vec b) { return where_##vec(m, a) + unless_##vec(m, b); }                      \
+    INLINE vec max_##vec(vec a, vec b) { return pick_##vec(less_##vec(b, a), a, b); }                                  \
+    INLINE vec min_##vec(vec a, vec b) { return pick_##vec(less_##vec(a, b), a, b); }
+DEFINE(floats)
+DEFINE(doubles)
+#undef DEFINE
+#endif
+
+/* ---- half precision: 16 bits in memory, floats in registers, rounded to nearest even ---- */
+
+INLINE floats pick(words mask, words a, words b) { return vec_of_ints((ints)((a & mask) | (b & ~mask))); }
+
+INLINE floats load_bf16(const void *p) {
+    halves h;
+    memcpy(&h, p, sizeof h);
+    return vec_of_ints((ints)(CONVERT(h, words) << 16));
+}
+
+INLINE void store_bf16(void *p, floats v) {
+    words b = (words)bits_of_floats(v);
+    words rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+    words nan = (words)bits_of_floats(equal_floats(v, v));
+    halves h = CONVERT((rounded & nan) | (0x7fc0 & ~nan), halves);
+    memcpy(p, &h, sizeof h);
+}
+
+#if defined(SIMD) && defined(__F16C__)
+INLINE floats load_f16(const void *p) {
+    halves h;
+    memcpy(&h, p, sizeof h);
+#if BYTES == 64
+    return (floats)_mm512_cvtph_ps((__m256i)h);
+#else
+    return (floats)_mm256_cvtph_ps((__m128i)h);
+#endif
+}
+
+INLINE void store_f16(void *p, floats v) {
+#if BYTES == 64
+    halves h = (halves)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    halves h = (halves)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+#endif
+    memcpy(p, &h, sizeof h);
+}
+#else
+INLINE floats load_f16(const void *p) {
+    halves h;
+    memcpy(&h, p, sizeof h);
+    words w = CONVERT(h, words);
+    words magnitude = w & 0x7fff;
+    /* As float bits the exponent is 112 too small, for subnormal numbers too; infinity and NaN keep theirs full. */
+    floats v = vec_of_ints((ints)(magnitude << 13)) * 0x1p112f;
+    words full = (words)MASK(magnitude > 0x7bff);
+    return vec_of_ints(bits_of_floats(v) | (ints)((full & 0x7f800000) | ((w & 0x8000) << 16)));
+}
+
+INLINE void store_f16(void *p, floats v) {
+    words b = (words)bits_of_floats(v);
+    words sign = (b >> 16) & 0x8000;
+    b &= 0x7fffffff;
+    /* Normal numbers round in their bits; adding 1/2 rounds subnormal ones in the float adder. */
+    words normal = (b - (112 << 23) + 0xfff + ((b >> 13) & 1)) >> 13;
+    words subnormal = (words)bits_of_floats(vec_of_ints((ints)b) + 0.5f) - 0x3f000000;
+    words is_small = (words)MASK(b < (113 << 23));
+    words is_large = (words)MASK(b >= 0x477ff000);
+    words is_nan = (words)MASK(b > 0x7f800000);
+    words r = (subnormal & is_small) | (normal & ~is_small);
+    r = (0x7c00 & is_large) | (r & ~is_large);
+    r = (0x7e00 & is_nan) | (r & ~is_nan);
+    halves h = CONVERT(r | sign, halves);
+    memcpy(p, &h, sizeof h);
+}
+#endif
+
+#endif
