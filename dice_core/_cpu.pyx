@@ -82,6 +82,8 @@ cdef extern from "_vectors.h":
     ctypedef double f64 "doubles"
     enum:
         VECTORS  # in a line
+    const float LN2  # and the rest of it, where products are rounded
+    const float LN2_REST
 
     void PREFETCH(const void *) noexcept nogil
     f32 load_f16(const void *) noexcept nogil
@@ -190,13 +192,14 @@ cdef struct Problem:
     bint has_ignore
     uint64_t ignore
     Py_ssize_t power
-    bint few  # the classes, and p = 1: scores are kept in registers
+    bint few  # classes
     Py_ssize_t line, block  # voxels of a line, of a block
     Py_ssize_t chunk, chunks  # voxels of a chunk, chunks of a sample
 
 cdef struct Scratch:
     # One thread's memory. A number is a float, for float64 logits a double.
-    char *scores  # (classes, block) numbers
+    char *staged  # (channels, block) logits, or their gradient; where classes are many it is the scores too
+    char *scores  # (classes, block)
     char *scale  # (block,)
     char *label  # (TILE,): class, -1 where ignored, -2 where bad
     char *sums  # (3, classes) vectors
@@ -359,12 +362,13 @@ cdef inline vec exp(vec x) noexcept nogil:
     else:
         y = x * <float>1.4426950408889634 + <float>12583039.0
         n = y - <float>12583039.0
-        r = (x - n * <float>0.693115234375) - n * <float>3.1946183e-05
-        x = <float>0.0013843791093677282 * r + <float>0.008374209515750408
-        x = x * r + <float>0.04166800528764725
-        x = x * r + <float>0.16666430234909058
-        x = x * r + <float>0.4999999403953552
-        x = x * r + <float>1.0
+        r = x - n * LN2
+        if LN2_REST != 0:
+            r = r - n * LN2_REST
+        x = <float>0.008290297351777554 * r + <float>0.041898030787706375
+        x = x * r + <float>0.1666763722896576
+        x = x * r + <float>0.4999914765357971
+        x = x * r + <float>0.9999997019767761
         x = x * r + <float>1.0
     return x * exponent(y)
 
@@ -388,7 +392,7 @@ cdef vec power(vec s, Py_ssize_t p) noexcept nogil:
 # ---- labels ----------------------------------------------------------------------------------------------------------
 
 cdef Py_ssize_t load_label_row(
-    const label_t *y, Py_ssize_t stride, Py_ssize_t n, const Problem *q, real *out, Py_ssize_t *ignored
+    const label_t *y, Py_ssize_t stride, Py_ssize_t n, const Problem *q, real *out, bint *ignored
 ) noexcept nogil:
     """Class indices of n labels, negative where they do not count. Returns how many were out of range."""
     cdef Py_ssize_t v
@@ -397,7 +401,7 @@ cdef Py_ssize_t load_label_row(
     cdef uint32_t ignore_low = <uint32_t>ignore, ignore_high = <uint32_t>(q.ignore >> 32)
     cdef uint32_t high
     cdef bint has_ignore = q.has_ignore
-    cdef int32_t c, bad = 0, negative = 0
+    cdef int32_t c, lowest = 0, bad = 0
     for v in range(n):
         if stride == sizeof(label_t):
             k = y[v]
@@ -411,15 +415,17 @@ cdef Py_ssize_t load_label_row(
         else:
             c = <int32_t>low if low < classes else -2
             c = -1 if has_ignore & (low == ignore_low) else c
-        bad += c == -2
-        negative += c < 0
+        lowest = min(lowest, c)
         out[v] = c
-    ignored[0] += negative
+    if lowest < 0:
+        ignored[0] = True
+        for v in range(n):
+            bad += out[v] == -2
     return bad
 
 
 cdef Py_ssize_t load_labels(
-    const char *y, Py_ssize_t stride, Py_ssize_t n, const Problem *q, real *out, Py_ssize_t *ignored
+    const char *y, Py_ssize_t stride, Py_ssize_t n, const Problem *q, real *out, bint *ignored
 ) noexcept nogil:
     if q.label_code == 0:
         return load_label_row(<const uint8_t *>y, stride, n, q, out, ignored)
@@ -443,7 +449,7 @@ cdef inline Py_ssize_t padded(Py_ssize_t n, Py_ssize_t multiple) noexcept nogil:
 
 
 cdef Py_ssize_t load_tile_labels(
-    const Problem *q, Py_ssize_t sample, Py_ssize_t first, Py_ssize_t n, char *out, Py_ssize_t *ignored
+    const Problem *q, Py_ssize_t sample, Py_ssize_t first, Py_ssize_t n, char *out, bint *ignored
 ) noexcept nogil:
     """The labels of n voxels, then ignored ones up to a whole line."""
     cdef const char *y = q.labels + sample * q.labels_n
@@ -581,14 +587,14 @@ cdef void scatter(
 
 # ---- scores of one vector of voxels ----------------------------------------------------------------------------------
 
-cdef void score_any(
-    const logit *x, Py_ssize_t row, Py_ssize_t channels, vec *e, Py_ssize_t e_row, vec *total
+cdef inline vec score_any(
+    const logit *x, Py_ssize_t row, Py_ssize_t channels, vec *e, Py_ssize_t e_row
 ) noexcept nogil:
     """exp(x - max x) of every class and their sum. A single channel is the second of two, the first being 0.
 
     Rows of logits are `row` apart, those of e `e_row`; x may be e. Infinities of one sign are as in the limit.
     """
-    cdef vec top, v, nought, lowest, bound
+    cdef vec top, total, v, nought, lowest, bound
     cdef Py_ssize_t c
     zero(&nought)
     largest(&bound)
@@ -601,145 +607,85 @@ cdef void score_any(
         top = minimum(bound, top)
         e[0] = exp(maximum(lowest, nought - top))
         e[e_row] = exp(minimum(nought, maximum(lowest, v - top)))
-        total[0] = e[0] + e[e_row]
-        return
+        return e[0] + e[e_row]
     for c in range(1, channels):
         load(&v, x + c * row)
         top = maximum(v, top)
     # With a finite reference +inf scores 1 and a voxel of nothing but -inf scores NaN.
     top = maximum(nought - bound, minimum(bound, top))
-    total[0] = nought
+    total = nought
     for c in range(channels):
         load(&v, x)
         v = exp(minimum(nought, maximum(lowest, v - top)))
         e[0] = v
-        total[0] = total[0] + v
+        total = total + v
         x += row
         e += e_row
+    return total
 
 
-cdef inline void score(
-    const logit *x, Py_ssize_t row, Py_ssize_t channels, vec label, vec *e, vec *scale, int classes
+cdef vec score_far(
+    const logit *x, Py_ssize_t row, Py_ssize_t channels, vec *e, Py_ssize_t e_row
 ) noexcept nogil:
-    """exp(x - x0) of a constant number of classes, and one over their sum; 0 where the label is negative.
+    """`score_any`, kept out of line for the rare voxels that need it."""
+    return score_any(x, row, channels, e, e_row)
 
-    Relative to the first class instead of the largest one exponential is spared, and none waits for a maximum.
+
+cdef inline void score_few(
+    const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label, vec *e, vec *scale,
+    int classes,
+) noexcept nogil:
+    """As `score_many`, for a constant number of classes: relative to the first of them.
+
+    That spares one exponential, and none waits for a maximum.
     """
     cdef vec first, total, v, farthest, nought
-    cdef const logit *at = x
+    cdef Py_ssize_t e_row = q.block // lanes(scale)
+    cdef Py_ssize_t i
+    cdef const logit *at
     cdef int c
     zero(&nought)
-    first = nought
-    if channels == classes:
-        load(&first, x)
-        at += row
-    farthest = nought
-    total = nought + 1
-    e[0] = total
-    for c in range(1, classes):
-        load(&v, at)
-        v = v - first
-        farthest = larger_magnitude(farthest, v)
-        v = exp(v)
-        e[c] = v
-        total = total + v
-        at += row
-    if any_above(farthest, FARTHEST):
-        score_any(x, row, channels, e, 1, &total)
-    scale[0] = unless(less(label, nought), (nought + 1) / total)
-
-
-# ---- lines of voxels with few classes: every score in registers ------------------------------------------------------
-
-cdef inline void sum_few(
-    const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label, vec *sums, int classes
-) noexcept nogil:
-    """Adds I, P and Y to sums, (3, classes), for p = 1 and a constant number of classes."""
-    cdef vec e[MAX_FEW]
-    cdef vec intersection[MAX_FEW]
-    cdef vec pred_sum[MAX_FEW]
-    cdef vec target_sum[MAX_FEW]
-    cdef vec scale, which, mask
-    cdef Py_ssize_t i
-    cdef int c
-    for c in range(classes):
-        intersection[c] = sums[c]
-        pred_sum[c] = sums[classes + c]
-        target_sum[c] = sums[2 * classes + c]
     for i in range(lines * VECTORS):
-        score(x, row, q.channels, label[i], e, &scale, classes)
-        zero(&which)
-        for c in range(classes):
-            mask = equal(label[i], which)
-            intersection[c] = intersection[c] + where(mask, e[c]) * scale
-            pred_sum[c] = pred_sum[c] + e[c] * scale
-            target_sum[c] = tally(target_sum[c], mask)
-            which = which + 1
-        x += lanes(&scale)
-    for c in range(classes):
-        sums[c] = intersection[c]
-        sums[classes + c] = pred_sum[c]
-        sums[2 * classes + c] = target_sum[c]
+        at = x
+        first = nought
+        if q.channels == classes:
+            load(&first, at)
+            at += row
+        farthest = nought
+        total = nought + 1
+        e[i] = total
+        for c in range(1, classes):
+            load(&v, at)
+            at += row
+            v = v - first
+            farthest = larger_magnitude(farthest, v)
+            v = exp(v)
+            e[c * e_row + i] = v
+            total = total + v
+        if any_above(farthest, FARTHEST):
+            total = score_far(x, row, q.channels, e + i, e_row)
+        scale[i] = unless(less(label[i], nought), (nought + 1) / total)
+        x += lanes(scale)
 
-
-cdef inline void grad_few(
-    const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label, const char *factors,
-    logit *grad, Py_ssize_t grad_row, int classes,
-) noexcept nogil:
-    """Writes the gradient for p = 1 and a constant number of classes. grad may be x."""
-    cdef vec e[MAX_FEW]
-    cdef vec scale, dot, a, b, which
-    cdef logit *to
-    cdef Py_ssize_t i
-    cdef int c
-    for i in range(lines * VECTORS):
-        score(x, row, q.channels, label[i], e, &scale, classes)
-        zero(&dot)
-        zero(&which)
-        for c in range(classes):
-            spread(&a, factors, c)
-            spread(&b, factors, classes + c)
-            dot = dot + e[c] * (where(equal(label[i], which), a) + b)
-            which = which + 1
-        dot = dot * scale
-        zero(&which)
-        to = grad
-        for c in range(classes):
-            if c > 0 or q.channels == classes:
-                spread(&a, factors, c)
-                spread(&b, factors, classes + c)
-                store(to, e[c] * scale * (where(equal(label[i], which), a) + (b - dot)))
-                to += grad_row
-            which = which + 1
-        x += lanes(&scale)
-        grad += lanes(&scale)
-
-
-cdef inline void run_few(
-    const Problem *q, const Scratch *t, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label,
-    logit *grad, Py_ssize_t grad_row, int classes,
-) noexcept nogil:
-    if q.grad == NULL:
-        sum_few(q, x, row, lines, label, <vec *>t.sums, classes)
-    else:
-        grad_few(q, x, row, lines, label, t.factors, grad, grad_row, classes)
-
-
-# ---- lines of voxels with many classes, or any power: scores in scratch ----------------------------------------------
 
 cdef void score_many(
-    const Problem *q, Py_ssize_t lines, const vec *label, real *x, vec *e, vec *scale
+    const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label, vec *e, vec *scale
 ) noexcept nogil:
-    """exp of (channels, block) logits over them, (classes, block), and one over their sum as in `score`."""
+    """Scores of whole lines of voxels but for a factor: e, (classes, block), and the factor, (block,), 0 where the
+    label is negative. x may be e.
+    """
     cdef vec total, nought
     cdef Py_ssize_t i
     zero(&nought)
     for i in range(lines * VECTORS):
-        score_any(x + i * lanes(&total), q.block, q.channels, e + i, q.block // lanes(&total), &total)
+        total = score_any(x, row, q.channels, e + i, q.block // lanes(scale))
         scale[i] = unless(less(label[i], nought), (nought + 1) / total)
+        x += lanes(scale)
 
 
-cdef inline void sum_many(
+# ---- lines of voxels -------------------------------------------------------------------------------------------------
+
+cdef inline void sum_lines(
     const Problem *q, Py_ssize_t lines, const vec *label, const vec *e, const vec *scale, vec *sums, bint linear
 ) noexcept nogil:
     """Adds I, P and Y of scored lines to sums, (3, classes); `linear`, a constant, says that p is 1."""
@@ -770,14 +716,16 @@ cdef inline void sum_many(
         e += q.block // lanes(&s)
 
 
-cdef inline void grad_many(
-    const Problem *q, Py_ssize_t lines, const vec *label, vec *e, const vec *scale, const char *factors, bint linear
+cdef inline void grad_lines(
+    const Problem *q, Py_ssize_t lines, const vec *label, const vec *e, const vec *scale, const char *factors,
+    logit *grad, Py_ssize_t row, bint linear,
 ) noexcept nogil:
-    """The gradient of scored lines for all classes, over e; `linear`, a constant, says that p is 1."""
+    """The gradient of scored lines, rows `row` apart; it may lie over e. `linear`, a constant, says that p is 1."""
     cdef vec dot[VECTORS]
     cdef vec s, slope, a, b, which
     cdef Py_ssize_t i, c, e_row = q.block // lanes(&s)
-    cdef vec *at
+    cdef const vec *at
+    cdef logit *to
     cdef int k
     for i in range(lines):
         for k in range(VECTORS):
@@ -788,86 +736,80 @@ cdef inline void grad_many(
             spread(&a, factors, c)
             spread(&b, factors, q.classes + c)
             for k in range(VECTORS):
-                s = at[k] * scale[k]
-                slope = b if linear else b * power(s, q.power - 1)
-                dot[k] = dot[k] + s * (where(equal(label[k], which), a) + slope)
+                slope = b if linear else b * power(at[k] * scale[k], q.power - 1)
+                dot[k] = dot[k] + at[k] * (where(equal(label[k], which), a) + slope)
             which = which + 1
             at += e_row
+        for k in range(VECTORS):
+            dot[k] = dot[k] * scale[k]
         zero(&which)
         at = e
+        to = grad
         for c in range(q.classes):
-            spread(&a, factors, c)
-            spread(&b, factors, q.classes + c)
-            for k in range(VECTORS):
-                s = at[k] * scale[k]
-                slope = b if linear else b * power(s, q.power - 1)
-                at[k] = s * (where(equal(label[k], which), a) + (slope - dot[k]))
+            if c >= q.classes - q.channels:
+                spread(&a, factors, c)
+                spread(&b, factors, q.classes + c)
+                for k in range(VECTORS):
+                    s = at[k] * scale[k]
+                    slope = b if linear else b * power(s, q.power - 1)
+                    store(to + k * lanes(&s), s * (where(equal(label[k], which), a) + (slope - dot[k])))
+                to += row
             which = which + 1
             at += e_row
         e += VECTORS
         label += VECTORS
         scale += VECTORS
+        grad += VECTORS * lanes(&s)
 
-
-cdef void run_many(
-    const Problem *q, const Scratch *t, Py_ssize_t lines, const vec *label, real *scores
-) noexcept nogil:
-    """Adds the statistics of logits in scratch, or writes the gradient over the scores: every class in its row."""
-    score_many(q, lines, label, scores, <vec *>scores, <vec *>t.scale)
-    if q.grad == NULL:
-        if q.power == 1:
-            sum_many(q, lines, label, <vec *>scores, <vec *>t.scale, <vec *>t.sums, True)
-        else:
-            sum_many(q, lines, label, <vec *>scores, <vec *>t.scale, <vec *>t.sums, False)
-    elif q.power == 1:
-        grad_many(q, lines, label, <vec *>scores, <vec *>t.scale, t.factors, True)
-    else:
-        grad_many(q, lines, label, <vec *>scores, <vec *>t.scale, t.factors, False)
-
-
-# ---- one block -------------------------------------------------------------------------------------------------------
 
 cdef void run_lines(
-    const Problem *q, const Scratch *t, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label,
-    logit *grad, Py_ssize_t grad_row,
+    const Problem *q, const Scratch *t, const logit *x, Py_ssize_t x_row, Py_ssize_t lines, const vec *label,
+    vec *e, logit *grad, Py_ssize_t grad_row,
 ) noexcept nogil:
-    """Whole lines of few classes, read from x and written to grad in place."""
+    """Adds the statistics of whole lines of voxels to t.sums, or writes their gradient."""
+    cdef vec *scale = <vec *>t.scale
     if q.classes == 2:
-        run_few(q, t, x, row, lines, label, grad, grad_row, 2)
+        score_few(q, x, x_row, lines, label, e, scale, 2)
     elif q.classes == 3:
-        run_few(q, t, x, row, lines, label, grad, grad_row, 3)
+        score_few(q, x, x_row, lines, label, e, scale, 3)
     elif q.classes == 4:
-        run_few(q, t, x, row, lines, label, grad, grad_row, 4)
+        score_few(q, x, x_row, lines, label, e, scale, 4)
     elif q.classes == 5:
-        run_few(q, t, x, row, lines, label, grad, grad_row, 5)
+        score_few(q, x, x_row, lines, label, e, scale, 5)
     elif q.classes == 6:
-        run_few(q, t, x, row, lines, label, grad, grad_row, 6)
+        score_few(q, x, x_row, lines, label, e, scale, 6)
     elif q.classes == 7:
-        run_few(q, t, x, row, lines, label, grad, grad_row, 7)
+        score_few(q, x, x_row, lines, label, e, scale, 7)
+    elif q.classes == 8:
+        score_few(q, x, x_row, lines, label, e, scale, 8)
     else:
-        run_few(q, t, x, row, lines, label, grad, grad_row, MAX_FEW)
+        score_many(q, x, x_row, lines, label, e, scale)
+    if q.grad == NULL:
+        if q.power == 1:
+            sum_lines(q, lines, label, e, scale, <vec *>t.sums, True)
+        else:
+            sum_lines(q, lines, label, e, scale, <vec *>t.sums, False)
+    elif q.power == 1:
+        grad_lines(q, lines, label, e, scale, t.factors, grad, grad_row, True)
+    else:
+        grad_lines(q, lines, label, e, scale, t.factors, grad, grad_row, False)
 
 
 cdef void run_staged(
     const Problem *q, const Scratch *t, Py_ssize_t sample, Py_ssize_t first, Py_ssize_t n, bint ignored,
-    const vec *label, logit *kind, real *scores,
+    const vec *label, logit *kind, real *staged, vec *e,
 ) noexcept nogil:
-    """Any voxels, read into scratch, where the ignored ones are cleared, and written from there."""
+    """Any voxels: staged in scratch, where the ignored ones are cleared, and written from there."""
     cdef Py_ssize_t lines = padded(n, q.line) // q.line
-    cdef real *grad = scores
     ignored = ignored or n % q.line
-    gather(q, sample, first, n, kind, scores)
+    gather(q, sample, first, n, kind, staged)
     if ignored:
-        clear_ignored(q, lines, label, <vec *>scores)
-    if q.few:
-        run_lines(q, t, scores, q.block, lines, label, scores, q.block)
-    else:
-        run_many(q, t, lines, label, scores)
-        grad += (q.classes - q.channels) * q.block
+        clear_ignored(q, lines, label, <vec *>staged)
+    run_lines(q, t, staged, q.block, lines, label, e, staged, q.block)
     if q.grad != NULL:
         if ignored:
-            clear_ignored(q, lines, label, <vec *>grad)
-        scatter(q, sample, first, n, grad, kind)
+            clear_ignored(q, lines, label, <vec *>staged)
+        scatter(q, sample, first, n, staged, kind)
 
 
 cdef void clear_ignored(const Problem *q, Py_ssize_t lines, const vec *label, vec *rows) noexcept nogil:
@@ -907,7 +849,8 @@ cdef Py_ssize_t run_chunk(
     cdef Py_ssize_t sample = index // q.chunks
     cdef Py_ssize_t first = index % q.chunks * q.chunk
     cdef Py_ssize_t stop = min(first + q.chunk, q.voxels)
-    cdef Py_ssize_t n, m, done, direct, ignored, last = q.axes.count - 1, bad = 0
+    cdef Py_ssize_t n, m, done, direct, last = q.axes.count - 1, bad = 0
+    cdef bint ignored
     cdef Py_ssize_t x_row = q.logits_c // <Py_ssize_t>sizeof(logit)
     cdef Py_ssize_t grad_row = q.grad_c // <Py_ssize_t>sizeof(logit)
     cdef const logit *x
@@ -919,7 +862,7 @@ cdef Py_ssize_t run_chunk(
     while first < stop:
         n = min(TILE, stop - first)
         at = locate(&q.axes, first)
-        ignored = 0
+        ignored = False
         bad += load_tile_labels(q, sample, first, n, t.label, &ignored)
         x = <const logit *>(q.logits + sample * q.logits_n + at.logits)
         grad = <logit *>(q.grad + sample * q.grad_n + at.grad)
@@ -933,20 +876,26 @@ cdef Py_ssize_t run_chunk(
         while done < n:
             label = t.label + done * q.number
             if done < direct:
-                m = direct
+                m = min(q.block, direct - done)
                 if logit is double:
-                    run_lines(q, t, x, x_row, m // q.line, <f64 *>label, grad, grad_row)
+                    run_lines(
+                        q, t, x + done, x_row, m // q.line, <f64 *>label, <f64 *>t.scores, grad + done, grad_row
+                    )
                 else:
-                    run_lines(q, t, x, x_row, m // q.line, <f32 *>label, grad, grad_row)
+                    run_lines(
+                        q, t, x + done, x_row, m // q.line, <f32 *>label, <f32 *>t.scores, grad + done, grad_row
+                    )
             else:
                 m = min(q.block, n - done)
                 if logit is double:
                     run_staged(
-                        q, t, sample, first + done, m, ignored > 0, <f64 *>label, <logit *>NULL, <double *>t.scores
+                        q, t, sample, first + done, m, ignored, <f64 *>label, <logit *>NULL,
+                        <double *>t.staged, <f64 *>t.scores,
                     )
                 else:
                     run_staged(
-                        q, t, sample, first + done, m, ignored > 0, <f32 *>label, <logit *>NULL, <float *>t.scores
+                        q, t, sample, first + done, m, ignored, <f32 *>label, <logit *>NULL,
+                        <float *>t.staged, <f32 *>t.scores,
                     )
             done += m
         if q.grad == NULL:
@@ -996,25 +945,28 @@ cdef class Workspace:
 
     cdef int allocate(self, const Problem *q, Py_ssize_t threads) except -1:
         cdef Py_ssize_t scores = cache_lines(q.classes * q.block * q.number)
+        cdef Py_ssize_t staged = scores if q.few else 0
         cdef Py_ssize_t scale = cache_lines(q.block * q.number)
         cdef Py_ssize_t label = cache_lines(TILE * q.number)
         cdef Py_ssize_t sums = cache_lines(3 * q.classes * sizeof(f32))
         cdef Py_ssize_t factors = cache_lines(2 * q.classes * q.number)
+        cdef Py_ssize_t size = staged + scores + scale + label + sums + factors
         cdef Py_ssize_t i
         cdef char *at
-        self.memory = <char *>malloc(threads * (scores + scale + label + sums + factors) + CACHE_LINE)
+        self.memory = <char *>malloc(threads * size + CACHE_LINE)
         self.of_thread = <Scratch *>malloc(threads * sizeof(Scratch))
         if self.memory == NULL or self.of_thread == NULL:
             raise MemoryError
         at = <char *>cache_lines(<uintptr_t>self.memory)
         for i in range(threads):
-            self.of_thread[i].scores = at
-            self.of_thread[i].scale = at + scores
-            self.of_thread[i].label = at + scores + scale
-            self.of_thread[i].sums = at + scores + scale + label
-            self.of_thread[i].factors = at + scores + scale + label + sums
+            self.of_thread[i].staged = at
+            self.of_thread[i].scores = at + staged
+            self.of_thread[i].scale = at + staged + scores
+            self.of_thread[i].label = at + staged + scores + scale
+            self.of_thread[i].sums = at + staged + scores + scale + label
+            self.of_thread[i].factors = at + staged + scores + scale + label + sums
             memset(self.of_thread[i].sums, 0, sums)
-            at += scores + scale + label + sums + factors
+            at += size
         return 0
 
 
@@ -1060,7 +1012,7 @@ cdef int describe(Problem *q, logits, labels, grad, spec) except -1:
         q.axes.labels[i] = y
         q.axes.grad[i] = d
 
-    q.few = q.classes <= MAX_FEW and q.power == 1
+    q.few = q.classes <= MAX_FEW
     q.line = VECTORS * sizeof(f32) // q.number
     q.block = max(64, min(TILE, BLOCK_SCORES // q.classes)) // q.line * q.line
     q.chunk = max(CHUNK_SCORES // q.classes, (q.voxels + MAX_CHUNKS - 1) // MAX_CHUNKS, TILE)

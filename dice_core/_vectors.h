@@ -51,11 +51,14 @@ typedef int64_t longs;
 enum { VECTORS = 4 };
 #endif
 
-/* Vectors by what they are in memory. */
-typedef floats f16;
-typedef floats bf16;
-typedef floats f32;
-typedef doubles f64;
+/* ln(2) such that n * LN2 is exact for |n| < 512: as a whole where it is not rounded before the subtraction. */
+#if defined(__FMA__) || defined(__aarch64__)
+#define LN2 0.693147182f
+#define LN2_REST 0.0f
+#else
+#define LN2 0.693115234375f
+#define LN2_REST 3.1946183e-05f
+#endif
 
 #if defined(SIMD)
 INLINE floats max_floats(floats a, floats b) { return (floats)SIMD(max_ps)(a, b); }
