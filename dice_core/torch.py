@@ -170,9 +170,8 @@ def _statistics(
     """(K, N, C) float64 on x's device."""
     at = spec.call(buffers.of(x, "x"), buffers.of(y, "y"), p=p, ignore_label=ignore_label)
     sums = x.new_empty(at.sums_shape, dtype=torch.float64)
-    backends.statistics(
-        at, buffers.of(sums, "sums"), backend, num_threads or torch.get_num_threads()
-    )
+    count = num_threads or torch.get_num_threads()
+    backends.statistics(backends.select(at, backend), at, buffers.of(sums, "sums"), count)
     return sums
 
 
@@ -187,13 +186,12 @@ def _statistics_grad(
 ) -> Tensor:
     """The gradient for x of sum(cotangent * statistics)."""
     at = spec.call(buffers.of(x, "x"), buffers.of(y, "y"), p=p, ignore_label=ignore_label)
-    cotangent = cotangent.contiguous()
     grad: Tensor = buffers.empty_like(x, "x")
     backends.gradient(
+        backends.select(at, backend),
         at,
-        buffers.of(cotangent, "cotangent"),
+        buffers.of(cotangent.contiguous(), "cotangent"),
         buffers.of(grad, "grad"),
-        backend,
         num_threads or torch.get_num_threads(),
     )
     return grad
