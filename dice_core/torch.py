@@ -75,6 +75,8 @@ def dice_loss(
         numbers = _statistics(x, y, *options).numpy()
         weight = weight.double().numpy() if isinstance(weight, Tensor) else spec.weights(weight)
         dice = losses.dice(numbers.shape[2], weight, ignore_channel, smooth, reduction)
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return _rounded(dice(numbers), x)
         return _Dice.apply(x, y, numbers, dice, options)  # type: ignore[no-untyped-call]
     sums: Tensor = torch.ops.dice_core.statistics(x, y, *options)
     if isinstance(weight, Tensor):
@@ -199,8 +201,7 @@ class _Dice(torch.autograd.Function):
         value, derivative = dice.with_derivative(sums)
         ctx.save_for_backward(x, y, torch.from_numpy(derivative))
         ctx.options = options
-        dtype = np.float64 if x.dtype == torch.float64 else np.float32
-        return torch.from_numpy(np.asarray(value, dtype))
+        return _rounded(value, x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -210,6 +211,11 @@ class _Dice(torch.autograd.Function):
         plain = _plain(x, y, cotangent) and not torch.is_grad_enabled()
         vjp = _statistics_grad if plain else torch.ops.dice_core.statistics_grad
         return vjp(x, y, cotangent, *ctx.options), None, None, None, None
+
+
+def _rounded(value: Any, x: Tensor) -> Tensor:
+    dtype = np.float64 if x.dtype == torch.float64 else np.float32
+    return torch.from_numpy(np.asarray(value, dtype))
 
 
 # The operators, defined through torch.library so that torch.compile and export see them whole.
