@@ -83,7 +83,8 @@ def loss(
     """
     at = _call(x, y, p, ignore_label)
     dice = losses.dice(at.classes, spec.weights(weight), ignore_channel, smooth, reduction)
-    return _rounded(dice(_sums(at, backend, num_threads)), at.logits.dtype)
+    sums = _sums(at, backends.select(at, backend), threads.resolve(num_threads))
+    return _rounded(dice(sums), at.logits.dtype)
 
 
 def loss_and_grad(
@@ -119,10 +120,11 @@ def loss_and_grad(
     at = _call(x, y, p, ignore_label)
     dice = losses.dice(at.classes, spec.weights(weight), ignore_channel, smooth, reduction)
     upstream = _upstream(grad_loss, dice, at)
-    grad, out = _gradient_buffer(x, out, at, backend)
-    sums = _sums(at, backend, num_threads)
-    _gradient(at, dice.pullback(sums, upstream), grad, backend, num_threads)
-    return _rounded(dice(sums), at.logits.dtype), out
+    kernels, count = backends.select(at, backend), threads.resolve(num_threads)
+    grad, out = _gradient_buffer(x, out, at)
+    value, derivative = dice.with_derivative(_sums(at, kernels, count))
+    _gradient(at, upstream[..., None] * derivative, grad, kernels, count)
+    return _rounded(value, at.logits.dtype), out
 
 
 def statistics(
@@ -140,7 +142,7 @@ def statistics(
     loss of the total, then ask the total for each tile's gradient.
     """
     at = _call(x, y, p, ignore_label)
-    sums = _sums(at, backend, num_threads)
+    sums = _sums(at, backends.select(at, backend), threads.resolve(num_threads))
     return Statistics(sums, at.spec, at.logits.dtype, backend, num_threads)
 
 
@@ -234,9 +236,11 @@ class Statistics:
                 f"(K, N, C), sums and dtype are {tile}, not {mine}"
             )
         dice = losses.dice(at.classes, spec.weights(weight), ignore_channel, smooth, reduction)
-        cotangent = dice.pullback(self.sums, _upstream(grad_loss, dice, at))
-        grad, out = _gradient_buffer(x, out, at, self.backend)
-        _gradient(at, cotangent, grad, self.backend, self.num_threads)
+        upstream = _upstream(grad_loss, dice, at)
+        kernels, count = backends.select(at, self.backend), threads.resolve(self.num_threads)
+        grad, out = _gradient_buffer(x, out, at)
+        _, derivative = dice.with_derivative(self.sums)
+        _gradient(at, upstream[..., None] * derivative, grad, kernels, count)
         return out
 
 
@@ -249,16 +253,13 @@ def _call(x: Any, y: Any, p: Any, ignore_label: Any) -> spec.Call:
     return spec.call(buffers.of(x, "x"), buffers.of(y, "y"), p=p, ignore_label=ignore_label)
 
 
-def _sums(at: spec.Call, backend: str | None, num_threads: int | None) -> Float64:
+def _sums(at: spec.Call, kernels: Any, count: int) -> Float64:
     sums = np.empty(at.sums_shape)
-    backends.statistics(at, buffers.of(sums, "sums"), backend, threads.resolve(num_threads))
+    backends.statistics(kernels, at, buffers.of(sums, "sums"), count)
     return sums
 
 
-def _gradient_buffer(
-    x: Any, out: Any, at: spec.Call, backend: str | None
-) -> tuple[buffers.Buffer, Any]:
-    backends.select(at, backend)  # refuses before anything is allocated
+def _gradient_buffer(x: Any, out: Any, at: spec.Call) -> tuple[buffers.Buffer, Any]:
     if out is None:
         out = buffers.empty_like(x, "x")
         return buffers.of(out, "out"), out
@@ -268,16 +269,10 @@ def _gradient_buffer(
 
 
 def _gradient(
-    at: spec.Call,
-    cotangent: Float64,
-    grad: buffers.Buffer,
-    backend: str | None,
-    num_threads: int | None,
+    at: spec.Call, cotangent: Float64, grad: buffers.Buffer, kernels: Any, count: int
 ) -> None:
     cotangent = np.ascontiguousarray(cotangent)
-    backends.gradient(
-        at, buffers.of(cotangent, "cotangent"), grad, backend, threads.resolve(num_threads)
-    )
+    backends.gradient(kernels, at, buffers.of(cotangent, "cotangent"), grad, count)
 
 
 def _upstream(grad_loss: Any, dice: losses.Dice, at: spec.Call) -> Float64:

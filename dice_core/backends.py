@@ -34,7 +34,7 @@ class BackendError(RuntimeError):
     """No backend takes a call, or the one asked for does not; each one's reasons are given."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Backend:
     """A row of the table."""
 
@@ -108,26 +108,23 @@ def select(call: Call, name: str | None = None) -> Any:
         if reasons:
             raise BackendError(_refusal(call, [(row, reasons)], f"{asked_by}{name} was asked for"))
         return row.load()
-    refused = []
     for row in table():
-        reasons = row.unsupported(call) if row.automatic else ["runs only when asked for by name"]
-        if not reasons:
+        if row.automatic and not row.unsupported(call):
             return row.load()
-        refused.append((row, reasons))
+    refused = [
+        (row, row.unsupported(call) if row.automatic else ["runs only when asked for by name"])
+        for row in table()
+    ]
     raise BackendError(_refusal(call, refused, "no backend takes this call"))
 
 
-def statistics(call: Call, sums: Buffer, backend: str | None, threads: int) -> None:
+def statistics(kernels: Any, call: Call, sums: Buffer, threads: int) -> None:
     """Fills sums, (K, N, C). Raises ValueError for bad labels."""
-    kernels = select(call, backend)
     spec.check_labels(kernels.statistics(call.logits, call.labels, sums, call.spec, threads), call)
 
 
-def gradient(
-    call: Call, cotangent: Buffer, grad: Buffer, backend: str | None, threads: int
-) -> None:
+def gradient(kernels: Any, call: Call, cotangent: Buffer, grad: Buffer, threads: int) -> None:
     """Fills grad, the gradient for the logits. Raises ValueError for bad labels."""
-    kernels = select(call, backend)
     bad = kernels.gradient(call.logits, call.labels, cotangent, grad, call.spec, threads)
     spec.check_labels(bad, call)
 

@@ -1,13 +1,15 @@
 """Losses as plain arithmetic on statistics: pool, score, penalty, average.
 
 Everything here is small: `sums` is (K, N, C) with K = intersection I, pred_sum P, target_sum Y, in
-float64, a NumPy array or a torch tensor. Values are written once for both; torch differentiates
-them, NumPy callers use `pullback`.
+float64, a NumPy array or a torch tensor. Values are written once for both; their derivative, of
+NumPy arrays, is written beside them, and torch finds its own.
 """
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,40 +20,32 @@ from . import spec
 Array = Any  # of either library
 
 
-@dataclass(frozen=True)
 class Ratio:
-    """A score q = (a . sums + smooth) / (b . sums + smooth), one number of a and b per statistic.
+    """A score q = (num + smooth) / (den + smooth), num and den linear functions of the statistics.
 
     Nothing predicted where nothing is, 0/0, is a perfect score of 1 with derivative 0.
     """
 
-    a: tuple[float, float, float]
-    b: tuple[float, float, float]
+    def __init__(self, linear: Callable[[Array, Array, Array], tuple[Array, Array]]) -> None:
+        self.linear = linear  # (I, P, Y) -> (num, den)
+        self.slopes = np.array(linear(*np.eye(3)))[..., None, None]  # of num and den, (2, K, 1, 1)
 
-    def __call__(self, sums: Array, smooth: float) -> Array:
-        """(K, N, C) -> (N, C)."""
-        num, den, empty = self._parts(sums, smooth)
-        xp = namespace(sums)
-        return xp.where(empty, xp.ones_like(num), num / den)
-
-    def pullback(self, sums: Array, smooth: float, grad: Array) -> Array:
-        """(N, C) -> (K, N, C): dq/dsums_k = (a_k - q b_k) / den."""
-        num, den, empty = self._parts(sums, smooth)
-        xp = namespace(sums)
-        grad = xp.where(empty, xp.zeros_like(num), grad / den)
-        return xp.stack([(a - num / den * b) * grad for a, b in zip(self.a, self.b, strict=True)])
-
-    def _parts(self, sums: Array, smooth: float) -> tuple[Array, Array, Array]:
-        num, den = (
-            sum(k * s for k, s in zip(row, sums, strict=True) if k) + smooth
-            for row in (self.a, self.b)
-        )
+    def __call__(self, sums: Array, smooth: float) -> tuple[Array, Array]:
+        """(K, N, C) -> the score and its denominator, (N, C) each."""
+        num, den = self.linear(*sums)
+        if smooth:
+            num, den = num + smooth, den + smooth
         empty = den == 0
-        # A denominator of 1 there keeps NaN out of what torch differentiates but does not choose.
-        return num, namespace(sums).where(empty, namespace(sums).ones_like(den), den), empty
+        den = namespace(sums).where(empty, math.inf, den)  # through which no derivative passes
+        return num / den + empty, den
+
+    def derivative(self, score: Array, den: Array) -> Array:
+        """(K, N, C): dq/dsums = (dnum/dsums - q dden/dsums) / den."""
+        of_num, of_den = self.slopes
+        return (of_num - score * of_den) / den
 
 
-DICE = Ratio(a=(2, 0, 0), b=(0, 1, 1))  # 2 I / (P + Y)
+DICE = Ratio(lambda i, p, y: (2 * i, p + y))
 
 
 @dataclass(frozen=True)
@@ -73,37 +67,44 @@ class Dice:
     def __call__(self, sums: Array) -> Array:
         """(K, N, C) -> the loss."""
         pooled = self._pool(sums)
-        penalty = 1 - DICE(pooled, self.smooth)
-        return self._average((penalty * self._class_weights(pooled)).sum(-1))
+        score, _ = DICE(pooled, self.smooth)
+        return self._average((1 - score) * self._class_weights(pooled))
 
-    def pullback(self, sums: Array, grad: Array) -> Array:
-        """dLoss/dsums (K, N, C), multiplied by the incoming gradient of the loss's shape."""
+    def with_derivative(self, sums: Array) -> tuple[Array, Array]:
+        """The loss and, (K, N, C), the derivative of each sample's loss for its sums.
+
+        Times an incoming gradient of the loss's shape, an axis for the classes appended, this is
+        the cotangent of the sums.
+        """
         pooled = self._pool(sums)
-        of_penalty = self._average_pullback(grad, pooled)[:, None] * self._class_weights(pooled)
-        of_pooled = DICE.pullback(pooled, self.smooth, -of_penalty)
-        return of_pooled + namespace(sums).zeros_like(sums)  # every sample of a pooled batch alike
+        score, den = DICE(pooled, self.smooth)
+        weights = self._class_weights(pooled)
+        samples = sums.shape[1]
+        share = weights / max(samples, 1) if self.reduction == "mean" else weights
+        derivative = -share * DICE.derivative(score, den)
+        if self.reduction == "batch":
+            derivative = derivative.repeat(samples, 1)
+        return self._average((1 - score) * weights), derivative
 
     def _pool(self, sums: Array) -> Array:
         return sums.sum(1)[:, None] if self.reduction == "batch" else sums
 
     def _class_weights(self, pooled: Array) -> Array:
-        one = namespace(pooled).ones_like(pooled[0, :1])  # (1, C), or (0, C) without samples
-        if 0 <= self.ignore_channel < one.shape[-1]:
-            one[:, self.ignore_channel] = 0
-        return one / one.shape[-1] if self.weight is None else one * self.weight
+        """(1, C), or one number for all classes."""
+        classes = pooled.shape[2]
+        weight = 1 / classes if self.weight is None else self.weight
+        if not 0 <= self.ignore_channel < classes:
+            return weight
+        keep = namespace(pooled).ones_like(pooled[0, :1])  # (1, C), or (0, C) without samples
+        keep[:, self.ignore_channel] = 0
+        return keep * weight
 
-    def _average(self, per_sample: Array) -> Array:
+    def _average(self, terms: Array) -> Array:
         if self.reduction == "none":
-            return per_sample
+            return terms.sum(-1)
         if self.reduction == "mean":
-            samples = per_sample.shape[0]
-            return per_sample.sum() / (samples or float("nan"))  # the mean of nothing is NaN
-        return per_sample.sum()
-
-    def _average_pullback(self, grad: Array, pooled: Array) -> Array:
-        if self.reduction == "mean":
-            grad = grad / max(pooled.shape[1], 1)
-        return grad + namespace(pooled).zeros_like(pooled[0, :, 0])
+            return terms.sum() / (terms.shape[0] or math.nan)  # the mean of nothing is NaN
+        return terms.sum()
 
 
 def dice(

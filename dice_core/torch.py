@@ -2,15 +2,19 @@
 
 Two torch operators, `dice_core::statistics` and its vector-Jacobian product
 `dice_core::statistics_grad`, are all that touch voxels; the losses are ordinary torch arithmetic on
-(3, N, C) numbers. Between forward and backward only x, y and those numbers are kept.
+(3, N, C) numbers. On plain CPU tensors that arithmetic would take longer than many images: there
+`dice_loss` is a single node of the graph, its arithmetic NumPy's. Between forward and backward only
+x, y and numbers of that size are kept.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backends, buffers, losses, spec, threads
 
@@ -43,7 +47,8 @@ def statistics(
     Any differentiable function of the three is a loss whose backward pass is one pass over x. For
     the arguments see `dice_core.loss`; `num_threads` is by default torch's own setting.
     """
-    return Statistics(*_sums(x, y, ignore_label, p, backend, num_threads))
+    options = _options(x, y, ignore_label, p, backend, num_threads)
+    return Statistics(*torch.ops.dice_core.statistics(x, y, *options))
 
 
 def dice_loss(
@@ -65,7 +70,15 @@ def dice_loss(
     Gradients reach x, in its dtype, memory format and device, and `weight` if it is a tensor that
     requires grad; y has none. `num_threads` is by default torch's own setting.
     """
-    sums = _sums(x, y, ignore_label, p, backend, num_threads)
+    options = _options(x, y, ignore_label, p, backend, num_threads)
+    if _plain(x, y, weight) and not getattr(weight, "requires_grad", False):
+        numbers = _statistics(x, y, *options).numpy()
+        weight = weight.double().numpy() if isinstance(weight, Tensor) else spec.weights(weight)
+        dice = losses.dice(numbers.shape[2], weight, ignore_channel, smooth, reduction)
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return _rounded(dice(numbers), x)
+        return _Dice.apply(x, y, numbers, dice, options)  # type: ignore[no-untyped-call]
+    sums: Tensor = torch.ops.dice_core.statistics(x, y, *options)
     if isinstance(weight, Tensor):
         weight = weight.to(sums)
     elif weight is not None:
@@ -83,7 +96,7 @@ class DiceLoss(torch.nn.Module):
     >>> x = torch.zeros(1, 2, 8, 8, requires_grad=True)
     >>> y = torch.zeros(1, 8, 8, dtype=torch.uint8)
     >>> criterion(x, y)
-    tensor(0.6498, grad_fn=<ToCopyBackward0>)
+    tensor(0.6498, grad_fn=<_DiceBackward>)
     """
 
     weight: Tensor | None
@@ -132,23 +145,77 @@ class DiceLoss(torch.nn.Module):
         )
 
 
-def _sums(
+_Options = tuple[int, int | None, str | None, int | None]
+
+
+def _options(
     x: Tensor, y: Tensor, ignore_label: Any, p: Any, backend: str | None, num_threads: int | None
-) -> Tensor:
+) -> _Options:
+    """The operators' options after x and y, checked."""
     for name, value in (("x", x), ("y", y)):
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"{name} must be a torch tensor, got {type(value).__name__}; "
                 f"dice_core.loss takes other arrays"
             )
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise NotImplementedError("dice_core computes gradients in reverse mode only")
     ignore_label = spec.label(ignore_label)
     if ignore_label is not None and not -(2**63) <= ignore_label < 2**63:
         raise ValueError(f"ignore_label must fit in torch's int64, got {ignore_label}")
     if num_threads is not None:
         num_threads = threads.resolve(num_threads)
-    options = (spec.power(p), ignore_label, backend, num_threads)
-    sums: Tensor = torch.ops.dice_core.statistics(x, y, *options)
-    return sums
+    return spec.power(p), ignore_label, backend, num_threads
+
+
+def _plain(*tensors: Any) -> bool:
+    """Whether these are tensors of host memory, or no tensors, that nothing traces, transforms or
+    intercepts: their numbers may be read and written outside torch.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    for t in tensors:
+        if isinstance(t, Tensor) and not (
+            type(t) in (Tensor, torch.nn.Parameter)
+            and t.is_cpu
+            and not t.is_neg()
+            and not torch._C._functorch.is_legacy_batchedtensor(t)
+        ):
+            return False
+    return True
+
+
+class _Dice(torch.autograd.Function):
+    """A Dice loss of plain tensors as one node of the graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, sums: Any, dice: losses.Dice, options: _Options
+    ) -> Tensor:
+        value, derivative = dice.with_derivative(sums)
+        ctx.save_for_backward(x, y, torch.from_numpy(derivative))
+        ctx.options = options
+        return _rounded(value, x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, derivative = ctx.saved_tensors
+        cotangent = derivative * grad.unsqueeze(-1)
+        # The operator, unlike its kernel, can be traced and refuses to be differentiated again.
+        plain = _plain(x, y, cotangent) and not torch.is_grad_enabled()
+        vjp = _statistics_grad if plain else torch.ops.dice_core.statistics_grad
+        return vjp(x, y, cotangent, *ctx.options), None, None, None, None
+
+
+def _rounded(value: Any, x: Tensor) -> Tensor:
+    dtype = np.float64 if x.dtype == torch.float64 else np.float32
+    return torch.from_numpy(np.asarray(value, dtype))
 
 
 # The operators, defined through torch.library so that torch.compile and export see them whole.
@@ -170,9 +237,8 @@ def _statistics(
     """(K, N, C) float64 on x's device."""
     at = spec.call(buffers.of(x, "x"), buffers.of(y, "y"), p=p, ignore_label=ignore_label)
     sums = x.new_empty(at.sums_shape, dtype=torch.float64)
-    backends.statistics(
-        at, buffers.of(sums, "sums"), backend, num_threads or torch.get_num_threads()
-    )
+    count = num_threads or torch.get_num_threads()
+    backends.statistics(backends.select(at, backend), at, buffers.of(sums, "sums"), count)
     return sums
 
 
@@ -187,13 +253,12 @@ def _statistics_grad(
 ) -> Tensor:
     """The gradient for x of sum(cotangent * statistics)."""
     at = spec.call(buffers.of(x, "x"), buffers.of(y, "y"), p=p, ignore_label=ignore_label)
-    cotangent = cotangent.contiguous()
     grad: Tensor = buffers.empty_like(x, "x")
     backends.gradient(
+        backends.select(at, backend),
         at,
-        buffers.of(cotangent, "cotangent"),
+        buffers.of(cotangent.contiguous(), "cotangent"),
         buffers.of(grad, "grad"),
-        backend,
         num_threads or torch.get_num_threads(),
     )
     return grad

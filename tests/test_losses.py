@@ -1,9 +1,9 @@
-"""The arithmetic on (K, N, C): values by hand, pullbacks by two other ways, theory."""
+"""The arithmetic on (K, N, C): values by hand, derivatives by two other ways, theory."""
 
 import numpy as np
 import pytest
 import torch
-from compare import assert_close
+from compare import assert_close, assert_same_bits
 
 from dice_core import losses
 from dice_core.spec import REDUCTIONS
@@ -37,37 +37,39 @@ def upstream_for(value, seed=1):
 
 
 @pytest.mark.parametrize("dice", SETTINGS, ids=str)
-def test_pullback_is_torch_autograd(dice):
+def test_derivative_is_torch_autograd(dice):
     sums = random_sums()
     mine = with_weight(dice, np.array)
-    value = mine(sums)
+    value, derivative = mine.with_derivative(sums)
+    assert_same_bits(value, mine(sums))
     upstream = upstream_for(value)
     tensor = torch.tensor(sums, requires_grad=True)
     theirs = with_weight(dice, torch.DoubleTensor)(tensor)
     assert_close(value, theirs.detach(), rtol=1e-15)
     (grad,) = torch.autograd.grad(theirs, tensor, torch.as_tensor(upstream))
-    assert_close(mine.pullback(sums, upstream), grad, rtol=1e-12, atol=1e-16)
+    assert_close(upstream[..., None] * derivative, grad, rtol=1e-12, atol=1e-16)
 
 
 @pytest.mark.parametrize("dice", SETTINGS, ids=str)
-def test_pullback_is_finite_differences(dice):
+def test_derivative_is_finite_differences(dice):
     sums = random_sums()
     dice = with_weight(dice, np.array)
-    upstream = upstream_for(dice(sums))
-    pullback = dice.pullback(sums, upstream)
+    value, derivative = dice.with_derivative(sums)
+    upstream = upstream_for(value)
+    cotangent = upstream[..., None] * derivative
     for index in np.ndindex(sums.shape):
         if dice.smooth == 0 and dice.reduction != "batch" and not sums[:, index[1], index[2]].any():
-            assert pullback[index] == 0  # at 0/0 the derivative is defined, not differentiated
+            assert cotangent[index] == 0  # at 0/0 the derivative is defined, not differentiated
             continue
         step = np.zeros_like(sums)
         step[index] = 1e-5
         difference = np.sum(upstream * (dice(sums + step) - dice(sums - step))) / 2e-5
-        assert_close(pullback[index], difference, rtol=1e-6, atol=1e-9, what=str(index))
+        assert_close(cotangent[index], difference, rtol=1e-6, atol=1e-9, what=str(index))
 
 
 def test_by_hand():
     sums = np.array([[[3.0, 1.0]], [[4.0, 2.0]], [[4.0, 3.0]]])  # one sample, two classes
-    assert losses.DICE(sums, 0.0).tolist() == [[0.75, 0.4]]
+    assert losses.DICE(sums, 0.0)[0].tolist() == [[0.75, 0.4]]
     assert losses.Dice()(sums) == pytest.approx((0.25 + 0.6) / 2)
     assert losses.Dice(np.array([2.0, 1.0]))(sums) == pytest.approx(2 * 0.25 + 0.6)
     assert losses.Dice(ignore_channel=1)(sums) == pytest.approx(0.25 / 2)
@@ -76,9 +78,9 @@ def test_by_hand():
 
 def test_perfect_is_zero():
     sums = np.array([[[5.0, 0.0]], [[5.0, 0.0]], [[5.0, 0.0]]])
-    dice = losses.Dice()
-    assert dice(sums) == 0
-    assert dice.pullback(sums, np.float64(1))[:, 0, 1].tolist() == [0, 0, 0]
+    value, derivative = losses.Dice().with_derivative(sums)
+    assert value == 0
+    assert derivative[:, 0, 1].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

@@ -1,12 +1,17 @@
 """The torch adapter: autograd, modules, operators, compilation, what is kept."""
 
+import itertools
 import subprocess
 import sys
 
+import naive
 import pytest
 import torch
 from compare import assert_close
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from dice_core.spec import REDUCTIONS
 from dice_core.torch import DiceLoss, dice_loss, statistics
 
 
@@ -67,19 +72,46 @@ def test_forward_keeps_only_the_inputs_and_small_numbers():
     assert large == {x.data_ptr(), y.data_ptr()}
 
 
-def test_inputs_changed_before_backward_are_refused():
+@pytest.mark.parametrize("changed", ["x", "y"])
+def test_inputs_changed_before_backward_are_refused(changed):
+    x, y = example(1, 2, 5)
+    x = x.clone()
+    loss = dice_loss(x, y)
+    with torch.no_grad():
+        {"x": x, "y": y}[changed].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_second_backward_is_refused():
     x, y = example(1, 2, 5)
     loss = dice_loss(x, y)
-    y[0, 0] = 1 - y[0, 0]
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    loss.backward(retain_graph=True)
+    loss.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         loss.backward()
 
 
 def test_second_derivatives_are_refused():
     x, y = example(1, 2, 5)
-    (grad,) = torch.autograd.grad(dice_loss(x, y), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="first derivatives only"):
-        grad.sum().backward()
+    scale = torch.ones((), requires_grad=True)
+    (grad,) = torch.autograd.grad(dice_loss(x, y) * scale, x, create_graph=True)
+    for to in (x, scale):
+        with pytest.raises(RuntimeError, match="first derivatives only"):
+            torch.autograd.grad(grad.sum(), to, retain_graph=True)
+
+
+# torch itself compiles decompositions when forward mode is first used.
+FORWARD_MODE = pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
+
+
+@FORWARD_MODE
+@pytest.mark.parametrize("function", [dice_loss, statistics])
+def test_forward_mode_is_refused(function):
+    x, y = example(1, 2, 5)
+    x = x.detach()
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="reverse mode only"):
+        function(forward_ad.make_dual(x, x), y)
 
 
 def test_no_graph_without_grad():
@@ -113,6 +145,129 @@ def test_weight_gradient():
     dice_loss(x, y, weight=weight, reduction="none").sum().backward()
     i, p, t = statistics(x.detach(), y)
     assert_close(weight.grad, (1 - 2 * i / (p + t)).sum(0), rtol=1e-6)
+
+
+@FORWARD_MODE
+def test_weight_tangent():
+    x, y = example(2, 3, 20)
+    ones = torch.ones(3)
+    with forward_ad.dual_level():
+        value = forward_ad.unpack_dual(dice_loss(x, y, weight=forward_ad.make_dual(ones, ones)))
+    assert_close(value.tangent.detach(), value.primal.detach(), rtol=1e-6)
+
+
+# ---- one node where nothing looks on, operators and torch's arithmetic elsewhere ---------------
+
+
+class Onlooker(TorchDispatchMode):
+    """Sees every operator and changes nothing."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def loss_and_grad(x, y, upstream, **options):
+    loss = dice_loss(x, y, **options)
+    return loss.detach(), torch.autograd.grad(loss, x, upstream)[0], loss.grad_fn.name()
+
+
+SETTINGS = list(
+    itertools.product(
+        [None, [0.2, 1.5, 0.7], torch.tensor([2, 0, 1])],  # weight
+        [-1, 1],  # ignore_channel
+        [0.0, 1.0],  # smooth
+        REDUCTIONS,
+    )
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("weight", "ignore_channel", "smooth", "reduction"), SETTINGS, ids=str)
+def test_both_ways_and_the_naive_code_agree(dtype, weight, ignore_channel, smooth, reduction):
+    x, y = example(4, 3, 5, 6, dtype=dtype)
+    y[2] = -1  # 0/0 in every class of a sample where smooth is 0
+    options = {"weight": weight, "ignore_channel": ignore_channel}
+    options |= {"smooth": smooth, "reduction": reduction}
+    upstream = torch.tensor([0.5, -2, 1, 3], dtype=dtype) if reduction == "none" else None
+    value, grad, node = loss_and_grad(x, y, upstream, **options)
+    with Onlooker():
+        *general, general_node = loss_and_grad(x, y, upstream, **options)
+    assert node != general_node
+    single = dtype == torch.float32
+    assert_close(value, general[0], rtol=2e-7 if single else 1e-14)
+    assert_close(grad, general[1], rtol=1e-6 if single else 1e-13, atol=1e-9 if single else 1e-16)
+    exact = x.detach().double().requires_grad_()
+    expected = naive.dice_loss(exact, y, **options)
+    upstream = None if upstream is None else upstream.double()
+    (expected_grad,) = torch.autograd.grad(expected, exact, upstream)
+    tolerance = 1e-6 if single else 1e-13
+    assert_close(value, expected.detach(), rtol=tolerance, atol=tolerance)
+    assert_close(grad, expected_grad, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_incoming_gradient_of_any_strides(dtype):
+    x, y = example(4, 3, 5, dtype=dtype)
+    wide = torch.arange(8, dtype=dtype)
+    for upstream in (wide[::2], wide[:1].expand(4), wide[1:5].flip(0)):
+        loss = dice_loss(x, y, reduction="none")
+        (grad,) = torch.autograd.grad(loss, x, upstream)
+        each = [g * dice_loss(x[n : n + 1], y[n : n + 1]) for n, g in enumerate(upstream)]
+        assert_close(grad, torch.autograd.grad(sum(each), x)[0], rtol=1e-6, atol=1e-9)
+
+
+def test_batched_incoming_gradients():
+    x, y = example(2, 3, 5)
+    loss = dice_loss(x, y, reduction="none")
+    rows = [torch.autograd.grad(loss[n], x, retain_graph=True)[0] for n in range(2)]
+    (grads,) = torch.autograd.grad(loss, x, torch.eye(2), is_grads_batched=True)
+    assert_close(grads, torch.stack(rows), rtol=1e-15)
+
+
+def as_negated_view(x):
+    return torch.view_as_complex(torch.stack([x, -x], -1)).conj().imag
+
+
+class Subclass(torch.Tensor):
+    """Of no behaviour of its own."""
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [torch.nn.Parameter, as_negated_view, lambda x: x.as_subclass(Subclass)],
+    ids=["parameter", "negated_view", "subclass"],
+)
+def test_tensors_of_other_kinds(wrap):
+    x, y = example(2, 3, 5)
+    wrapped = wrap(x.detach()).requires_grad_()
+    value, grad, _ = loss_and_grad(wrapped, y, None)
+    expected, expected_grad, _ = loss_and_grad(x, y, None)
+    assert_close(value, expected, rtol=1e-15)
+    assert_close(grad, expected_grad, rtol=1e-13, atol=1e-16)
+
+
+def test_inference_mode():
+    x, y = example(2, 3, 5)
+    with torch.inference_mode():
+        value = dice_loss(x * 1, y.clone())
+    assert_close(value, dice_loss(x, y).detach(), rtol=1e-15)
+
+
+def test_the_default_device_is_of_no_account():
+    x, y = example(2, 3, 5)
+    expected = loss_and_grad(x, y, None, weight=[1, 2, 3])
+    with torch.device("meta"):
+        value, grad, _ = loss_and_grad(x, y, None, weight=[1, 2, 3])
+    assert torch.equal(value, expected[0])
+    assert torch.equal(grad, expected[1])
+
+
+def test_vmap_over_weights():
+    x, y = example(2, 3, 5)
+    weights = torch.rand(4, 3, dtype=torch.float64)
+    values = torch.vmap(lambda weight: dice_loss(x.detach(), y, weight=weight))(weights)
+    expected = [dice_loss(x.detach(), y, weight=weight) for weight in weights]
+    assert_close(values, torch.stack(expected), rtol=1e-14)
 
 
 def test_compiled_whole():
