@@ -1,0 +1,139 @@
+"""Time and peak memory of the Dice loss and its gradient: dice_core beside the installed peers,
+and the least that this machine's memory allows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from .. import threads
+from . import cases, implementations
+
+QUICK_CASES, QUICK_SIDE = ("a", "d"), 32
+EXTRA = 'pip install "dice_core[bench]"'
+
+EXPLANATION = """\
+time         Of a step: forward, then backward into a fresh gradient, as torch does by default.
+             Everything runs once per round, in changing order, in one process per case; medians.
+             Warm-up and torch.compile come before the rounds.
+memory       Growth of a fresh process over one step (peak) and what its forward leaves for backward
+             (kept), in units of the logits' bytes.
+floor        Forward: the time to read logits and labels. Step: that, then reading the labels again
+             and copying the logits. Measured in the same rounds by the same threads.
+environment  It decides what a fresh tensor costs. By default glibc maps a large one anew and every
+             page of it faults; with GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.\\
+             trim_threshold=17179869184 freed memory is used again, which speeds everybody up. The
+             report says what is set.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    names = [f"  {case.name:<14} {case}" for case in cases.CASES.values()]
+    rows = [f"  {row.name:<14} {row.title}" for row in implementations.IMPLEMENTATIONS.values()]
+    result = argparse.ArgumentParser(
+        prog="python -m dice_core.bench",
+        description=__doc__,
+        epilog="\n".join(["cases:", *names, "", "implementations:", *rows, "", EXPLANATION]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = result.add_argument
+    add("cases", nargs="*", metavar="CASE", help="from the list below (default: all)")
+    add("--only", metavar="NAMES", help="implementations from the list below, commas between")
+    add("--labels", choices=cases.LABELS, default="int64", help="their dtype (%(default)s)")
+    add("--threads", type=_count, metavar="N", help="(OMP_NUM_THREADS, else the cores)")
+    add("--rounds", type=_count, metavar="N", help="at most so many (30; quick: 3)")
+    add("--budget", type=float, metavar="S", help="seconds of a case's rounds, beyond 5 (30)")
+    add("--quick", action="store_true", help="small shapes, no torch.compile: about 10 s")
+    add("--no-compile", action="store_true", help="leave torch.compile out")
+    add("--no-memory", action="store_true", help="time alone")
+    add("--json", type=_file, metavar="FILE", help="write everything; times in seconds")
+    add("--markdown", type=_file, metavar="FILE", help="write the summary; - prints it instead")
+    add("--plot", type=_file, metavar="FILE", help="draw it (.png, .svg or .pdf)")
+    return result
+
+
+def main() -> None:
+    """Runs what the command line asks for."""
+    line = parser()
+    options = line.parse_args()
+    try:
+        chosen = cases.named(options.cases or (QUICK_CASES if options.quick else cases.CASES))
+        only = options.only.split(",") if options.only else implementations.IMPLEMENTATIONS
+        rows = implementations.named(only)
+    except ValueError as error:
+        line.error(str(error))
+    if options.quick:
+        chosen = [case.with_sides(QUICK_SIDE) for case in chosen]
+    if options.quick or options.no_compile:
+        rows = [row for row in rows if not row.compiled]
+
+    try:  # only now: these imports take seconds
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        from . import machine, plot, run, summary, tables
+        from .measure import Settings
+        from .results import Report
+    except ModuleNotFoundError as error:
+        line.exit(1, f"{line.prog} needs {error.name}: {EXTRA}\n")
+    if options.plot and options.plot.suffix not in plot.SUFFIXES:
+        line.error(f"--plot {options.plot}: the name must end in {', '.join(plot.SUFFIXES)}")
+
+    settings = Settings(
+        labels=options.labels,
+        threads=options.threads or threads.resolve(None),
+        rounds=options.rounds or (3 if options.quick else 30),
+        budget=options.budget or (1.0 if options.quick else 30.0),
+    )
+    log = Console(stderr=True)
+    with log.status("importing the peers"):
+        reasons = {row.name: row.unavailable() for row in rows}
+    unavailable = {name: reason for name, reason in reasons.items() if reason}
+    rows = [row for row in rows if row.name not in unavailable]
+    report = Report(machine.facts() | {"settings": asdict(settings)}, unavailable)
+
+    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    # Without its refreshing thread, which a forked process would lack.
+    with Progress(*columns, console=log, transient=True, auto_refresh=False) as progress:
+        task = progress.add_task("", total=1)
+
+        def show(done: float, what: str) -> None:
+            progress.update(task, completed=done, description=what, refresh=True)
+
+        try:
+            for result in run.cases(chosen, rows, settings, show, memory=not options.no_memory):
+                report.cases[result.case.name] = result
+        except KeyboardInterrupt:
+            log.print("interrupted: what follows is what was measured until then")
+
+    if options.json:
+        options.json.write_text(json.dumps(summary.as_json(report), indent=2) + "\n")
+    if options.plot:
+        plot.save(report, options.plot)
+    if options.markdown and str(options.markdown) != "-":
+        options.markdown.write_text(tables.markdown(report))
+    if str(options.markdown) == "-":
+        print(tables.markdown(report), end="")
+    else:
+        tables.show(report, Console())
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 up")
+    return int(text)
+
+
+def _file(text: str) -> Path:
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+    return path
+
+
+if __name__ == "__main__":
+    main()
