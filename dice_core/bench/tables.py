@@ -61,17 +61,15 @@ def heading(report: Report) -> list[str]:
     return lines + ([f"not measured: {', '.join(missing)}"] if missing else [])
 
 
-def details(result: CaseResult, first_note: int) -> Table:
-    """Every implementation of a case; footnotes are counted from `first_note`."""
+def details(result: CaseResult, footnotes: list[str]) -> Table:
+    """Every implementation of a case, with the numbers of its notes among the footnotes."""
     floor, rows = result.floor, []
     for name, found in result.measurements.items():
-        marks = "".join(f" [{first_note + i}]" for i in range(len(found.notes)))
-        first_note += len(found.notes)
+        marks = "".join(f" [{1 + footnotes.index(note)}]" for note in found.notes)
         rows.append((IMPLEMENTATIONS[name].title + marks, *_cells(name, found, result)))
-    if floor:
-        rows.append(("floor", _ms(floor.forward), "", _ms(floor.step), *[""] * 4))
     title = f"{result.case.name}: {result.case}, {result.rounds} rounds"
     if floor:
+        rows.append(("floor", _ms(floor.forward), "", _ms(floor.step), *[""] * 4))
         read, copy = result.x_bytes / floor.read_x / 1e9, result.x_bytes / floor.copy_x / 1e9
         title += f"; read {read:.1f}, copy {copy:.1f} GB/s"
     header = ("", "forward ms", "backward ms", "step ms", "fwd / floor", "step / floor")
@@ -119,14 +117,17 @@ def legend(report: Report) -> list[str]:
     ]
 
 
-def notes(report: Report) -> list[str]:
-    """Refusals and doubts, in the order of the footnotes' numbers."""
-    return [
-        textwrap.shorten(f"{case}, {IMPLEMENTATIONS[name].title}: {note}", NOTE_LENGTH)
-        for case, result in report.cases.items()
-        for name, found in result.measurements.items()
-        for note in found.notes
-    ]
+def notes(report: Report) -> dict[str, str]:
+    """Refusals and doubts, each with whom it is about, in the order of the footnotes' numbers."""
+    about: dict[str, list[str]] = {}
+    for case, result in report.cases.items():
+        for name, found in result.measurements.items():
+            for note in found.notes:
+                about.setdefault(note, []).append(f"{case} {IMPLEMENTATIONS[name].title}")
+    return {
+        note: textwrap.shorten(f"{'; '.join(who)}: {note}", NOTE_LENGTH)
+        for note, who in about.items()
+    }
 
 
 def show(report: Report, console: Console) -> None:
@@ -138,14 +139,13 @@ def show(report: Report, console: Console) -> None:
         console.print(line, markup=False, highlight=False)
 
     text("\n".join([*heading(report), ""]))
-    note = 1
+    footnotes = notes(report)
     for result in report.cases.values():
-        console.print(details(result, note).rich())
-        note += sum(len(found.notes) for found in result.measurements.values())
+        console.print(details(result, list(footnotes)).rich())
     for table in summaries(report):
         console.print(table.rich())
     text("\n\n".join(legend(report)))
-    for i, line in enumerate(notes(report), start=1):
+    for i, line in enumerate(footnotes.values(), start=1):
         text(f"[{i}] {line}")
 
 
@@ -153,8 +153,8 @@ def markdown(report: Report) -> str:
     """The summaries with all that a reader needs to judge them."""
     parts = ["  \n".join(heading(report)), *(table.markdown() for table in summaries(report))]
     parts += legend(report)
-    parts += [f"{i}. {note}" for i, note in enumerate(notes(report), start=1)]
-    return "\n\n".join(parts) + "\n"
+    footnotes = [f"{i}. {note}" for i, note in enumerate(notes(report).values(), start=1)]
+    return "\n\n".join([*parts, "\n".join(footnotes)]).rstrip() + "\n"
 
 
 def _number(value: float | None) -> str:
