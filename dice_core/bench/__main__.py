@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from .. import threads
 from . import cases, implementations
 
 QUICK_CASES, QUICK_SIDE = ("a", "d"), 32
+PICTURES = (".png", ".svg", ".pdf")
 EXTRA = 'pip install "dice_core[bench]"'
 
 EXPLANATION = """\
@@ -46,13 +48,13 @@ def parser() -> argparse.ArgumentParser:
     add("--labels", choices=cases.LABELS, default="int64", help="their dtype (%(default)s)")
     add("--threads", type=_count, metavar="N", help="(OMP_NUM_THREADS, else the cores)")
     add("--rounds", type=_count, metavar="N", help="at most so many (30; quick: 3)")
-    add("--budget", type=float, metavar="S", help="seconds of a case's rounds, beyond 5 (30)")
+    add("--budget", type=_seconds, metavar="S", help="seconds of a case's rounds, beyond 5 (30)")
     add("--quick", action="store_true", help="small shapes, no torch.compile: about 10 s")
     add("--no-compile", action="store_true", help="leave torch.compile out")
     add("--no-memory", action="store_true", help="time alone")
     add("--json", type=_file, metavar="FILE", help="write everything; times in seconds")
     add("--markdown", type=_file, metavar="FILE", help="write the summary; - prints it instead")
-    add("--plot", type=_file, metavar="FILE", help="draw it (.png, .svg or .pdf)")
+    add("--plot", type=_picture, metavar="FILE", help="draw it (.png, .svg or .pdf)")
     return result
 
 
@@ -80,8 +82,6 @@ def main() -> None:
         from .results import Report
     except ModuleNotFoundError as error:
         line.exit(1, f"{line.prog} needs {error.name}: {EXTRA}\n")
-    if options.plot and options.plot.suffix not in plot.SUFFIXES:
-        line.error(f"--plot {options.plot}: the name must end in {', '.join(plot.SUFFIXES)}")
 
     settings = Settings(
         labels=options.labels,
@@ -128,11 +128,27 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
 def _file(text: str) -> Path:
     path = Path(text)
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
     return path
+
+
+def _picture(text: str) -> Path:
+    if not text.endswith(PICTURES):
+        raise argparse.ArgumentTypeError(f"{text} does not end in {', '.join(PICTURES)}")
+    return _file(text)
 
 
 if __name__ == "__main__":

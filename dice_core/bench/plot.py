@@ -12,11 +12,9 @@ from matplotlib.figure import Figure
 from .implementations import IMPLEMENTATIONS
 from .results import CaseResult, Report
 
-SUFFIXES = (".png", ".svg", ".pdf")
-
 
 def save(report: Report, path: Path) -> None:
-    """Writes the picture; the suffix of `path`, one of SUFFIXES, says in which format."""
+    """Writes the picture; the suffix of `path` says in which format."""
     names = [
         name
         for name in IMPLEMENTATIONS
