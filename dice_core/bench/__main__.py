@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     add("--labels", choices=cases.LABELS, default="int64", help="their dtype (%(default)s)")
     add("--threads", type=_count, metavar="N", help="(OMP_NUM_THREADS, else the cores)")
     add("--rounds", type=_count, metavar="N", help="at most so many (30; quick: 3)")
-    add("--budget", type=_seconds, metavar="S", help="seconds of a case's rounds, beyond 5 (30)")
+    add("--budget", type=_seconds, metavar="S", help="seconds of a case's rounds, beyond 5 (20)")
     add("--quick", action="store_true", help="small shapes, no torch.compile: about 10 s")
     add("--no-compile", action="store_true", help="leave torch.compile out")
     add("--no-memory", action="store_true", help="time alone")
@@ -87,7 +87,7 @@ def main() -> None:
         labels=options.labels,
         threads=options.threads or threads.resolve(None),
         rounds=options.rounds or (3 if options.quick else 30),
-        budget=options.budget or (1.0 if options.quick else 30.0),
+        budget=options.budget or (1.0 if options.quick else 20.0),
     )
     log = Console(stderr=True)
     with log.status("importing the peers"):

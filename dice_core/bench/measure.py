@@ -36,7 +36,7 @@ class Settings:
     threads: int = 1
     rounds: int = 30
     fewest: int = 5
-    budget: float = 30.0
+    budget: float = 20.0
 
 
 Progress = tuple[float, str]  # the share that is done, what comes next
@@ -144,5 +144,6 @@ def _expected(formula: str, x: Tensor, y: Tensor) -> float:
 
 
 def _settle(settings: Settings) -> None:
+    gc.freeze()  # what is imported is no garbage, and a fork need not copy it to find out
     warnings.simplefilter("ignore")
     torch.set_num_threads(settings.threads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -41,5 +42,6 @@ def fresh(work: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Any]:
 
 
 def _run(sender: Connection, work: Callable[..., Iterator[Any]], arguments: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # its parent is interrupted, and ends it
     for message in work(*arguments):
         sender.send(message)
