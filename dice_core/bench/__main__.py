@@ -26,9 +26,9 @@ memory       Growth of a fresh process over one step (peak) and what its forward
 floor        Forward: the time to read logits and labels. Step: that, then reading the labels again
              and copying the logits. Measured in the same rounds by the same threads.
 environment  It decides what a fresh tensor costs. By default glibc maps a large one anew and every
-             page of it faults; with GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.\\
-             trim_threshold=17179869184 freed memory is used again, which speeds everybody up. The
-             report says what is set.
+             page of it faults. With freed memory used again, everybody is faster:
+             GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
+             The report says what is set.
 """
 
 
@@ -43,17 +43,17 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = result.add_argument
-    add("cases", nargs="*", metavar="CASE", help="from the list below (default: all)")
+    add("cases", nargs="*", metavar="CASE", help="names from the list below (default: all)")
     add("--only", metavar="NAMES", help="implementations from the list below, commas between")
-    add("--labels", choices=cases.LABELS, default="int64", help="their dtype (%(default)s)")
-    add("--threads", type=_count, metavar="N", help="(OMP_NUM_THREADS, else the cores)")
-    add("--rounds", type=_count, metavar="N", help="at most so many (30; quick: 3)")
-    add("--budget", type=_seconds, metavar="S", help="seconds of a case's rounds, beyond 5 (20)")
-    add("--quick", action="store_true", help="small shapes, no torch.compile: about 10 s")
+    add("--labels", choices=cases.LABELS, default="int64", help="dtype (default: %(default)s)")
+    add("--threads", type=_count, metavar="N", help="default: OMP_NUM_THREADS, else all cores")
+    add("--rounds", type=_count, metavar="N", help="at most so many (default: 30)")
+    add("--budget", type=_seconds, metavar="S", help="a case's time after 5 rounds (default: 20)")
+    add("--quick", action="store_true", help="cases a and d, small; 3 rounds; no torch.compile")
     add("--no-compile", action="store_true", help="leave torch.compile out")
-    add("--no-memory", action="store_true", help="time alone")
-    add("--json", type=_file, metavar="FILE", help="write everything; times in seconds")
-    add("--markdown", type=_file, metavar="FILE", help="write the summary; - prints it instead")
+    add("--no-memory", action="store_true", help="measure time alone")
+    add("--json", type=_file, metavar="FILE", help="write everything, times in seconds")
+    add("--markdown", type=_file, metavar="FILE", help="write the summary; - prints it")
     add("--plot", type=_picture, metavar="FILE", help="draw it (.png, .svg or .pdf)")
     return result
 

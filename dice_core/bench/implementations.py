@@ -64,12 +64,12 @@ def _autograd(build: Callable[[int], Loss], x: Tensor, y: Tensor) -> Step:
     loss, x = build(x.shape[1]), x.detach().requires_grad_()
 
     def step() -> Iterator[Any]:
-        x.grad = None
         yield
         value = loss(x, y)
         yield
         value.backward()
         yield value.detach()
+        x.grad = None
 
     return step
 

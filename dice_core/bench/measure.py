@@ -7,8 +7,9 @@ import math
 import random
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import pairwise
 
 import torch
@@ -28,8 +29,8 @@ class Settings:
 
     - labels: dtype of y.
     - threads: of torch, and so of all.
-    - rounds: at most so many, at least `fewest` of them.
-    - budget: seconds after which a case starts no further round.
+    - rounds: at most so many.
+    - budget: seconds after which a case starts no further round, if it has `fewest`.
     """
 
     labels: str = "int64"
@@ -40,60 +41,65 @@ class Settings:
 
 
 Progress = tuple[float, str]  # the share that is done, what comes next
+Samples = dict[str, list[list[float]]]  # by name: rounds of phases, seconds
 
 
 def times(case: Case, names: Sequence[str], settings: Settings) -> Iterator[Progress | CaseResult]:
-    """The case's result without memory: medians of rounds, each of which runs everything once.
+    """The case's result without memory: medians of rounds.
 
-    Compiling and two steps of warm-up come before the first round; every round has its own order,
-    so that none always follows the same other.
+    Before the first round everything has run twice, and is compiled.
     """
     _settle(settings)
     x, y = case.tensors(settings.labels)
     result = CaseResult(case, settings.labels, x.nbytes, y.nbytes)
-    expected: dict[str, float] = {}
-    steps, repeats = floor.steps(x, y), {}
+    floor_steps, steps = floor.steps(x, y), {}
+    expected = cache(partial(_expected, x, y))
     for i, name in enumerate(names):
         row, found = IMPLEMENTATIONS[name], Measurement()
+        result.measurements[name] = found
         yield i / len(names) / 2, f"{case.name}: warming up {row.title}"
         try:
             step = row.prepare(x, y)
-            found.value = [float(value) for value in step() if value is not None][-1]
-            steps[name] = step
+            *_, value = step()
         except Exception as error:  # a refusal is a result
             found.notes.append(f"{type(error).__name__}: {error}")
-        else:
-            if row.formula not in expected:
-                expected[row.formula] = _expected(row.formula, x, y)
-            found.expected = expected[row.formula]
-            found.notes += doubts(found.value, found.expected, case.single_precision)
-        result.measurements[name] = found
-    for name, step in steps.items():
-        repeats[name] = max(1, math.ceil(SAMPLE / sum(seconds(step, 1))))
+            continue
+        steps[name] = step
+        found.value, found.expected = float(value), expected(row.formula)
+        found.notes += doubts(found.value, found.expected, case.single_precision)
 
-    samples: dict[str, list[list[float]]] = {name: [] for name in steps}
+    samples: Samples = {}
+    for share in _rounds(floor_steps | steps, samples, settings):
+        yield 0.5 + share / 2, f"{case.name}: round {result.rounds + 1}"
+        result.rounds += 1
+    result.floor = floor.of({name: medians(samples[name])[-1] for name in floor_steps})
+    for name in steps:
+        found = result.measurements[name]
+        *phases, found.step = medians(samples[name])
+        if len(phases) == 2:
+            found.forward, found.backward = phases
+    yield result
+
+
+def _rounds(steps: Mapping[str, Step], samples: Samples, settings: Settings) -> Iterator[float]:
+    """Adds a sample of each step in each round, before which it yields the share that is done.
+
+    Every round has its own order, so that none always follows the same other.
+    """
+    repeats = {name: math.ceil(SAMPLE / sum(seconds(step, 1))) for name, step in steps.items()}
+    samples.update({name: [] for name in steps})
     order, shuffle = list(steps), random.Random(0).shuffle
     gc.collect()
     gc.disable()
     start = time.perf_counter()
-    while result.rounds < settings.rounds:
+    for done in range(settings.rounds):
         used = (time.perf_counter() - start) / settings.budget
-        if result.rounds >= settings.fewest and used >= 1:
+        if used >= 1 and done >= settings.fewest:
             break
-        share = min(1.0, max(used, result.rounds / settings.rounds))
-        yield 0.5 + share / 2, f"{case.name}: round {result.rounds + 1}"
+        yield min(1.0, max(used, done / settings.rounds))
         shuffle(order)
         for name in order:
             samples[name].append(seconds(steps[name], repeats[name]))
-        result.rounds += 1
-
-    result.floor = floor.of({name: medians(samples[name])[-1] for name in floor.steps(x, y)})
-    for name, found in result.measurements.items():
-        if name in samples:
-            *phases, found.step = medians(samples[name])
-            if len(phases) == 2:
-                found.forward, found.backward = phases
-    yield result
 
 
 def seconds(step: Step, repeats: int) -> list[float]:
@@ -138,7 +144,7 @@ def doubts(value: float, expected: float, single_precision: bool) -> list[str]:
     return [f"its loss is {value:.4g}, where its formula gives {expected:.4g}"]
 
 
-def _expected(formula: str, x: Tensor, y: Tensor) -> float:
+def _expected(x: Tensor, y: Tensor, formula: str) -> float:
     with torch.no_grad():
         return float(getattr(formulas, formula)(x.float(), y))
 
