@@ -263,6 +263,7 @@ def test_quick_run_draws_a_picture(quick):
     [
         (["z"], "there is no case z; there are\n  a  x[2, 5, 64, 128, 128] float32"),
         (["--only", "ours,mine"], "there is no implementation mine; there are\n  ours "),
+        (["--only", "compile-monai", "--no-compile"], "--no-compile leaves nothing of --only"),
         (["--rounds", "0"], "argument --rounds: 0 is not a whole number from 1 up"),
         (["--json", "nowhere/x.json"], "argument --json: there is no folder nowhere"),
         (["--plot", "x.gif"], "argument --plot: x.gif does not end in .png, .svg, .pdf"),
@@ -280,6 +281,19 @@ def test_bad_input_is_named(arguments, message, capsys, monkeypatch, tmp_path):
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
     assert not list(Path(tmp_path).iterdir())
+
+
+def test_an_absent_peer_is_no_result(capsys, monkeypatch):
+    from dice_core.bench import __main__
+
+    absent = implementations.Implementation("absent", "Absent Loss", "no_such_library.losses", None)
+    monkeypatch.setitem(implementations.IMPLEMENTATIONS, "absent", absent)
+    monkeypatch.setattr(sys, "argv", ["bench", "--only", "absent"])
+    with pytest.raises(SystemExit) as stop:
+        __main__.main()
+    assert stop.value.code == 1
+    message = capsys.readouterr().err
+    assert "not measured: Absent Loss (not installed)\nnothing was measured\n" in message
 
 
 def test_help_lists_cases_and_implementations():

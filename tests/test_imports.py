@@ -26,29 +26,28 @@ ARROWS = {
     "buffers": set(),
     "threads": set(),
     "_reference": set(),
-    "bench.__init__": set(),
-    "bench.__main__": {"threads"}
-    | {f"bench.{name}" for name in ("cases", "implementations", "machine", "measure")}
-    | {f"bench.{name}" for name in ("plot", "results", "run", "summary", "tables")},
-    "bench.machine": {"backends", "threads", "bench.memory"},
-    "bench.plot": {"bench.implementations", "bench.results"},
-    "bench.tables": {"bench.implementations", "bench.results", "bench.summary"},
-    "bench.summary": {"bench.implementations", "bench.results"},
-    "bench.run": {
-        f"bench.{name}" for name in ("cases", "implementations", "measure", "processes", "results")
-    },
-    "bench.measure": {
-        f"bench.{name}"
-        for name in ("cases", "floor", "formulas", "implementations", "memory", "results")
-    },
-    "bench.results": {"bench.cases", "bench.floor"},
-    "bench.floor": {"bench.implementations"},
-    "bench.implementations": {"api", "torch", "bench.formulas"},
-    "bench.cases": set(),
-    "bench.formulas": set(),
-    "bench.memory": set(),
-    "bench.processes": set(),
 }
+IN_BENCH = {
+    "__init__": set(),
+    "__main__": {"cases", "implementations", "measure", "plot", "run", "summary", "tables"},
+    "run": {"cases", "implementations", "machine", "measure", "processes", "results"},
+    "measure": {"cases", "floor", "formulas", "implementations", "memory", "results"},
+    "tables": {"implementations", "results", "summary"},
+    "plot": {"implementations", "results"},
+    "summary": {"implementations", "results"},
+    "results": {"cases", "floor"},
+    "floor": {"implementations"},
+    "implementations": {"formulas"},
+    "machine": {"memory"},
+    "cases": set(),
+    "formulas": set(),
+    "memory": set(),
+    "processes": set(),
+}
+ARROWS |= {f"bench.{name}": {f"bench.{other}" for other in IN_BENCH[name]} for name in IN_BENCH}
+ARROWS["bench.__main__"] |= {"threads"}
+ARROWS["bench.implementations"] |= {"api", "torch"}
+ARROWS["bench.machine"] |= {"backends", "threads"}
 
 
 def name_of(path):

@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 
 from .. import threads
@@ -48,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     add("--labels", choices=cases.LABELS, default="int64", help="dtype (default: %(default)s)")
     add("--threads", type=_count, metavar="N", help="default: OMP_NUM_THREADS, else all cores")
     add("--rounds", type=_count, metavar="N", help="at most so many (default: 30)")
-    add("--budget", type=_seconds, metavar="S", help="a case's time after 5 rounds (default: 20)")
+    add("--budget", type=_seconds, metavar="S", help="seconds of rounds, 5 at least (default: 20)")
     add("--quick", action="store_true", help="cases a and d, small; 3 rounds; no torch.compile")
     add("--no-compile", action="store_true", help="leave torch.compile out")
     add("--no-memory", action="store_true", help="measure time alone")
@@ -70,45 +69,27 @@ def main() -> None:
         line.error(str(error))
     if options.quick:
         chosen = [case.with_sides(QUICK_SIDE) for case in chosen]
-    if options.quick or options.no_compile:
+    if options.no_compile or (options.quick and not options.only):
         rows = [row for row in rows if not row.compiled]
+    if not rows:
+        line.error("--no-compile leaves nothing of --only")
 
     try:  # only now: these imports take seconds
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-        from . import machine, plot, run, summary, tables
+        from . import plot, run, summary, tables
         from .measure import Settings
-        from .results import Report
     except ModuleNotFoundError as error:
         line.exit(1, f"{line.prog} needs {error.name}: {EXTRA}\n")
-
     settings = Settings(
         labels=options.labels,
         threads=options.threads or threads.resolve(None),
         rounds=options.rounds or (3 if options.quick else 30),
         budget=options.budget or (1.0 if options.quick else 20.0),
     )
-    log = Console(stderr=True)
-    with log.status("importing the peers"):
-        reasons = {row.name: row.unavailable() for row in rows}
-    unavailable = {name: reason for name, reason in reasons.items() if reason}
-    rows = [row for row in rows if row.name not in unavailable]
-    report = Report(machine.facts() | {"settings": asdict(settings)}, unavailable)
-
-    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    # Without its refreshing thread, which a forked process would lack.
-    with Progress(*columns, console=log, transient=True, auto_refresh=False) as progress:
-        task = progress.add_task("", total=1)
-
-        def show(done: float, what: str) -> None:
-            progress.update(task, completed=done, description=what, refresh=True)
-
-        try:
-            for result in run.cases(chosen, rows, settings, show, memory=not options.no_memory):
-                report.cases[result.case.name] = result
-        except KeyboardInterrupt:
-            log.print("interrupted: what follows is what was measured until then")
+    report = run.report(chosen, rows, settings, memory=not options.no_memory)
+    if not report.cases:
+        line.exit(1, "\n".join([*tables.heading(report), "nothing was measured\n"]))
 
     if options.json:
         options.json.write_text(json.dumps(summary.as_json(report), indent=2) + "\n")

@@ -73,4 +73,4 @@ def named(names: Iterable[str]) -> list[Case]:
     if unknown:
         there = "\n".join(f"  {case.name}  {case}" for case in CASES.values())
         raise ValueError(f"there is no case {', '.join(unknown)}; there are\n{there}")
-    return [CASES[name] for name in names]
+    return [CASES[name] for name in dict.fromkeys(names)]

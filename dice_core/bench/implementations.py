@@ -233,4 +233,4 @@ def named(names: Iterable[str]) -> list[Implementation]:
     if unknown:
         there = "\n".join(f"  {row.name:<14} {row.title}" for row in IMPLEMENTATIONS.values())
         raise ValueError(f"there is no implementation {', '.join(unknown)}; there are\n{there}")
-    return [IMPLEMENTATIONS[name] for name in names]
+    return [IMPLEMENTATIONS[name] for name in dict.fromkeys(names)]

@@ -3,15 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 
-from . import measure
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from . import machine, measure
 from .cases import Case
 from .implementations import Implementation
 from .measure import Settings
 from .processes import ProcessDied, fresh
-from .results import CaseResult, Measurement
+from .results import CaseResult, Measurement, Report
 
 Show = Callable[[float, str], None]  # the share that is done, what comes next
+
+
+def report(
+    chosen: Sequence[Case],
+    rows: Sequence[Implementation],
+    settings: Settings,
+    memory: bool = True,
+) -> Report:
+    """Measures, with a progress bar on standard error; interrupted, returns what there is."""
+    log = Console(stderr=True)
+    with log.status("importing the peers"):
+        reasons = {row.name: row.unavailable() for row in rows}
+    unavailable = {name: reason for name, reason in reasons.items() if reason}
+    result = Report(machine.facts() | {"settings": asdict(settings)}, unavailable)
+    usable = [row for row in rows if row.name not in unavailable]
+    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    # No thread refreshes it: this process forks.
+    with Progress(*columns, console=log, transient=True, auto_refresh=False) as bar:
+        task = bar.add_task("", total=1)
+
+        def show(done: float, what: str) -> None:
+            bar.update(task, completed=done, description=what, refresh=True)
+
+        try:
+            for found in cases(chosen if usable else (), usable, settings, show, memory):
+                result.cases[found.case.name] = found
+        except KeyboardInterrupt:
+            log.print("interrupted")
+    return result
 
 
 def cases(
@@ -19,7 +52,7 @@ def cases(
     rows: Sequence[Implementation],
     settings: Settings,
     show: Show,
-    memory: bool = True,
+    memory: bool,
 ) -> Iterator[CaseResult]:
     """Each case's result as soon as it is there."""
     parts = 1 + memory * len(rows)  # the timing, and a weighing each
