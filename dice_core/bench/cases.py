@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -67,7 +67,7 @@ CASES = {
 }
 
 
-def named(names: Iterable[str]) -> list[Case]:
+def named(names: Collection[str]) -> list[Case]:
     """The cases of these names. Raises ValueError for others, listing those there are."""
     unknown = [name for name in names if name not in CASES]
     if unknown:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -227,7 +227,7 @@ IMPLEMENTATIONS = {
 }
 
 
-def named(names: Iterable[str]) -> list[Implementation]:
+def named(names: Collection[str]) -> list[Implementation]:
     """The rows of these names. Raises ValueError for others, listing those there are."""
     unknown = [name for name in names if name not in IMPLEMENTATIONS]
     if unknown:

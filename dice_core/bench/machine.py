@@ -37,6 +37,7 @@ def facts() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": processor(),
         "cores": threads.available_cores(),
+        "load": psutil.getloadavg()[0],  # how busy others keep it
         "memory_bytes": psutil.virtual_memory().total,
         "peak_memory_exact": memory.resettable(),
         "backend": _backend(),

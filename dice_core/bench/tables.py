@@ -50,7 +50,7 @@ def heading(report: Report) -> list[str]:
     lines = [
         f"{facts['cpu']}, {facts['cores']} cores, {facts['memory_bytes'] / 2**30:.0f} GiB; "
         f"backend {facts['backend']}, {settings['threads']} threads, {settings['labels']} labels; "
-        f"{facts['date']}",
+        f"{facts['date']}, load {facts['load']:.1f} at the start",
         ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
         "environment: " + (", ".join(set_variables) or "the allocator's and OpenMP's defaults"),
         facts["command"],
