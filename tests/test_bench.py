@@ -213,7 +213,7 @@ def test_quick_run_measures_time_and_memory(quick):
                 assert row["notes"] == []
                 assert row["value"] == pytest.approx(row["expected"], abs=1e-4)
         naive = case["measurements"]["naive"]
-        assert naive["peak"] > naive["kept"] > ours["kept"] >= 0
+        assert naive["peak"] >= naive["kept"] > 1 > ours["kept"] >= 0
         assert naive["peak"] > ours["peak"] > 0.9 > out["peak"]
 
 
