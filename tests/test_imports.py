@@ -11,7 +11,7 @@ import pytest
 import dice_core
 
 PACKAGE = Path(__file__).parents[1] / "dice_core"
-SOURCES = sorted(PACKAGE.glob("*.py"))
+SOURCES = sorted(PACKAGE.rglob("*.py"))
 KERNELS = sorted(PACKAGE.glob("_*.pyx"))
 
 BELOW = {"backends", "losses", "spec", "buffers", "threads"}
@@ -27,24 +27,56 @@ ARROWS = {
     "threads": set(),
     "_reference": set(),
 }
-MODULES = {path.stem for path in (*SOURCES, *KERNELS)}
+IN_BENCH = {
+    "__init__": set(),
+    "__main__": {"cases", "implementations", "measure", "plot", "run", "summary", "tables"},
+    "run": {"cases", "implementations", "machine", "measure", "processes", "results"},
+    "measure": {"cases", "floor", "formulas", "implementations", "memory", "results"},
+    "tables": {"implementations", "results", "summary"},
+    "plot": {"implementations", "results"},
+    "summary": {"implementations", "results"},
+    "results": {"cases", "floor"},
+    "floor": {"implementations"},
+    "implementations": {"formulas"},
+    "machine": {"memory"},
+    "cases": set(),
+    "formulas": set(),
+    "memory": set(),
+    "processes": set(),
+}
+ARROWS |= {f"bench.{name}": {f"bench.{other}" for other in IN_BENCH[name]} for name in IN_BENCH}
+ARROWS["bench.__main__"] |= {"threads"}
+ARROWS["bench.implementations"] |= {"api", "torch"}
+ARROWS["bench.machine"] |= {"backends", "threads"}
 
 
-def imports(source):
-    """The package's modules that a module of it imports, anywhere in its text."""
+def name_of(path):
+    """A module's name inside the package: api, bench.cases."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+MODULES = {name_of(path) for path in (*SOURCES, *KERNELS)}
+
+
+def imports(source, inside="dice_core"):
+    """The package's modules that a module of this package of it imports, anywhere in its text."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             paths = [alias.name.split(".") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            inside = ["dice_core"] if node.level else []
-            module = [*inside, *(node.module or "").split(".")]
+            parents = inside.split(".")
+            base = parents[: len(parents) - node.level + 1] if node.level else []
+            module = [*base, *(node.module or "").split(".")]
             paths = [[*filter(None, module), alias.name] for alias in node.names]
         else:
             continue
         for first, *rest in paths:
             if first == "dice_core":
-                found.add(rest[0] if rest and rest[0] in MODULES else "__init__")
+                ways = (
+                    ".".join([*rest[:n], *end]) for n in (2, 1, 0) for end in ((), ("__init__",))
+                )
+                found.add(next(way for way in ways if way in MODULES))
     return found
 
 
@@ -58,10 +90,12 @@ def of_the_package(module):
     return module.startswith(".") or module.split(".")[0] == "dice_core"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_arrows_point_down(path):
-    assert path.stem in ARROWS, f"{path.name} has no place in the drawing of arrows yet"
-    assert imports(path.read_text()) <= ARROWS[path.stem]
+    name = name_of(path)
+    assert name in ARROWS, f"{name} has no place in the drawing of arrows yet"
+    inside = ".".join(["dice_core", *path.relative_to(PACKAGE).parts[:-1]])
+    assert imports(path.read_text(), inside) <= ARROWS[name]
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
@@ -99,6 +133,22 @@ def test_the_reader_finds_imports(source, found):
     assert imports(source) == found
 
 
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from . import cases, floor", {"bench.cases", "bench.floor"}),
+        ("from .cases import Case", {"bench.cases"}),
+        ("from .. import api, bench", {"api", "bench.__init__"}),
+        ("from ..torch import dice_loss", {"torch"}),
+        ("from .. import loss", {"__init__"}),
+        ("from dice_core.bench.run import cases", {"bench.run"}),
+        ("from . import nothing", {"bench.__init__"}),
+    ],
+)
+def test_the_reader_finds_imports_of_a_package_inside(source, found):
+    assert imports(source, "dice_core.bench") == found
+
+
 def test_the_reader_finds_what_is_forbidden():
     assert imports("from .api import loss") - ARROWS["losses"] == {"api"}
     assert imports("from . import api") - ARROWS["torch"] == {"api"}
@@ -121,7 +171,7 @@ def test_the_reader_finds_what_is_forbidden_to_kernels(line):
 
 # ---- what an import brings along ---------------------------------------------------------------
 
-HEAVY = {"torch", "numba", "cupy", "scipy", "matplotlib"}
+HEAVY = {"torch", "numba", "cupy", "scipy", "matplotlib", "rich"}
 
 
 def modules_after(statements, cwd):
@@ -141,6 +191,11 @@ def test_importing_the_package_imports_numpy_and_nothing_heavier(tmp_path):
     modules = modules_after("import dice_core", tmp_path)
     assert {"dice_core", "numpy"} <= modules
     assert not modules & HEAVY
+
+
+def test_importing_the_package_leaves_the_benchmark_out(tmp_path):
+    use = "import sys, dice_core\nassert not any('bench' in name for name in sys.modules)"
+    assert "dice_core" in modules_after(use, tmp_path)
 
 
 def test_using_the_package_imports_nothing_heavier(tmp_path):

@@ -1,0 +1,76 @@
+"""The inputs that are measured, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LABELS = ("int64", "uint8")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Logits (N, C, *) and class labels (N, *), both random; one channel is sigmoid."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    channels_last: bool = False
+
+    @property
+    def single_precision(self) -> bool:
+        """Whether the logits have float32's precision, not half of it."""
+        return self.dtype == "float32"
+
+    def with_sides(self, longest: int) -> Case:
+        """The same with no side longer than this."""
+        sides = (min(side, longest) for side in self.shape[2:])
+        return replace(self, shape=(*self.shape[:2], *sides))
+
+    def tensors(self, labels: str) -> tuple[Tensor, Tensor]:
+        """x and y, the same numbers on every call."""
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+        samples, channels, *sides = self.shape
+        x = torch.randn(self.shape, generator=generator).to(getattr(torch, self.dtype))
+        if self.channels_last:
+            formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+            x = x.contiguous(memory_format=formats[x.ndim])
+        y = torch.randint(max(2, channels), (samples, *sides), generator=generator)
+        return x, y.to(getattr(torch, labels))
+
+    def __str__(self) -> str:
+        shape = ", ".join(map(str, self.shape))
+        activation = ", sigmoid" if self.shape[1] == 1 else ""
+        layout = ", channels last" if self.channels_last else ""
+        return f"x[{shape}] {self.dtype}{activation}{layout}"
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("a", (2, 5, 64, 128, 128)),
+        Case("b", (2, 3, 128, 128, 128)),
+        Case("c", (8, 20, 256, 256)),
+        Case("d", (2, 1, 128, 128, 128)),
+        Case("e", (1, 105, 64, 64, 64)),
+        Case("f", (2, 5, 64, 128, 128), dtype="bfloat16"),
+        Case("g", (4, 4, 64, 64)),
+        Case("h", (2, 5, 64, 128, 128), channels_last=True),
+        Case("i", (2, 5, 64, 128, 128), dtype="float16"),
+    )
+}
+
+
+def named(names: Collection[str]) -> list[Case]:
+    """The cases of these names. Raises ValueError for others, listing those there are."""
+    unknown = [name for name in names if name not in CASES]
+    if unknown:
+        there = "\n".join(f"  {case.name}  {case}" for case in CASES.values())
+        raise ValueError(f"there is no case {', '.join(unknown)}; there are\n{there}")
+    return [CASES[name] for name in dict.fromkeys(names)]

@@ -1,0 +1,59 @@
+"""The losses of the peers in naive torch: what their values are checked against, and peers too.
+
+Logits x (N, C, *), labels y (N, *), result a scalar. One channel is sigmoid and the loss is that of
+the foreground alone, as the peers have it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+SMOOTH = 1e-5  # MONAI's default and nnU-Net's choice
+
+
+def dice(x: Tensor, y: Tensor) -> Tensor:
+    """1 - (2 I + SMOOTH) / (P + Y + SMOOTH), mean over samples and classes."""
+    return _dice(x, _one_hot(x, y))
+
+
+def dice_by_comparison(x: Tensor, y: Tensor) -> Tensor:
+    """`dice` with the one-hot labels as `y == c`, which a compiler can fuse."""
+    if x.shape[1] == 1:
+        return dice(x, y)
+    classes = torch.arange(x.shape[1], device=x.device).view(-1, *[1] * (x.ndim - 2))
+    return _dice(x, (y.unsqueeze(1) == classes).to(x.dtype))
+
+
+def negative_dice(x: Tensor, y: Tensor) -> Tensor:
+    """`dice` without its 1: nnU-Net's, between -1 and 0."""
+    return dice(x, y) - 1
+
+
+def batch_dice(x: Tensor, y: Tensor) -> Tensor:
+    """`dice` of sums over the whole batch: segmentation-models-pytorch's."""
+    return _dice(x, _one_hot(x, y), batch=True)
+
+
+def dice_and_cross_entropy(x: Tensor, y: Tensor) -> Tensor:
+    """`dice` plus the mean cross-entropy: MONAI's DiceCELoss."""
+    if x.shape[1] == 1:
+        entropy = F.binary_cross_entropy_with_logits(x, _one_hot(x, y))
+    else:
+        entropy = F.cross_entropy(x, y.long())
+    return dice(x, y) + entropy
+
+
+def _dice(x: Tensor, target: Tensor, batch: bool = False) -> Tensor:
+    score = x.sigmoid() if x.shape[1] == 1 else x.softmax(1)
+    axes = [0, *range(2, x.ndim)] if batch else [*range(2, x.ndim)]
+    intersection = (score * target).sum(axes)
+    total = score.sum(axes) + target.sum(axes)
+    return (1 - (2 * intersection + SMOOTH) / (total + SMOOTH)).mean()
+
+
+def _one_hot(x: Tensor, y: Tensor) -> Tensor:
+    if x.shape[1] == 1:
+        return y.unsqueeze(1).to(x.dtype)
+    return F.one_hot(y.long(), x.shape[1]).movedim(-1, 1).to(x.dtype)

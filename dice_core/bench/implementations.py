@@ -1,0 +1,236 @@
+"""What is measured: dice_core and its peers, each set up for the same loss as far as it has it.
+
+That loss is the Dice loss per sample and class with smooth = 1e-5, averaged; where a peer computes
+another, `formula` says which. One channel is sigmoid and, as the peers have it, a Dice of the
+foreground alone: ours is told so with weight (0, 1).
+
+An implementation makes a step: a generator function that yields when its input is ready and again
+after each phase, so that the same step can be timed and weighed. What it yields last is the loss.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # every library is imported where it is used: the table below is for all to read
+    from torch import Tensor
+
+Loss = Callable[["Tensor", "Tensor"], "Tensor"]
+Step = Callable[[], Iterator[Any]]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A row of the tables.
+
+    - name: on the command line.
+    - module: what it needs, a peer's module of losses.
+    - prepare: logits (N, C, *) and labels (N, *) -> its step.
+    - formula: the function of `formulas` that it computes.
+    - compiled: its first step of a shape compiles.
+    """
+
+    name: str
+    title: str
+    module: str
+    prepare: Callable[[Tensor, Tensor], Step]
+    formula: str = "dice"
+    compiled: bool = False
+
+    def unavailable(self) -> str | None:
+        """Why it cannot be measured here, None if it can."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                importlib.import_module(self.module)
+        except ModuleNotFoundError as error:
+            absent = error.name == self.module.split(".")[0]
+            return "not installed" if absent else f"needs {error.name}, which is not installed"
+        except Exception as error:  # whatever is broken in a peer, the others are measured
+            return f"does not import: {error}"
+        return None
+
+
+# ---- steps -------------------------------------------------------------------------------------
+
+
+def _autograd(build: Callable[[int], Loss], x: Tensor, y: Tensor) -> Step:
+    """Forward, then backward into a fresh gradient; `build` takes the number of channels."""
+    loss, x = build(x.shape[1]), x.detach().requires_grad_()
+
+    def step() -> Iterator[Any]:
+        yield
+        value = loss(x, y)
+        yield
+        value.backward()
+        yield value.detach()
+        x.grad = None
+
+    return step
+
+
+def _into_out(x: Tensor, y: Tensor) -> Step:
+    """Both in one call, the gradient into memory that is already mapped."""
+    from .. import api
+
+    out, options = x.clone(), _options(x.shape[1])
+
+    def step() -> Iterator[Any]:
+        yield
+        yield api.loss_and_grad(x, y, out=out, num_threads=_threads(), **options)[0]
+
+    return step
+
+
+def _over_logits(x: Tensor, y: Tensor) -> Step:
+    """Both in one call, the gradient over the logits, which are put back before every step."""
+    from .. import api
+
+    logits, options = x.clone(), _options(x.shape[1])
+
+    def step() -> Iterator[Any]:
+        logits.copy_(x)
+        yield
+        yield api.loss_and_grad(logits, y, out=logits, num_threads=_threads(), **options)[0]
+
+    return step
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+# ---- losses, by number of channels -------------------------------------------------------------
+
+
+def _options(channels: int) -> dict[str, Any]:
+    return {"smooth": 1e-5} | ({"weight": [0, 1]} if channels == 1 else {})
+
+
+def _ours(channels: int) -> Loss:
+    from ..torch import dice_loss
+
+    return partial(dice_loss, **_options(channels))
+
+
+def _monai(channels: int, name: str = "DiceLoss") -> Loss:
+    import monai.losses
+
+    one = channels == 1
+    loss = getattr(monai.losses, name)(sigmoid=one, softmax=not one, to_onehot_y=not one)
+    if one and name == "DiceCELoss":  # its binary cross-entropy takes no integers
+        return lambda x, y: loss(x, y.unsqueeze(1).to(x.dtype))
+    return lambda x, y: loss(x, y.unsqueeze(1))
+
+
+def _nnunet(channels: int) -> Loss:
+    import torch
+    from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+
+    activation = torch.sigmoid if channels == 1 else partial(torch.softmax, dim=1)
+    return MemoryEfficientSoftDiceLoss(activation, smooth=1e-5, ddp=False)
+
+
+def _smp(channels: int) -> Loss:
+    from segmentation_models_pytorch.losses import DiceLoss
+
+    return DiceLoss("binary" if channels == 1 else "multiclass")
+
+
+def _kornia(channels: int) -> Loss:
+    from kornia.losses import dice_loss
+
+    if channels == 1:
+        raise ValueError("kornia's dice_loss has no sigmoid: softmax over one channel is 1")
+    # It takes images, so a volume's slices are put below one another: a view.
+    return lambda x, y: dice_loss(x.flatten(2, -2), y.flatten(1, -2), average="macro")
+
+
+def _naive(channels: int, name: str = "dice") -> Loss:
+    from . import formulas
+
+    return getattr(formulas, name)
+
+
+def _compiled(build: Callable[[int], Loss], channels: int) -> Loss:
+    import torch
+
+    return torch.compile(build(channels), dynamic=False)
+
+
+# ---- the table ---------------------------------------------------------------------------------
+
+OURS, OUT, OVER, MONAI = "ours", "ours-out", "ours-over", "monai"
+
+_MONAI, _NNUNET, _SMP = (
+    "monai.losses",
+    "nnunetv2.training.loss.dice",
+    "segmentation_models_pytorch.losses",
+)
+_by_comparison = partial(_naive, name="dice_by_comparison")
+
+IMPLEMENTATIONS = {
+    row.name: row
+    for row in (
+        Implementation(OURS, "dice_core", "torch", partial(_autograd, _ours)),
+        Implementation(OUT, "dice_core, into out=", "torch", _into_out),
+        Implementation(OVER, "dice_core, over the logits", "torch", _over_logits),
+        Implementation(MONAI, "MONAI DiceLoss", _MONAI, partial(_autograd, _monai)),
+        Implementation(
+            "monai-ce",
+            "MONAI DiceCELoss",
+            _MONAI,
+            partial(_autograd, partial(_monai, name="DiceCELoss")),
+            formula="dice_and_cross_entropy",
+        ),
+        Implementation(
+            "nnunet",
+            "nnU-Net MemoryEfficientSoftDiceLoss",
+            _NNUNET,
+            partial(_autograd, _nnunet),
+            formula="negative_dice",
+        ),
+        Implementation("smp", "SMP DiceLoss", _SMP, partial(_autograd, _smp), formula="batch_dice"),
+        Implementation(
+            "kornia", "kornia dice_loss, macro", "kornia.losses", partial(_autograd, _kornia)
+        ),
+        Implementation("naive", "torch, naive", "torch", partial(_autograd, _naive)),
+        Implementation(
+            "compile-naive",
+            "torch.compile, naive",
+            "torch",
+            partial(_autograd, partial(_compiled, _naive)),
+            compiled=True,
+        ),
+        Implementation(
+            "compile-equal",
+            "torch.compile, naive with ==",
+            "torch",
+            partial(_autograd, partial(_compiled, _by_comparison)),
+            compiled=True,
+        ),
+        Implementation(
+            "compile-monai",
+            "torch.compile, MONAI DiceLoss",
+            _MONAI,
+            partial(_autograd, partial(_compiled, _monai)),
+            compiled=True,
+        ),
+    )
+}
+
+
+def named(names: Collection[str]) -> list[Implementation]:
+    """The rows of these names. Raises ValueError for others, listing those there are."""
+    unknown = [name for name in names if name not in IMPLEMENTATIONS]
+    if unknown:
+        there = "\n".join(f"  {row.name:<14} {row.title}" for row in IMPLEMENTATIONS.values())
+        raise ValueError(f"there is no implementation {', '.join(unknown)}; there are\n{there}")
+    return [IMPLEMENTATIONS[name] for name in dict.fromkeys(names)]

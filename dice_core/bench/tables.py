@@ -1,0 +1,174 @@
+"""A run in words and tables of strings, for a terminal and for Markdown."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+from . import summary
+from .implementations import IMPLEMENTATIONS
+from .results import CaseResult, Measurement, Report
+
+NOTE_LENGTH = 700  # characters; JSON has them whole
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of strings; the first column is a name, the others are numbers."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+    def rich(self) -> RichTable:
+        """For a terminal."""
+        table = RichTable(title=self.title, title_justify="left", box=box.SIMPLE_HEAD)
+        for i, name in enumerate(self.header):
+            table.add_column(name, justify="right" if i else "left", overflow="fold")
+        for row in self.rows:
+            table.add_row(*map(escape, row))
+        return table
+
+    def markdown(self) -> str:
+        """A heading line and a table of GitHub's kind."""
+        ruler = ["---", *["---:"] * (len(self.header) - 1)]
+        lines = [f"| {' | '.join(row)} |" for row in (self.header, ruler, *self.rows)]
+        return "\n".join([f"**{self.title}**", "", *lines])
+
+
+def heading(report: Report) -> list[str]:
+    """Lines: machine, settings, versions, what the environment decides, the command."""
+    facts = report.facts
+    settings = facts["settings"]
+    set_variables = [f"{name}={value}" for name, value in facts["environment"].items() if value]
+    lines = [
+        f"{facts['cpu']}, {facts['cores']} cores, {facts['memory_bytes'] / 2**30:.0f} GiB; "
+        f"backend {facts['backend']}, {settings['threads']} threads, {settings['labels']} labels; "
+        f"{facts['date']}, load {facts['load']:.1f} at the start",
+        ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
+        "environment: " + (", ".join(set_variables) or "the allocator's and OpenMP's defaults"),
+        facts["command"],
+    ]
+    if not facts["peak_memory_exact"]:
+        lines.append("peak memory is a lower bound: the system keeps a lifetime maximum only")
+    missing = [f"{IMPLEMENTATIONS[name].title} ({why})" for name, why in report.unavailable.items()]
+    return lines + ([f"not measured: {', '.join(missing)}"] if missing else [])
+
+
+def details(result: CaseResult, footnotes: list[str]) -> Table:
+    """Every implementation of a case, with the numbers of its notes among the footnotes."""
+    floor, rows = result.floor, []
+    for name, found in result.measurements.items():
+        marks = "".join(f" [{1 + footnotes.index(note)}]" for note in found.notes)
+        rows.append((IMPLEMENTATIONS[name].title + marks, *_cells(name, found, result)))
+    title = f"{result.case.name}: {result.case}, {result.rounds} rounds"
+    if floor:
+        rows.append(("floor", _ms(floor.forward), "", _ms(floor.step), *[""] * 4))
+        read, copy = result.x_bytes / floor.read_x / 1e9, result.x_bytes / floor.copy_x / 1e9
+        title += f"; read {read:.1f}, copy {copy:.1f} GB/s"
+    header = ("", "forward ms", "backward ms", "step ms", "fwd / floor", "step / floor")
+    return Table(title, (*header, "peak", "kept"), rows)
+
+
+def _cells(name: str, found: Measurement, result: CaseResult) -> Iterator[str]:
+    yield from map(_ms, (found.forward, found.backward, found.step))
+    yield from (_number(result.above_floor(name, what)) for what in ("forward", "step"))
+    yield from map(_number, (found.peak, found.kept))
+
+
+def summaries(report: Report) -> list[Table]:
+    """Ours against MONAI, the fastest compiled peer and the floor; then memory; what there is."""
+    tables = []
+    for quantity in summary.QUANTITIES:
+        rows = []
+        for result in report.cases.values():
+            row = summary.speed(result, quantity)
+            compared = (row.over_monai, row.over_compile)
+            rows.append(
+                (row.case, _ms(row.seconds), *map(_times, compared), _number(row.above_floor))
+            )
+        header = ("case", "ms", "vs MONAI", "vs compile", "/ floor")
+        tables.append(Table(f"dice_core, {quantity}", header, rows))
+    weights = [summary.memory(result) for result in report.cases.values()]
+    header = ("case", "dice_core", "over the logits", "MONAI", "compile")
+    rows = [
+        (row.case, *map(_number, (row.ours, row.over_logits, row.monai, row.compile)))
+        for row in weights
+    ]
+    tables.append(Table("peak memory of a step, in units of the logits", header, rows))
+    return [table for table in tables if any(set(row[1:]) != {"-"} for row in table.rows)]
+
+
+def legend(report: Report) -> list[str]:
+    """What the cases and the words of the summaries stand for."""
+    cases = "; ".join(f"{name} {result.case}" for name, result in report.cases.items())
+    return [
+        f"Cases: {cases}. Labels (N, *), {report.facts['settings']['labels']}.",
+        "A step is forward and backward. MONAI is its DiceLoss; compile is the fastest of "
+        "torch.compile of the naive code, of the naive code with ==, and of MONAI's DiceLoss. "
+        "'vs' is their time divided by ours, '/ floor' ours divided by the time to read the logits "
+        "and labels (forward), and to read the labels again and copy the logits (step).",
+        "All compute the same Dice loss, except that DiceCELoss adds the cross-entropy, nnU-Net's "
+        "lacks the 1 and SMP's is of the whole batch. One channel is a Dice of the foreground "
+        "alone; ours has weight (0, 1) there.",
+    ]
+
+
+def notes(report: Report) -> dict[str, str]:
+    """Refusals and doubts, each with whom it is about, in the order of the footnotes' numbers."""
+    about: dict[str, list[str]] = {}
+    for case, result in report.cases.items():
+        for name, found in result.measurements.items():
+            for note in found.notes:
+                about.setdefault(note, []).append(f"{case} {IMPLEMENTATIONS[name].title}")
+    return {
+        note: textwrap.shorten(f"{'; '.join(who)}: {note}", NOTE_LENGTH)
+        for note, who in about.items()
+    }
+
+
+def show(report: Report, console: Console) -> None:
+    """Everything, on a terminal."""
+    if not console.is_terminal:
+        console.width = 140
+
+    def text(line: str) -> None:
+        console.print(line, markup=False, highlight=False)
+
+    text("\n".join([*heading(report), ""]))
+    footnotes = notes(report)
+    for result in report.cases.values():
+        console.print(details(result, list(footnotes)).rich())
+    for table in summaries(report):
+        console.print(table.rich())
+    text("\n\n".join(legend(report)))
+    for i, line in enumerate(footnotes.values(), start=1):
+        text(f"[{i}] {line}")
+
+
+def markdown(report: Report) -> str:
+    """The summaries with all that a reader needs to judge them."""
+    parts = ["  \n".join(heading(report)), *(table.markdown() for table in summaries(report))]
+    parts += legend(report)
+    footnotes = [f"{i}. {note}" for i, note in enumerate(notes(report).values(), start=1)]
+    return "\n\n".join([*parts, "\n".join(footnotes)]).rstrip() + "\n"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f}"
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{_number(value)}x"
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else _number(1e3 * seconds)
