@@ -205,7 +205,9 @@ def test_infinite_logits(kernels, dtype, infinity, channels):
 
 
 @backend
-@pytest.mark.parametrize(("dtype", "lowest", "highest"), [("float32", -87.33, 88.0), ("float64", -708.3, 709.0)])
+@pytest.mark.parametrize(
+    ("dtype", "lowest", "highest"), [("float32", -87.33, 88.0), ("float64", -708.3, 709.0)]
+)
 def test_worst_ulp_of_the_exponential(kernels, dtype, lowest, highest):
     x = np.linspace(lowest, highest, 4_000_001).astype(dtype)
     actual = np.empty_like(x)
@@ -218,7 +220,7 @@ def test_worst_ulp_of_the_exponential(kernels, dtype, lowest, highest):
 @backend
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_scores_underflow_to_zero(kernels, dtype):
-    """The score of a class d below another is e^-d / (1 + e^-d), 0 where that is no normal number."""
+    """A class d below another scores e^-d / (1 + e^-d), 0 where that is no normal number."""
     d = np.linspace(0, 800, 80_001).astype(dtype)
     x = np.stack([np.zeros_like(d), -d])[None]
     grad = np.empty_like(x)
