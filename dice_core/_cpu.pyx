@@ -7,14 +7,18 @@ Design
 1. Summed, per sample and class over the counted voxels: I = sum s_c [y=c], P = sum s_c^p, Y = sum [y=c] with
    s = softmax(x); one channel scores two classes, (1 - sigmoid(x), sigmoid(x)). The gradient is the vector-Jacobian
    product of the sums.
-2. Precision: voxel arithmetic in the logits' dtype, sums over one tile (at most 1024 voxels) too, all else in float64.
+2. Precision: voxel arithmetic in float32 (float64 logits: in float64), the sums of one tile, at most 1024 voxels, too;
+   all else in float64. 16-bit logits are converted as they are loaded, their gradient is rounded as it is stored.
 3. A chunk is a fixed run of a sample's voxels, its length a function of shape alone; a thread owns whole chunks.
 4. Chunks are added in order after the parallel loop: the same bits for any number of threads.
-5. Any strides: voxels are visited along the logits' strides, axes merged where memory allows. Tiles with unit stride
-   are read where they lie, others are gathered into scratch; gradients are stored the same two ways.
-6. A tile is read whole before its gradient is written, so the gradient may overwrite the logits.
-7. Ignored voxels are selected away, never multiplied by zero: their NaN and infinities cannot leak.
-8. Never allocated: anything of image size. Scratch is one tile per thread, partial sums are 3 C numbers per chunk.
+5. A tile is scored in blocks that stay in the first cache levels, a cache line of voxels at a time: the exponentials
+   of all classes go to scratch, from where they are summed class by class, or become the gradient voxel by voxel.
+6. Up to eight classes have a loop each, unrolled by the compiler; the rest share one.
+7. Any strides: voxels are visited along the logits' strides, axes merged where memory allows. Where they lie side by
+   side, logits are read and gradients written in place, else through scratch.
+8. Voxels are read whole before their gradient is written, so the gradient may overwrite the logits.
+9. Ignored voxels are cleared in scratch, never multiplied by zero: their NaN and infinities cannot leak.
+10. Never allocated: anything of image size. Scratch is one block per thread, partial sums are 3 C numbers per chunk.
 """
 
 from cython.parallel cimport prange, threadid
@@ -76,74 +80,19 @@ cdef extern from *:
     const char *DICE_LEVEL
     int DICE_OPENMP
 
-cdef extern from "_vectors.h":
-    # Vectors; to Cython they are numbers, and C applies + - * / to every lane.
-    ctypedef float f32 "floats"
-    ctypedef double f64 "doubles"
-    enum:
-        VECTORS  # in a line
-    const float LN2  # and the rest of it, where products are rounded
-    const float LN2_REST
-
-    void PREFETCH(const void *) noexcept nogil
-    f32 load_f16(const void *) noexcept nogil
-    f32 load_bf16(const void *) noexcept nogil
-    f32 load_floats(const void *) noexcept nogil
-    f64 load_doubles(const void *) noexcept nogil
-    void store_f16(void *, f32) noexcept nogil
-    void store_bf16(void *, f32) noexcept nogil
-    void store_floats(void *, f32) noexcept nogil
-    void store_doubles(void *, f64) noexcept nogil
-    f32 spread_floats(float) noexcept nogil
-    f64 spread_doubles(double) noexcept nogil
-    f32 max_floats(f32, f32) noexcept nogil
-    f64 max_doubles(f64, f64) noexcept nogil
-    f32 min_floats(f32, f32) noexcept nogil
-    f64 min_doubles(f64, f64) noexcept nogil
-    f32 equal_floats(f32, f32) noexcept nogil
-    f64 equal_doubles(f64, f64) noexcept nogil
-    f32 less_floats(f32, f32) noexcept nogil
-    f64 less_doubles(f64, f64) noexcept nogil
-    f32 where_floats(f32, f32) noexcept nogil
-    f64 where_doubles(f64, f64) noexcept nogil
-    f32 unless_floats(f32, f32) noexcept nogil
-    f64 unless_doubles(f64, f64) noexcept nogil
-    f32 exponent_floats(f32) noexcept nogil
-    f32 larger_magnitude_floats(f32, f32) noexcept nogil
-    f64 larger_magnitude_doubles(f64, f64) noexcept nogil
-    bint any_above_floats(f32, float) noexcept nogil
-    bint any_above_doubles(f64, double) noexcept nogil
-    f64 exponent_doubles(f64) noexcept nogil
-    f32 tally_floats(f32, f32) noexcept nogil
-    f64 tally_doubles(f64, f64) noexcept nogil
+include "_vectors.pxi"
 
 cdef enum:
     MAX_AXES = 64
     TILE = 1024  # most voxels that are summed in the logits' arithmetic
     MAX_FEW = 8  # most classes whose scores are kept in registers
-    FARTHEST = 80  # exp of so much is far from infinity, and so are sums of eight
+    FARTHEST = 64  # between the logits of a voxel, so that exp is far from infinity and 0 for any number of classes
     BLOCK_SCORES = 4096  # scores of a block in scratch, so that they stay in the first cache level
-    ROWS_AHEAD = 2  # how early a row is asked for before it is gathered
+    ROWS_AHEAD = 2  # a row is asked for before it is gathered
+    AHEAD = 256  # bytes that are asked for before they are read, where more rows than the processor foresees
     CHUNK_SCORES = 65536
     MAX_CHUNKS = 256
     CACHE_LINE = 64
-
-ctypedef uint16_t float16
-ctypedef int16_t bfloat16
-
-ctypedef fused vec:
-    f32
-    f64
-
-ctypedef fused logit:
-    float16
-    bfloat16
-    float
-    double
-
-ctypedef fused real:
-    float
-    double
 
 ctypedef fused label_t:
     int8_t
@@ -204,189 +153,6 @@ cdef struct Scratch:
     char *label  # (TILE,): class, -1 where ignored, -2 where bad
     char *sums  # (3, classes) vectors
     char *factors  # (2, classes): of I and of P
-
-
-# ---- vectors ---------------------------------------------------------------------------------------------------------
-
-cdef inline void load(vec *v, const logit *p) noexcept nogil:
-    if vec is f64:
-        v[0] = load_doubles(p)
-    elif logit is float16:
-        v[0] = load_f16(p)
-    elif logit is bfloat16:
-        v[0] = load_bf16(p)
-    else:
-        v[0] = load_floats(p)
-
-
-cdef inline void store(logit *p, vec v) noexcept nogil:
-    if vec is f64:
-        store_doubles(p, v)
-    elif logit is float16:
-        store_f16(p, v)
-    elif logit is bfloat16:
-        store_bf16(p, v)
-    else:
-        store_floats(p, v)
-
-
-cdef inline int lanes(vec *v) noexcept nogil:
-    return sizeof(vec) // sizeof(double) if vec is f64 else sizeof(vec) // sizeof(float)
-
-
-cdef inline void spread(vec *v, const char *table, Py_ssize_t i) noexcept nogil:
-    """The i-th number of a table in every lane."""
-    if vec is f64:
-        v[0] = spread_doubles((<const double *>table)[i])
-    else:
-        v[0] = spread_floats((<const float *>table)[i])
-
-
-cdef inline vec maximum(vec a, vec b) noexcept nogil:
-    """The larger; b if either is NaN."""
-    if vec is f64:
-        return max_doubles(a, b)
-    else:
-        return max_floats(a, b)
-
-
-cdef inline vec minimum(vec a, vec b) noexcept nogil:
-    """The smaller; b if either is NaN."""
-    if vec is f64:
-        return min_doubles(a, b)
-    else:
-        return min_floats(a, b)
-
-
-cdef inline vec equal(vec a, vec b) noexcept nogil:
-    if vec is f64:
-        return equal_doubles(a, b)
-    else:
-        return equal_floats(a, b)
-
-
-cdef inline vec less(vec a, vec b) noexcept nogil:
-    if vec is f64:
-        return less_doubles(a, b)
-    else:
-        return less_floats(a, b)
-
-
-cdef inline vec where(vec mask, vec v) noexcept nogil:
-    """v where the mask is set, else 0."""
-    if vec is f64:
-        return where_doubles(mask, v)
-    else:
-        return where_floats(mask, v)
-
-
-cdef inline vec unless(vec mask, vec v) noexcept nogil:
-    """0 where the mask is set, else v."""
-    if vec is f64:
-        return unless_doubles(mask, v)
-    else:
-        return unless_floats(mask, v)
-
-
-cdef inline vec exponent(vec t) noexcept nogil:
-    """The lowest bits of the significand as exponent bits."""
-    if vec is f64:
-        return exponent_doubles(t)
-    else:
-        return exponent_floats(t)
-
-
-cdef inline vec tally(vec count, vec mask) noexcept nogil:
-    """The count, an integer in a vector's bits, plus one where the mask is set."""
-    if vec is f64:
-        return tally_doubles(count, mask)
-    else:
-        return tally_floats(count, mask)
-
-
-cdef inline vec larger_magnitude(vec a, vec b) noexcept nogil:
-    """The larger of a, which is not negative, and |b|; NaN is larger than infinity."""
-    if vec is f64:
-        return larger_magnitude_doubles(a, b)
-    else:
-        return larger_magnitude_floats(a, b)
-
-
-cdef inline bint any_above(vec a, double bound) noexcept nogil:
-    """Whether a lane of a, none negative, is above the bound or NaN."""
-    if vec is f64:
-        return any_above_doubles(a, bound)
-    else:
-        return any_above_floats(a, <float>bound)
-
-
-cdef inline void largest(vec *v) noexcept nogil:
-    if vec is f64:
-        v[0] = spread_doubles(1.7976931348623157e308)
-    else:
-        v[0] = spread_floats(<float>3.4028234663852886e38)
-
-
-cdef inline void zero(vec *v) noexcept nogil:
-    if vec is f64:
-        v[0] = spread_doubles(0)
-    else:
-        v[0] = spread_floats(0)
-
-
-cdef inline void lowest_exp(vec *v) noexcept nogil:
-    """Just small enough for exp to be 0."""
-    if vec is f64:
-        v[0] = spread_doubles(-709.0895657128241)
-    else:
-        v[0] = spread_floats(<float>-88.02969)
-
-
-cdef inline vec exp(vec x) noexcept nogil:
-    """exp(x) within 1.5 ulp where it is a normal number; 0 just below. x from -88.02 (-709.09) to 88 (709)."""
-    cdef vec n, r, y
-    if vec is f64:
-        y = x * 1.4426950408889634 + 6755399441056767.0
-        n = y - 6755399441056767.0
-        r = (x - n * 0.6931467056274414) - n * 4.7493250390316726e-07
-        x = 2.51003854955103191e-8 * r + 2.76200884454097482e-7
-        x = x * r + 2.75572684599970648e-6
-        x = x * r + 2.48015212959543751e-5
-        x = x * r + 1.98412698630536169e-4
-        x = x * r + 1.38888889172137169e-3
-        x = x * r + 8.33333333333006183e-3
-        x = x * r + 4.16666666666241279e-2
-        x = x * r + 0.166666666666666675
-        x = x * r + 0.5
-        x = (x * (r * r) + r) + 1.0
-    else:
-        y = x * <float>1.4426950408889634 + <float>12583039.0
-        n = y - <float>12583039.0
-        r = x - n * LN2
-        if LN2_REST != 0:
-            r = r - n * LN2_REST
-        x = <float>0.008290297351777554 * r + <float>0.041898030787706375
-        x = x * r + <float>0.1666763722896576
-        x = x * r + <float>0.4999914765357971
-        x = x * r + <float>0.9999997019767761
-        x = x * r + <float>1.0
-    return x * exponent(y)
-
-
-cdef vec power(vec s, Py_ssize_t p) noexcept nogil:
-    """s**p for p >= 1, by repeated squaring."""
-    cdef vec y
-    while p & 1 == 0:
-        s = s * s
-        p >>= 1
-    y = s
-    p >>= 1
-    while p:
-        s = s * s
-        if p & 1:
-            y = y * s
-        p >>= 1
-    return y
 
 
 # ---- labels ----------------------------------------------------------------------------------------------------------
@@ -672,15 +438,43 @@ cdef void score_many(
     const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label, vec *e, vec *scale
 ) noexcept nogil:
     """Scores of whole lines of voxels but for a factor: e, (classes, block), and the factor, (block,), 0 where the
-    label is negative. x may be e.
+    label is negative.
     """
-    cdef vec total, nought
-    cdef Py_ssize_t i
+    cdef vec first[VECTORS]
+    cdef vec total[VECTORS]
+    cdef vec farthest[VECTORS]
+    cdef vec v, nought
+    cdef Py_ssize_t e_row = q.block // lanes(scale)
+    cdef Py_ssize_t i, c
+    cdef const logit *at
+    cdef vec *to
+    cdef int k
     zero(&nought)
-    for i in range(lines * VECTORS):
-        total = score_any(x, row, q.channels, e + i, q.block // lanes(scale))
-        scale[i] = unless(less(label[i], nought), (nought + 1) / total)
-        x += lanes(scale)
+    for i in range(lines):
+        at = x
+        to = e
+        for k in range(VECTORS):
+            load(&first[k], at + k * lanes(scale))
+            farthest[k] = total[k] = nought
+        for c in range(q.classes):
+            PREFETCH(<const char *>at + AHEAD)
+            for k in range(VECTORS):
+                load(&v, at + k * lanes(scale))
+                v = v - first[k]
+                farthest[k] = larger_magnitude(farthest[k], v)
+                v = exp(v)
+                to[k] = v
+                total[k] = total[k] + v
+            at += row
+            to += e_row
+        for k in range(VECTORS):
+            if any_above(farthest[k], FARTHEST):
+                total[k] = score_far(x + k * lanes(scale), row, q.channels, e + k, e_row)
+            scale[k] = unless(less(label[k], nought), (nought + 1) / total[k])
+        x += VECTORS * lanes(scale)
+        e += VECTORS
+        label += VECTORS
+        scale += VECTORS
 
 
 # ---- lines of voxels -------------------------------------------------------------------------------------------------
@@ -843,8 +637,9 @@ cdef void flush(const Problem *q, vec *sums, real *numbers, double *out) noexcep
 cdef Py_ssize_t run_chunk(
     const Problem *q, Py_ssize_t index, const Scratch *t, const double *cotangent, double *sums, logit *kind
 ) noexcept nogil:
-    """Adds the statistics of one chunk to sums, (3, classes), or else writes its gradient for the cotangents,
-    (3, samples, classes). Returns how many bad labels.
+    """Adds the statistics of one chunk to its sums, or writes its gradient for the cotangents, (3, samples, classes).
+
+    `kind` is the logits' type. Returns how many bad labels.
     """
     cdef Py_ssize_t sample = index // q.chunks
     cdef Py_ssize_t first = index % q.chunks * q.chunk
@@ -857,7 +652,9 @@ cdef Py_ssize_t run_chunk(
     cdef logit *grad
     cdef char *label
     cdef Place at
-    if q.grad != NULL:
+    if q.grad == NULL:
+        sums += index * 3 * q.classes
+    else:
         load_factors(q, cotangent + sample * q.classes, t.factors)
     while first < stop:
         n = min(TILE, stop - first)
@@ -868,7 +665,7 @@ cdef Py_ssize_t run_chunk(
         grad = <logit *>(q.grad + sample * q.grad_n + at.grad)
         direct = 0
         if (
-            q.few and not ignored and at.run >= n and q.axes.logits[last] == sizeof(logit)
+            not ignored and at.run >= n and q.axes.logits[last] == sizeof(logit)
             and (q.grad == NULL or q.axes.grad[last] == sizeof(logit))
         ):
             direct = n // q.line * q.line
@@ -945,7 +742,7 @@ cdef class Workspace:
 
     cdef int allocate(self, const Problem *q, Py_ssize_t threads) except -1:
         cdef Py_ssize_t scores = cache_lines(q.classes * q.block * q.number)
-        cdef Py_ssize_t staged = scores if q.few else 0
+        cdef Py_ssize_t staged = scores
         cdef Py_ssize_t scale = cache_lines(q.block * q.number)
         cdef Py_ssize_t label = cache_lines(TILE * q.number)
         cdef Py_ssize_t sums = cache_lines(3 * q.classes * sizeof(f32))
@@ -970,19 +767,47 @@ cdef class Workspace:
         return 0
 
 
-def _merged_axes(shape, *strides):
-    """(size, strides) per axis, the first array's longest stride outermost, merged where every array allows it."""
-    axes = sorted((a for a in range(len(shape)) if shape[a] != 1), key=lambda a: -abs(strides[0][a]))
-    merged = []
-    for a in axes:
-        size, steps = shape[a], [s[a] for s in strides]
-        if merged and merged[0][1] == [size * step for step in steps]:
-            size *= merged.pop(0)[0]
-        merged.insert(0, (size, steps))
-    return merged[::-1] or [(1, [0] * len(strides))]
+cdef void add_axis(Axes *axes, Py_ssize_t size, Py_ssize_t logits, Py_ssize_t labels, Py_ssize_t grad) noexcept:
+    """Inserts an axis so that the logits' longest strides stay outermost."""
+    cdef int i = axes.count
+    while i > 0 and abs(axes.logits[i - 1]) < abs(logits):
+        axes.size[i] = axes.size[i - 1]
+        axes.logits[i] = axes.logits[i - 1]
+        axes.labels[i] = axes.labels[i - 1]
+        axes.grad[i] = axes.grad[i - 1]
+        i -= 1
+    axes.size[i] = size
+    axes.logits[i] = logits
+    axes.labels[i] = labels
+    axes.grad[i] = grad
+    axes.count += 1
+
+
+cdef void merge_axes(Axes *axes) noexcept:
+    """Makes one of neighbouring axes where every array's memory allows it; at least one remains."""
+    cdef int i, last = 0
+    if axes.count == 0:
+        add_axis(axes, 1, 0, 0, 0)
+    for i in range(1, axes.count):
+        if (
+            axes.logits[last] == axes.size[i] * axes.logits[i]
+            and axes.labels[last] == axes.size[i] * axes.labels[i]
+            and axes.grad[last] == axes.size[i] * axes.grad[i]
+        ):
+            axes.size[last] *= axes.size[i]
+        else:
+            last += 1
+            axes.size[last] = axes.size[i]
+        axes.logits[last] = axes.logits[i]
+        axes.labels[last] = axes.labels[i]
+        axes.grad[last] = axes.grad[i]
+    axes.count = last + 1
 
 
 cdef int describe(Problem *q, logits, labels, grad, spec) except -1:
+    """The problem of these Buffers; grad is None for the statistics."""
+    cdef Py_ssize_t size
+    cdef int i
     q.dtype = _DTYPES[logits.dtype]
     q.itemsize = logits.itemsize
     q.number = max(4, logits.itemsize)
@@ -1001,16 +826,13 @@ cdef int describe(Problem *q, logits, labels, grad, spec) except -1:
     q.has_ignore = spec.ignore_label is not None and low <= spec.ignore_label <= high
     q.ignore = (spec.ignore_label if q.has_ignore else 0) & 0xFFFFFFFFFFFFFFFF
     q.voxels = 1
-    for size in logits.shape[2:]:
+    q.axes.count = 0
+    for i in range(2, len(logits.shape)):
+        size = logits.shape[i]
         q.voxels *= size
-
-    merged = _merged_axes(logits.shape[2:], logits.strides[2:], labels.strides[1:], grad.strides[2:])
-    q.axes.count = len(merged)
-    for i, (size, (x, y, d)) in enumerate(merged):
-        q.axes.size[i] = size
-        q.axes.logits[i] = x
-        q.axes.labels[i] = y
-        q.axes.grad[i] = d
+        if size != 1:
+            add_axis(&q.axes, size, logits.strides[i], labels.strides[i - 1], grad.strides[i])
+    merge_axes(&q.axes)
 
     q.few = q.classes <= MAX_FEW
     q.line = VECTORS * sizeof(f32) // q.number
@@ -1025,39 +847,48 @@ cdef int team(Py_ssize_t chunks, threads) except -1:
     return max(1, min(chunks, threads)) if DICE_OPENMP else 1
 
 
+cdef Py_ssize_t run_chunks(
+    const Problem *q, const Scratch *of_thread, int workers, const double *cotangent, double *sums
+) noexcept nogil:
+    """Every chunk of every sample; sums are (samples, chunks, 3, classes). Returns how many bad labels."""
+    cdef Py_ssize_t i, bad = 0
+    cdef const Scratch *t
+    for i in prange(q.samples * q.chunks, num_threads=workers, schedule="static"):
+        t = &of_thread[threadid()]
+        if q.dtype == 0:
+            bad += run_chunk(q, i, t, cotangent, sums, <float16 *>NULL)
+        elif q.dtype == 1:
+            bad += run_chunk(q, i, t, cotangent, sums, <bfloat16 *>NULL)
+        elif q.dtype == 2:
+            bad += run_chunk(q, i, t, cotangent, sums, <float *>NULL)
+        else:
+            bad += run_chunk(q, i, t, cotangent, sums, <double *>NULL)
+    return bad
+
+
 def statistics(logits, labels, sums, spec, threads):
     """Fills sums, (3, N, C) contiguous float64, with I, P and Y. Returns how many labels were out of range."""
     cdef Problem q
     describe(&q, logits, labels, None, spec)
-    cdef Py_ssize_t total = q.samples * q.chunks, width = 3 * q.classes
-    cdef Py_ssize_t i, j, k, n, c, bad = 0
-    cdef int workers = team(total, threads)
+    cdef Py_ssize_t width = 3 * q.classes
+    cdef Py_ssize_t j, k, n, c, bad
+    cdef int workers = team(q.samples * q.chunks, threads)
     cdef double *out = <double *><uintptr_t>sums.address
-    cdef double part
-    cdef Scratch *t
+    cdef double total
     cdef Workspace workspace = Workspace()
     workspace.allocate(&q, workers)
-    cdef double *partial = <double *>calloc(max(1, total * width), sizeof(double))
+    cdef double *partial = <double *>calloc(max(1, q.samples * q.chunks * width), sizeof(double))
     if partial == NULL:
         raise MemoryError
     with nogil:
-        for i in prange(total, num_threads=workers, schedule="static"):
-            t = &workspace.of_thread[threadid()]
-            if q.dtype == 0:
-                bad += run_chunk(&q, i, t, NULL, partial + i * width, <float16 *>NULL)
-            elif q.dtype == 1:
-                bad += run_chunk(&q, i, t, NULL, partial + i * width, <bfloat16 *>NULL)
-            elif q.dtype == 2:
-                bad += run_chunk(&q, i, t, NULL, partial + i * width, <float *>NULL)
-            else:
-                bad += run_chunk(&q, i, t, NULL, partial + i * width, <double *>NULL)
+        bad = run_chunks(&q, workspace.of_thread, workers, NULL, partial)
         for k in range(3):
             for n in range(q.samples):
                 for c in range(q.classes):
-                    part = 0
+                    total = 0
                     for j in range(q.chunks):
-                        part = part + partial[(n * q.chunks + j) * width + k * q.classes + c]
-                    out[(k * q.samples + n) * q.classes + c] = part
+                        total += partial[(n * q.chunks + j) * width + k * q.classes + c]
+                    out[(k * q.samples + n) * q.classes + c] = total
         free(partial)
     return bad
 
@@ -1066,51 +897,30 @@ def gradient(logits, labels, cotangent, grad, spec, threads):
     """Fills grad, the logits' shape and dtype, for cotangents (3, N, C) contiguous float64. Returns the bad labels."""
     cdef Problem q
     describe(&q, logits, labels, grad, spec)
-    cdef Py_ssize_t total = q.samples * q.chunks
-    cdef Py_ssize_t i, bad = 0
-    cdef int workers = team(total, threads)
-    cdef const double *upstream = <const double *><uintptr_t>cotangent.address
-    cdef Scratch *t
+    cdef Py_ssize_t bad
+    cdef int workers = team(q.samples * q.chunks, threads)
+    cdef const double *factors = <const double *><uintptr_t>cotangent.address
     cdef Workspace workspace = Workspace()
     workspace.allocate(&q, workers)
     with nogil:
-        for i in prange(total, num_threads=workers, schedule="static"):
-            t = &workspace.of_thread[threadid()]
-            if q.dtype == 0:
-                bad += run_chunk(&q, i, t, upstream, NULL, <float16 *>NULL)
-            elif q.dtype == 1:
-                bad += run_chunk(&q, i, t, upstream, NULL, <bfloat16 *>NULL)
-            elif q.dtype == 2:
-                bad += run_chunk(&q, i, t, upstream, NULL, <float *>NULL)
-            else:
-                bad += run_chunk(&q, i, t, upstream, NULL, <double *>NULL)
+        bad = run_chunks(&q, workspace.of_thread, workers, factors, NULL)
     return bad
 
 
 def exponential(x, out):
-    """Fills out with exp(x), float32 or float64 side by side: the exponential of the kernels, for their tests."""
-    cdef Py_ssize_t i = 0, m, n = x.shape[0]
-    cdef bint double_ = x.dtype == "float64"
-    cdef char *numbers = <char *><uintptr_t>x.address
+    """Fills out with exp(x) as the kernels compute it, for their tests: float32 or float64, a multiple of 64 numbers."""
+    cdef Py_ssize_t i
+    cdef const char *numbers = <const char *><uintptr_t>x.address
     cdef char *to = <char *><uintptr_t>out.address
-    cdef double wide[64]
-    cdef float narrow[64]
-    cdef f64 v
-    cdef f32 w
-    while i < n:
-        if double_:
-            m = min(n - i, <Py_ssize_t>lanes(&v))
-            memcpy(wide, numbers + i * sizeof(double), m * sizeof(double))
-            load(&v, <const double *>wide)
-            store(<double *>wide, exp(v))
-            memcpy(to + i * sizeof(double), wide, m * sizeof(double))
+    cdef f32 v
+    cdef f64 w
+    for i in range(x.shape[0] * x.itemsize // <Py_ssize_t>sizeof(f32)):
+        if x.dtype == "float32":
+            load(&v, <const float *>(numbers + i * sizeof(f32)))
+            store(<float *>(to + i * sizeof(f32)), exp(v))
         else:
-            m = min(n - i, <Py_ssize_t>lanes(&w))
-            memcpy(narrow, numbers + i * sizeof(float), m * sizeof(float))
-            load(&w, <const float *>narrow)
-            store(<float *>narrow, exp(w))
-            memcpy(to + i * sizeof(float), narrow, m * sizeof(float))
-        i += m
+            load(&w, <const double *>(numbers + i * sizeof(f64)))
+            store(<double *>(to + i * sizeof(f64)), exp(w))
 
 
 def unsupported(call):
