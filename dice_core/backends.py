@@ -56,14 +56,19 @@ class Backend:
 
     def unsupported(self, call: Call) -> list[str]:
         """Why it does not take a call; empty if it does."""
-        reasons = []
-        kind = call.logits.device.split(":")[0]
-        if self.device is not None and kind != self.device:
-            reasons.append(
-                f"reads {self.device} memory, and the logits are on {call.logits.device}"
+        reasons = self.unavailable()
+        if not self._reads(call):
+            reasons.insert(
+                0, f"reads {self.device} memory, and the logits are on {call.logits.device}"
             )
-        reasons += self.unavailable()
         return reasons or list(self.load().unsupported(call))
+
+    def takes(self, call: Call) -> bool:
+        """Whether `unsupported` is empty, without its words."""
+        return self._reads(call) and not _unavailable(self) and not self.load().unsupported(call)
+
+    def _reads(self, call: Call) -> bool:
+        return self.device is None or call.logits.device.partition(":")[0] == self.device
 
 
 BUILT_IN = (
@@ -109,7 +114,7 @@ def select(call: Call, name: str | None = None) -> Any:
             raise BackendError(_refusal(call, [(row, reasons)], f"{asked_by}{name} was asked for"))
         return row.load()
     for row in table():
-        if row.automatic and not row.unsupported(call):
+        if row.automatic and row.takes(call):
             return row.load()
     refused = [
         (row, row.unsupported(call) if row.automatic else ["runs only when asked for by name"])

@@ -164,8 +164,9 @@ def _of_numpy(array: np.ndarray[Any, Any], name: str) -> Buffer:
         )
     if not array.dtype.isnative:
         raise TypeError(f"{name} is in another byte order ({array.dtype.str})")
-    itemsize = array.itemsize
-    if not array.flags.aligned or (itemsize and any(step % itemsize for step in array.strides)):
+    itemsize, flags = array.itemsize, array.flags
+    in_step = flags.c_contiguous or not itemsize or not any(s % itemsize for s in array.strides)
+    if not (flags.aligned and in_step):
         raise TypeError(f"{name}'s elements are not aligned to their {itemsize} bytes")
     return Buffer(
         address=array.__array_interface__["data"][0] if array.size else 0,
@@ -174,14 +175,15 @@ def _of_numpy(array: np.ndarray[Any, Any], name: str) -> Buffer:
         dtype=_name(array.dtype),
         itemsize=itemsize,
         device="cpu",
-        readonly=not array.flags.writeable,
+        readonly=not flags.writeable,
         owner=array,
     )
 
 
 @functools.cache
-def _name(dtype: np.dtype[Any]) -> str:
-    return dtype.name  # NumPy composes it anew each time, in microseconds
+def _name(dtype: Any) -> str:
+    """Of either library, which compose it anew each time, in microseconds."""
+    return dtype.name if isinstance(dtype, np.dtype) else str(dtype).removeprefix("torch.")
 
 
 def _of_torch(tensor: Any, name: str, torch: Any) -> Buffer:
@@ -195,7 +197,7 @@ def _of_torch(tensor: Any, name: str, torch: Any) -> Buffer:
         address=tensor.data_ptr(),
         shape=tuple(tensor.shape),
         strides=tuple(step * itemsize for step in tensor.stride()),
-        dtype=str(tensor.dtype)[6:],
+        dtype=_name(tensor.dtype),
         itemsize=itemsize,
         device="cpu" if device.type == "cpu" else str(device),
         readonly=False,
