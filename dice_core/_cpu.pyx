@@ -380,7 +380,7 @@ cdef inline vec score_any(
     # With a finite reference +inf scores 1 and a voxel of nothing but -inf scores NaN.
     top = maximum(nought - bound, minimum(bound, top))
     total = nought
-    for c in range(channels):
+    for _ in range(channels):
         load(&v, x)
         v = exp(minimum(nought, maximum(lowest, v - top)))
         e[0] = v
@@ -450,13 +450,13 @@ cdef void score_many(
     cdef vec *to
     cdef int k
     zero(&nought)
-    for i in range(lines):
+    for _ in range(lines):
         at = x
         to = e
         for k in range(VECTORS):
             load(&first[k], at + k * lanes(scale))
             farthest[k] = total[k] = nought
-        for c in range(q.classes):
+        for _ in range(q.classes):
             PREFETCH(<const char *>at + AHEAD)
             for k in range(VECTORS):
                 load(&v, at + k * lanes(scale))
@@ -521,7 +521,7 @@ cdef inline void grad_lines(
     cdef const vec *at
     cdef logit *to
     cdef int k
-    for i in range(lines):
+    for _ in range(lines):
         for k in range(VECTORS):
             zero(&dot[k])
         zero(&which)
@@ -611,7 +611,7 @@ cdef void clear_ignored(const Problem *q, Py_ssize_t lines, const vec *label, ve
     cdef Py_ssize_t c, v
     cdef vec nought
     zero(&nought)
-    for c in range(q.channels):
+    for _ in range(q.channels):
         for v in range(lines * VECTORS):
             rows[v] = unless(less(label[v], nought), rows[v])
         rows += q.block // lanes(&nought)
@@ -908,7 +908,7 @@ def gradient(logits, labels, cotangent, grad, spec, threads):
 
 
 def exponential(x, out):
-    """Fills out with exp(x) as the kernels compute it, for their tests: float32 or float64, a multiple of 64 numbers."""
+    """Fills out with exp(x) as the kernels have it, for their tests: float32 or float64, a multiple of 64 numbers."""
     cdef Py_ssize_t i
     cdef const char *numbers = <const char *><uintptr_t>x.address
     cdef char *to = <char *><uintptr_t>out.address
