@@ -59,6 +59,20 @@ cdef extern from *:
     #endif
     }
 
+    /* Whether the first and the last of these bytes have pages yet; where that cannot be known, no. */
+    #if defined(__linux__)
+    #include <sys/mman.h>
+    #include <unistd.h>
+    static int is_mapped(const void *memory, size_t size) {
+        uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), first = (uintptr_t)memory, last = first + size - 1;
+        unsigned char a, b;
+        return size > 0 && mincore((void *)(first / page * page), 1, &a) == 0 &&
+               mincore((void *)(last / page * page), 1, &b) == 0 && (a & b & 1);
+    }
+    #else
+    static int is_mapped(const void *memory, size_t size) { return (void)memory, (void)size, 0; }
+    #endif
+
     #if defined(_OPENMP)
     #include <omp.h>
     #define DICE_OPENMP _OPENMP
@@ -76,6 +90,7 @@ cdef extern from *:
     #endif
     """
     int processor_has(int) noexcept
+    bint is_mapped(const void *, size_t) noexcept
     const char *openmp_library() noexcept
     const char *DICE_LEVEL
     int DICE_OPENMP
@@ -84,12 +99,11 @@ include "_vectors.pxi"
 
 cdef enum:
     MAX_AXES = 64
+    MAX_CLASSES = 1 << 24  # a float32 tells apart
     TILE = 1024  # most voxels that are summed in the logits' arithmetic
-    MAX_FEW = 8  # most classes whose scores are kept in registers
     FARTHEST = 64  # between the logits of a voxel, so that exp is far from infinity and 0 for any number of classes
     BLOCK_SCORES = 4096  # scores of a block in scratch, so that they stay in the first cache level
-    ROWS_AHEAD = 2  # a row is asked for before it is gathered
-    AHEAD = 256  # bytes that are asked for before they are read, where more rows than the processor foresees
+    AHEAD = 256  # bytes: how early rows are asked for that are more than the processor foresees by itself
     CHUNK_SCORES = 65536
     MAX_CHUNKS = 256
     CACHE_LINE = 64
@@ -141,13 +155,13 @@ cdef struct Problem:
     bint has_ignore
     uint64_t ignore
     Py_ssize_t power
-    bint few  # classes
+    bint past_caches  # the gradient is stored so: it will not be read soon, and no page is made by the way
     Py_ssize_t line, block  # voxels of a line, of a block
     Py_ssize_t chunk, chunks  # voxels of a chunk, chunks of a sample
 
 cdef struct Scratch:
     # One thread's memory. A number is a float, for float64 logits a double.
-    char *staged  # (channels, block) logits, or their gradient; where classes are many it is the scores too
+    char *staged  # (channels, block) logits, or their gradient
     char *scores  # (classes, block)
     char *scale  # (block,)
     char *label  # (TILE,): class, -1 where ignored, -2 where bad
@@ -157,8 +171,8 @@ cdef struct Scratch:
 
 # ---- labels ----------------------------------------------------------------------------------------------------------
 
-cdef Py_ssize_t load_label_row(
-    const label_t *y, Py_ssize_t stride, Py_ssize_t n, const Problem *q, real *out, bint *ignored
+cdef inline Py_ssize_t classes_of_labels(
+    const label_t *y, Py_ssize_t step, Py_ssize_t n, const Problem *q, real *out, bint *ignored
 ) noexcept nogil:
     """Class indices of n labels, negative where they do not count. Returns how many were out of range."""
     cdef Py_ssize_t v
@@ -169,10 +183,7 @@ cdef Py_ssize_t load_label_row(
     cdef bint has_ignore = q.has_ignore
     cdef int32_t c, lowest = 0, bad = 0
     for v in range(n):
-        if stride == sizeof(label_t):
-            k = y[v]
-        else:
-            k = (<const label_t *>(<const char *>y + v * stride))[0]
+        k = y[v * step]
         low = <uint32_t>k
         if label_t is int64_t or label_t is uint64_t:
             high = <uint32_t>(<uint64_t>k >> 32)
@@ -188,6 +199,14 @@ cdef Py_ssize_t load_label_row(
         for v in range(n):
             bad += out[v] == -2
     return bad
+
+
+cdef Py_ssize_t load_label_row(
+    const label_t *y, Py_ssize_t stride, Py_ssize_t n, const Problem *q, real *out, bint *ignored
+) noexcept nogil:
+    if stride == sizeof(label_t):  # a constant step, which makes vectors of the loop
+        return classes_of_labels(y, 1, n, q, out, ignored)
+    return classes_of_labels(y, stride // <Py_ssize_t>sizeof(label_t), n, q, out, ignored)
 
 
 cdef Py_ssize_t load_labels(
@@ -314,7 +333,7 @@ cdef void gather(
     """The logits of n voxels into (channels, block) numbers."""
     cdef Py_ssize_t stride = q.axes.logits[q.axes.count - 1] // <Py_ssize_t>sizeof(logit)
     cdef Py_ssize_t row = q.logits_c // <Py_ssize_t>sizeof(logit)
-    cdef Py_ssize_t c, v, run, done = 0
+    cdef Py_ssize_t c, run, done = 0
     cdef const logit *x
     cdef Place at
     while done < n:
@@ -322,11 +341,6 @@ cdef void gather(
         run = min(at.run, n - done)
         x = <const logit *>(q.logits + sample * q.logits_n + at.logits)
         for c in range(q.channels):
-            if stride == 1 and c + ROWS_AHEAD < q.channels:
-                v = 0
-                while v < run:
-                    PREFETCH(x + ROWS_AHEAD * row + v)
-                    v += CACHE_LINE // sizeof(logit)
             gather_row(x, stride, run, to + c * q.block + done)
             x += row
         done += run
@@ -368,9 +382,7 @@ cdef inline vec score_any(
     load(&top, x)
     if channels == 1:
         v = top
-        top = maximum(nought, top)
-        # inf - inf
-        top = minimum(bound, top)
+        top = minimum(bound, maximum(nought, top))
         e[0] = exp(maximum(lowest, nought - top))
         e[e_row] = exp(minimum(nought, maximum(lowest, v - top)))
         return e[0] + e[e_row]
@@ -445,7 +457,6 @@ cdef void score_many(
     cdef vec farthest[VECTORS]
     cdef vec v, nought
     cdef Py_ssize_t e_row = q.block // lanes(scale)
-    cdef Py_ssize_t i, c
     cdef const logit *at
     cdef vec *to
     cdef int k
@@ -512,12 +523,14 @@ cdef inline void sum_lines(
 
 cdef inline void grad_lines(
     const Problem *q, Py_ssize_t lines, const vec *label, const vec *e, const vec *scale, const char *factors,
-    logit *grad, Py_ssize_t row, bint linear,
+    logit *grad, Py_ssize_t row, bint linear, bint past_caches,
 ) noexcept nogil:
-    """The gradient of scored lines, rows `row` apart; it may lie over e. `linear`, a constant, says that p is 1."""
+    """The gradient of scored lines, rows `row` apart; it may lie over e. Constants: `linear` says that p is 1,
+    `past_caches` how to store.
+    """
     cdef vec dot[VECTORS]
     cdef vec s, slope, a, b, which
-    cdef Py_ssize_t i, c, e_row = q.block // lanes(&s)
+    cdef Py_ssize_t c, e_row = q.block // lanes(&s)
     cdef const vec *at
     cdef logit *to
     cdef int k
@@ -546,7 +559,11 @@ cdef inline void grad_lines(
                 for k in range(VECTORS):
                     s = at[k] * scale[k]
                     slope = b if linear else b * power(s, q.power - 1)
-                    store(to + k * lanes(&s), s * (where(equal(label[k], which), a) + (slope - dot[k])))
+                    s = s * (where(equal(label[k], which), a) + (slope - dot[k]))
+                    if past_caches:
+                        stream(to + k * lanes(&s), s)
+                    else:
+                        store(to + k * lanes(&s), s)
                 to += row
             which = which + 1
             at += e_row
@@ -558,7 +575,7 @@ cdef inline void grad_lines(
 
 cdef void run_lines(
     const Problem *q, const Scratch *t, const logit *x, Py_ssize_t x_row, Py_ssize_t lines, const vec *label,
-    vec *e, logit *grad, Py_ssize_t grad_row,
+    vec *e, logit *grad, Py_ssize_t grad_row, bint past_caches,
 ) noexcept nogil:
     """Adds the statistics of whole lines of voxels to t.sums, or writes their gradient."""
     cdef vec *scale = <vec *>t.scale
@@ -583,10 +600,12 @@ cdef void run_lines(
             sum_lines(q, lines, label, e, scale, <vec *>t.sums, True)
         else:
             sum_lines(q, lines, label, e, scale, <vec *>t.sums, False)
-    elif q.power == 1:
-        grad_lines(q, lines, label, e, scale, t.factors, grad, grad_row, True)
+    elif q.power != 1:
+        grad_lines(q, lines, label, e, scale, t.factors, grad, grad_row, False, False)
+    elif past_caches:
+        grad_lines(q, lines, label, e, scale, t.factors, grad, grad_row, True, True)
     else:
-        grad_lines(q, lines, label, e, scale, t.factors, grad, grad_row, False)
+        grad_lines(q, lines, label, e, scale, t.factors, grad, grad_row, True, False)
 
 
 cdef void run_staged(
@@ -599,7 +618,7 @@ cdef void run_staged(
     gather(q, sample, first, n, kind, staged)
     if ignored:
         clear_ignored(q, lines, label, <vec *>staged)
-    run_lines(q, t, staged, q.block, lines, label, e, staged, q.block)
+    run_lines(q, t, staged, q.block, lines, label, e, staged, q.block, False)
     if q.grad != NULL:
         if ignored:
             clear_ignored(q, lines, label, <vec *>staged)
@@ -608,7 +627,7 @@ cdef void run_staged(
 
 cdef void clear_ignored(const Problem *q, Py_ssize_t lines, const vec *label, vec *rows) noexcept nogil:
     """Zeros in (channels, block) where the label is negative, whatever was there."""
-    cdef Py_ssize_t c, v
+    cdef Py_ssize_t v
     cdef vec nought
     zero(&nought)
     for _ in range(q.channels):
@@ -676,11 +695,13 @@ cdef Py_ssize_t run_chunk(
                 m = min(q.block, direct - done)
                 if logit is double:
                     run_lines(
-                        q, t, x + done, x_row, m // q.line, <f64 *>label, <f64 *>t.scores, grad + done, grad_row
+                        q, t, x + done, x_row, m // q.line, <f64 *>label, <f64 *>t.scores, grad + done, grad_row,
+                        q.past_caches,
                     )
                 else:
                     run_lines(
-                        q, t, x + done, x_row, m // q.line, <f32 *>label, <f32 *>t.scores, grad + done, grad_row
+                        q, t, x + done, x_row, m // q.line, <f32 *>label, <f32 *>t.scores, grad + done, grad_row,
+                        q.past_caches,
                     )
             else:
                 m = min(q.block, n - done)
@@ -701,6 +722,7 @@ cdef Py_ssize_t run_chunk(
             else:
                 flush(q, <f32 *>t.sums, <float *>t.sums, sums)
         first += n
+    STREAMED()
     return bad
 
 
@@ -834,7 +856,12 @@ cdef int describe(Problem *q, logits, labels, grad, spec) except -1:
             add_axis(&q.axes, size, logits.strides[i], labels.strides[i - 1], grad.strides[i])
     merge_axes(&q.axes)
 
-    q.few = q.classes <= MAX_FEW
+    # Past the caches a whole line needs not be read to be written; but a fresh page was just cleared in them.
+    strides = (grad.address, q.grad_n, q.grad_c)
+    q.past_caches = (
+        q.grad != NULL and q.grad != q.logits and q.axes.count == 1
+        and not any(step % CACHE_LINE for step in strides) and is_mapped(q.grad, q.voxels * q.itemsize)
+    )
     q.line = VECTORS * sizeof(f32) // q.number
     q.block = max(64, min(TILE, BLOCK_SCORES // q.classes)) // q.line * q.line
     q.chunk = max(CHUNK_SCORES // q.classes, (q.voxels + MAX_CHUNKS - 1) // MAX_CHUNKS, TILE)
@@ -928,6 +955,8 @@ def unsupported(call):
     reasons = []
     if len(call.logits.shape) > MAX_AXES:
         reasons.append(f"takes at most {MAX_AXES} axes, not {len(call.logits.shape)}")
+    if call.logits.shape[1] > MAX_CLASSES:
+        reasons.append(f"takes at most {MAX_CLASSES} classes, not {call.logits.shape[1]}")
     return reasons
 
 

@@ -100,6 +100,17 @@ DEFINE(floats, float, ints, unsigned_of_floats, 23)
 DEFINE(doubles, double, longs, unsigned_of_doubles, 52)
 #undef DEFINE
 
+/* Stores past the caches, to whole vectors' addresses; STREAMED makes them visible to other threads. */
+#if defined(SIMD)
+INLINE void stream_floats(void *p, floats v) { SIMD(stream_ps)((float *)p, v); }
+INLINE void stream_doubles(void *p, doubles v) { SIMD(stream_pd)((double *)p, v); }
+#define STREAMED() _mm_sfence()
+#else
+INLINE void stream_floats(void *p, floats v) { store_floats(p, v); }
+INLINE void stream_doubles(void *p, doubles v) { store_doubles(p, v); }
+#define STREAMED()
+#endif
+
 INLINE floats larger_magnitude_floats(floats a, floats b) {
     ints x = bits_of_floats(a), y = bits_of_floats(b) & 0x7fffffff;
 #if BYTES == 32

@@ -23,6 +23,9 @@ cdef extern from "_vectors.h":
     void store_bf16(void *, f32) noexcept nogil
     void store_floats(void *, f32) noexcept nogil
     void store_doubles(void *, f64) noexcept nogil
+    void stream_floats(void *, f32) noexcept nogil
+    void stream_doubles(void *, f64) noexcept nogil
+    void STREAMED() noexcept nogil
     f32 spread_floats(float) noexcept nogil
     f64 spread_doubles(double) noexcept nogil
     f32 max_floats(f32, f32) noexcept nogil
@@ -84,6 +87,16 @@ cdef inline void store(logit *p, vec v) noexcept nogil:
         store_bf16(p, v)
     else:
         store_floats(p, v)
+
+
+cdef inline void stream(logit *p, vec v) noexcept nogil:
+    """Stores past the caches: p is a whole vector's address, and STREAMED must follow. 16-bit numbers just store."""
+    if logit is double and vec is f64:
+        stream_doubles(p, v)
+    elif logit is float and vec is f32:
+        stream_floats(p, v)
+    else:
+        store(p, v)
 
 
 cdef inline int lanes(vec *v) noexcept nogil:

@@ -231,6 +231,15 @@ def test_more_axes_than_the_cpu_takes():
     assert "  cpu: takes at most 64 axes, not 65" in text.splitlines()
 
 
+def test_more_classes_than_the_cpu_takes():
+    at = call()
+    wide = buffers.Buffer(0, (0, 2**24 + 1), (4, 4), "float32", 4, "cpu", False, None)
+    text = message(
+        dice_core.BackendError, backends.select, spec.Call(wide, at.labels, at.spec), "cpu"
+    )
+    assert "  cpu: takes at most 16777216 classes, not 16777217" in text.splitlines()
+
+
 # ---- modules -----------------------------------------------------------------------------------
 
 

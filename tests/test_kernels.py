@@ -133,6 +133,24 @@ def test_gradient_goes_into_any_strides(kernels, layout):
 
 @backend
 @floats
+@pytest.mark.parametrize("channels", [1, 5, 40])
+@pytest.mark.parametrize("p", [1, 2])
+def test_gradient_into_aligned_memory(kernels, dtype, channels, p):
+    """Memory in use that begins a cache line with every row may be written past the caches."""
+    x, y = example((2, channels, 64, 48), dtype)
+    memory = np.ones(x.nbytes + 128, np.uint8)
+    start = -memory.ctypes.data % 64
+    aligned, other = (
+        memory[at : at + x.nbytes].view(x.dtype).reshape(x.shape)
+        for at in (start, start + x.itemsize)
+    )
+    _, grad = run(kernels, x, y, p=p, out=aligned)
+    grad = grad.copy()
+    assert_same_bits(grad, run(kernels, x, y, p=p, out=other)[1])
+
+
+@backend
+@floats
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("channels", [1, 3, 40])
 def test_gradient_over_the_logits(kernels, dtype, layout, channels):
