@@ -436,7 +436,7 @@ cdef inline void score_few(
             load(&v, at)
             at += row
             v = v - first
-            farthest = larger_magnitude(farthest, v)
+            farthest = maximum(farthest, magnitude(v))
             v = exp(v)
             e[c * e_row + i] = v
             total = total + v
@@ -472,7 +472,7 @@ cdef void score_many(
             for k in range(VECTORS):
                 load(&v, at + k * lanes(scale))
                 v = v - first[k]
-                farthest[k] = larger_magnitude(farthest[k], v)
+                farthest[k] = maximum(farthest[k], magnitude(v))
                 v = exp(v)
                 to[k] = v
                 total[k] = total[k] + v

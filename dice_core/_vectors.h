@@ -36,6 +36,7 @@ typedef uint32_t words __attribute__((vector_size(BYTES)));
 typedef uint16_t halves __attribute__((vector_size(BYTES / 2)));
 typedef double doubles __attribute__((vector_size(BYTES)));
 typedef int64_t longs __attribute__((vector_size(BYTES)));
+typedef uint64_t longwords __attribute__((vector_size(BYTES)));
 enum { VECTORS = 64 / BYTES }; /* of a cache line */
 #else
 #define INLINE static inline
@@ -48,6 +49,7 @@ typedef uint32_t words;
 typedef uint16_t halves;
 typedef double doubles;
 typedef int64_t longs;
+typedef uint64_t longwords;
 enum { VECTORS = 4 };
 #endif
 
@@ -74,7 +76,7 @@ INLINE doubles min_doubles(doubles a, doubles b) { return vminq_f64(a, b); }
 #define OWN_MAXIMUM
 #endif
 
-#define DEFINE(vec, number, bits, unsigned_bits, mantissa_bits)                                         \
+#define DEFINE(vec, number, bits, unsigned_bits, mantissa_bits)                                                        \
     INLINE bits bits_of_##vec(vec v) { bits b; memcpy(&b, &v, sizeof b); return b; }                                   \
     INLINE vec vec_of_##bits(bits b) { vec v; memcpy(&v, &b, sizeof v); return v; }                                    \
     INLINE vec load_##vec(const void *p) { vec v; memcpy(&v, p, sizeof v); return v; }                                 \
@@ -88,16 +90,14 @@ INLINE doubles min_doubles(doubles a, doubles b) { return vminq_f64(a, b); }
     INLINE vec exponent_##vec(vec v) {                                                                                 \
         return vec_of_##bits((bits)((unsigned_bits)bits_of_##vec(v) << mantissa_bits));                                \
     }                                                                                                                  \
+    INLINE vec magnitude_##vec(vec v) {                                                                                \
+        return vec_of_##bits((bits)((unsigned_bits)bits_of_##vec(v) << 1 >> 1));                                       \
+    }                                                                                                                  \
+    /* The count is an integer in the vector's bits. */                                                                \
     INLINE vec tally_##vec(vec count, vec mask) { return vec_of_##bits(bits_of_##vec(count) - bits_of_##vec(mask)); }
 
-typedef words unsigned_of_floats;
-#if defined(BYTES)
-typedef uint64_t unsigned_of_doubles __attribute__((vector_size(BYTES)));
-#else
-typedef uint64_t unsigned_of_doubles;
-#endif
-DEFINE(floats, float, ints, unsigned_of_floats, 23)
-DEFINE(doubles, double, longs, unsigned_of_doubles, 52)
+DEFINE(floats, float, ints, words, 23)
+DEFINE(doubles, double, longs, longwords, 52)
 #undef DEFINE
 
 /* Stores past the caches, to whole vectors' addresses; STREAMED makes them visible to other threads. */
@@ -111,41 +111,33 @@ INLINE void stream_doubles(void *p, doubles v) { store_doubles(p, v); }
 #define STREAMED()
 #endif
 
-INLINE floats larger_magnitude_floats(floats a, floats b) {
-    ints x = bits_of_floats(a), y = bits_of_floats(b) & 0x7fffffff;
-#if BYTES == 32
-    return (floats)_mm256_max_epi32((__m256i)x, (__m256i)y);
+/* Whether any lane is above the bound or NaN. */
+#if BYTES == 64
+INLINE int any_above_floats(floats v, float x) { return _mm512_cmp_ps_mask(v, spread_floats(x), _CMP_NLE_UQ) != 0; }
+INLINE int any_above_doubles(doubles v, double x) { return _mm512_cmp_pd_mask(v, spread_doubles(x), _CMP_NLE_UQ) != 0; }
+#elif BYTES == 32
+INLINE int any_above_floats(floats v, float x) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(v, spread_floats(x), _CMP_NLE_UQ)) != 0;
+}
+INLINE int any_above_doubles(doubles v, double x) {
+    return _mm256_movemask_pd(_mm256_cmp_pd(v, spread_doubles(x), _CMP_NLE_UQ)) != 0;
+}
+#elif defined(SIMD)
+INLINE int any_above_floats(floats v, float x) { return _mm_movemask_ps(_mm_cmpnle_ps(v, spread_floats(x))) != 0; }
+INLINE int any_above_doubles(doubles v, double x) { return _mm_movemask_pd(_mm_cmpnle_pd(v, spread_doubles(x))) != 0; }
 #else
-    ints larger = (ints)MASK(x > y);
-    return vec_of_ints((x & larger) | (y & ~larger));
+#define DEFINE(vec, number)                                                                                            \
+    INLINE int any_above_##vec(vec v, number x) {                                                                      \
+        number lane[sizeof v / sizeof x];                                                                              \
+        int any = 0;                                                                                                   \
+        memcpy(lane, &v, sizeof v);                                                                                    \
+        for (size_t k = 0; k < sizeof v / sizeof x; k++) any |= !(lane[k] <= x);                                       \
+        return any;                                                                                                    \
+    }
+DEFINE(floats, float)
+DEFINE(doubles, double)
+#undef DEFINE
 #endif
-}
-INLINE doubles larger_magnitude_doubles(doubles a, doubles b) {
-    longs x = bits_of_doubles(a), y = bits_of_doubles(b) & 0x7fffffffffffffff, larger = (longs)MASK(x > y);
-    return vec_of_longs((x & larger) | (y & ~larger));
-}
-INLINE int any_above_floats(floats a, float bound) {
-#if BYTES == 32
-    return !!_mm256_movemask_ps(_mm256_cmp_ps(a, spread_floats(bound), _CMP_NLE_UQ));
-#else
-    float lanes[sizeof(floats) / sizeof(float)];
-    int any = 0;
-    memcpy(lanes, &a, sizeof a);
-    for (unsigned k = 0; k < sizeof(floats) / sizeof(float); k++) any |= !(lanes[k] <= bound);
-    return any;
-#endif
-}
-INLINE int any_above_doubles(doubles a, double bound) {
-#if BYTES == 32
-    return !!_mm256_movemask_pd(_mm256_cmp_pd(a, spread_doubles(bound), _CMP_NLE_UQ));
-#else
-    double lanes[sizeof(doubles) / sizeof(double)];
-    int any = 0;
-    memcpy(lanes, &a, sizeof a);
-    for (unsigned k = 0; k < sizeof(doubles) / sizeof(double); k++) any |= !(lanes[k] <= bound);
-    return any;
-#endif
-}
 
 #if defined(OWN_MAXIMUM)
 #define DEFINE(vec)                                                                                                    \
@@ -159,7 +151,7 @@ DEFINE(doubles)
 
 /* ---- half precision: 16 bits in memory, floats in registers, rounded to nearest even ---- */
 
-INLINE floats pick(words mask, words a, words b) { return vec_of_ints((ints)((a & mask) | (b & ~mask))); }
+INLINE words pick(words mask, words a, words b) { return (a & mask) | (b & ~mask); }
 
 INLINE floats load_bf16(const void *p) {
     halves h;
@@ -170,8 +162,8 @@ INLINE floats load_bf16(const void *p) {
 INLINE void store_bf16(void *p, floats v) {
     words b = (words)bits_of_floats(v);
     words rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
-    words nan = (words)bits_of_floats(equal_floats(v, v));
-    halves h = CONVERT((rounded & nan) | (0x7fc0 & ~nan), halves);
+    words number = (words)bits_of_floats(equal_floats(v, v));
+    halves h = CONVERT(pick(number, rounded, 0x7fc0 + (b & 0)), halves);
     memcpy(p, &h, sizeof h);
 }
 
@@ -213,12 +205,9 @@ INLINE void store_f16(void *p, floats v) {
     /* Normal numbers round in their bits; adding 1/2 rounds subnormal ones in the float adder. */
     words normal = (b - (112 << 23) + 0xfff + ((b >> 13) & 1)) >> 13;
     words subnormal = (words)bits_of_floats(vec_of_ints((ints)b) + 0.5f) - 0x3f000000;
-    words is_small = (words)MASK(b < (113 << 23));
-    words is_large = (words)MASK(b >= 0x477ff000);
-    words is_nan = (words)MASK(b > 0x7f800000);
-    words r = (subnormal & is_small) | (normal & ~is_small);
-    r = (0x7c00 & is_large) | (r & ~is_large);
-    r = (0x7e00 & is_nan) | (r & ~is_nan);
+    words r = pick((words)MASK(b < (113 << 23)), subnormal, normal);
+    r = pick((words)MASK(b >= 0x477ff000), 0x7c00 + (b & 0), r);
+    r = pick((words)MASK(b > 0x7f800000), 0x7e00 + (b & 0), r);
     halves h = CONVERT(r | sign, halves);
     memcpy(p, &h, sizeof h);
 }

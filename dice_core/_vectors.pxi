@@ -40,8 +40,8 @@ cdef extern from "_vectors.h":
     f64 where_doubles(f64, f64) noexcept nogil
     f32 unless_floats(f32, f32) noexcept nogil
     f64 unless_doubles(f64, f64) noexcept nogil
-    f32 larger_magnitude_floats(f32, f32) noexcept nogil
-    f64 larger_magnitude_doubles(f64, f64) noexcept nogil
+    f32 magnitude_floats(f32) noexcept nogil
+    f64 magnitude_doubles(f64) noexcept nogil
     bint any_above_floats(f32, float) noexcept nogil
     bint any_above_doubles(f64, double) noexcept nogil
     f32 exponent_floats(f32) noexcept nogil
@@ -173,16 +173,15 @@ cdef inline vec tally(vec count, vec mask) noexcept nogil:
         return tally_floats(count, mask)
 
 
-cdef inline vec larger_magnitude(vec a, vec b) noexcept nogil:
-    """The larger of a, which is not negative, and |b|; NaN is larger than infinity."""
+cdef inline vec magnitude(vec v) noexcept nogil:
     if vec is f64:
-        return larger_magnitude_doubles(a, b)
+        return magnitude_doubles(v)
     else:
-        return larger_magnitude_floats(a, b)
+        return magnitude_floats(v)
 
 
 cdef inline bint any_above(vec a, double bound) noexcept nogil:
-    """Whether a lane of a, none negative, is above the bound or NaN."""
+    """Whether any lane is above the bound or NaN."""
     if vec is f64:
         return any_above_doubles(a, bound)
     else:
