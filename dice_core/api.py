@@ -41,8 +41,8 @@ def loss(
     Parameters
     ----------
     x : array (N, C, d1, d2, ...)
-        Logits, float32 or float64, any strides, any number of spatial axes from 0 up. C = 1 is a
-        two-class problem: foreground sigmoid(x), background 1 - sigmoid(x).
+        Logits, float16, bfloat16, float32 or float64, any strides, any number of spatial axes from
+        0 up. C = 1 is a two-class problem: foreground sigmoid(x), background 1 - sigmoid(x).
     y : array (N, d1, d2, ...) or (N, 1, d1, d2, ...)
         Class labels, any integer dtype or bool, read in place.
     weight : (C,) numbers, optional
