@@ -25,7 +25,7 @@ from cython.parallel cimport prange, threadid
 from libc.stdint cimport (
     int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t,
 )
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdlib cimport calloc, free, llabs, malloc
 from libc.string cimport memcpy, memset
 
 cdef extern from *:
@@ -789,10 +789,10 @@ cdef class Workspace:
         return 0
 
 
-cdef void add_axis(Axes *axes, Py_ssize_t size, Py_ssize_t logits, Py_ssize_t labels, Py_ssize_t grad) noexcept:
+cdef void add_axis(Axes *axes, Py_ssize_t size, Py_ssize_t logits, Py_ssize_t labels, Py_ssize_t grad) noexcept nogil:
     """Inserts an axis so that the logits' longest strides stay outermost."""
     cdef int i = axes.count
-    while i > 0 and abs(axes.logits[i - 1]) < abs(logits):
+    while i > 0 and llabs(axes.logits[i - 1]) < llabs(logits):
         axes.size[i] = axes.size[i - 1]
         axes.logits[i] = axes.logits[i - 1]
         axes.labels[i] = axes.labels[i - 1]
@@ -805,7 +805,7 @@ cdef void add_axis(Axes *axes, Py_ssize_t size, Py_ssize_t logits, Py_ssize_t la
     axes.count += 1
 
 
-cdef void merge_axes(Axes *axes) noexcept:
+cdef void merge_axes(Axes *axes) noexcept nogil:
     """Makes one of neighbouring axes where every array's memory allows it; at least one remains."""
     cdef int i, last = 0
     if axes.count == 0:
