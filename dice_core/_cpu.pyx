@@ -103,8 +103,11 @@ cdef enum:
     TILE = 1024  # most voxels that are summed in the logits' arithmetic
     FARTHEST = 32  # of a voxel's logits from its first: half an ulp of it is how wrong a score may be, 2e-6 of it
     BLOCK_SCORES = 4096  # scores of a block in scratch, so that they stay in the first cache level
+    MANY_VOXELS = 64  # of many classes are read at a time,
+    MANY_SCORES = 16384  # as long as their scores stay in the second
     AHEAD = 256  # bytes: how early rows are asked for that are more than the processor foresees by itself
     CHUNK_SCORES = 65536
+    CHUNK_STEP = 256  # voxels
     MAX_CHUNKS = 256
     CACHE_LINE = 64
 
@@ -863,9 +866,10 @@ cdef int describe(Problem *q, logits, labels, grad, spec) except -1:
         and not any(step % CACHE_LINE for step in strides) and is_mapped(q.grad, q.voxels * q.itemsize)
     )
     q.line = VECTORS * sizeof(f32) // q.number
-    q.block = max(64, min(TILE, BLOCK_SCORES // q.classes)) // q.line * q.line
-    q.chunk = max(CHUNK_SCORES // q.classes, (q.voxels + MAX_CHUNKS - 1) // MAX_CHUNKS, TILE)
-    q.chunk = padded(q.chunk, TILE)
+    q.block = max(BLOCK_SCORES // q.classes, min(MANY_VOXELS, MANY_SCORES // q.classes), q.line)
+    q.block = min(TILE, q.block) // q.line * q.line
+    q.chunk = max(CHUNK_SCORES // q.classes, (q.voxels + MAX_CHUNKS - 1) // MAX_CHUNKS, 1)
+    q.chunk = padded(q.chunk, CHUNK_STEP)
     q.chunks = (q.voxels + q.chunk - 1) // q.chunk
     return 0
 
