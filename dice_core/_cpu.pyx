@@ -15,7 +15,7 @@ Design
    of all classes go to scratch, from where they are summed class by class, or become the gradient voxel by voxel.
 6. Up to eight classes have a loop each, unrolled by the compiler; the rest share one.
 7. Any strides: voxels are visited along the logits' strides, axes merged where memory allows. Where they lie side by
-   side, logits are read and gradients written in place, else through scratch.
+   side, logits are read and gradients written in place, else through scratch, in their own type.
 8. Voxels are read whole before their gradient is written, so the gradient may overwrite the logits.
 9. Ignored voxels are cleared in scratch, never multiplied by zero: their NaN and infinities cannot leak.
 10. Never allocated: anything of image size. Scratch is one block per thread, partial sums are 3 C numbers per chunk.
@@ -164,7 +164,7 @@ cdef struct Problem:
 
 cdef struct Scratch:
     # One thread's memory. A number is a float, for float64 logits a double.
-    char *staged  # (channels, block) logits, or their gradient
+    char *staged  # (channels, block) logits, or their gradient, as they are stored
     char *scores  # (classes, block)
     char *scale  # (block,)
     char *label  # (TILE,): class, -1 where ignored, -2 where bad
@@ -247,6 +247,8 @@ cdef Py_ssize_t load_tile_labels(
     while done < n:
         at = locate(&q.axes, first + done)
         run = min(at.run, n - done)
+        if q.axes.count > 1:
+            prefetch(y + at.labels + q.axes.labels[q.axes.count - 2], stride, run)
         if q.number == sizeof(double):
             bad += load_labels(y + at.labels, stride, run, q, <double *>out + done, ignored)
         else:
@@ -286,86 +288,100 @@ cdef inline Place locate(const Axes *axes, Py_ssize_t voxel) noexcept nogil:
     return at
 
 
-cdef void gather_row(const logit *p, Py_ssize_t stride, Py_ssize_t n, real *to) noexcept nogil:
-    """n logits, `stride` apart, as numbers side by side."""
-    cdef Py_ssize_t v, m, k
-    cdef uint16_t raw[64]
-    cdef f32 numbers
-    if logit is float or logit is double:
-        if stride == 1:
-            memcpy(to, p, n * sizeof(real))
-        else:
-            for v in range(n):
-                to[v] = <real>p[v * stride]
-    else:
-        v = 0
-        while v < n:
-            m = min(n - v, <Py_ssize_t>lanes(&numbers))
-            for k in range(m):
-                raw[k] = <uint16_t>p[(v + k) * stride]
-            load(&numbers, <const logit *>raw)
-            memcpy(to + v, &numbers, m * sizeof(real))
-            v += m
+cdef inline void prefetch(const char *p, Py_ssize_t stride, Py_ssize_t n) noexcept nogil:
+    """Asks for n elements, a row of which the processor cannot foresee."""
+    cdef const char *stop = p + n * stride
+    while p < stop:
+        PREFETCH(p)
+        p += max(stride, CACHE_LINE)
 
 
-cdef void scatter_row(const real *row, Py_ssize_t n, logit *p, Py_ssize_t stride) noexcept nogil:
-    """n numbers side by side, rounded, into the gradient, `stride` apart."""
-    cdef Py_ssize_t v, m, k
-    cdef uint16_t raw[64]
-    cdef f32 numbers
-    if logit is float or logit is double:
-        if stride == 1:
-            memcpy(p, row, n * sizeof(real))
-        else:
-            for v in range(n):
-                p[v * stride] = <logit>row[v]
-    else:
-        v = 0
-        while v < n:
-            m = min(n - v, <Py_ssize_t>lanes(&numbers))
-            memcpy(&numbers, row + v, m * sizeof(real))
-            store(<logit *>raw, numbers)
-            for k in range(m):
-                p[(v + k) * stride] = <logit>raw[k]
-            v += m
-
-
-cdef void gather(
-    const Problem *q, Py_ssize_t sample, Py_ssize_t first, Py_ssize_t n, const logit *kind, real *to
+cdef inline void copy_words(
+    const word *source, Py_ssize_t source_step, word *to, Py_ssize_t step, Py_ssize_t n
 ) noexcept nogil:
-    """The logits of n voxels into (channels, block) numbers."""
-    cdef Py_ssize_t stride = q.axes.logits[q.axes.count - 1] // <Py_ssize_t>sizeof(logit)
-    cdef Py_ssize_t row = q.logits_c // <Py_ssize_t>sizeof(logit)
+    for _ in range(n):
+        to[0] = source[0]
+        source += source_step
+        to += step
+
+
+cdef void transpose(
+    const word *source, Py_ssize_t source_row, word *to, Py_ssize_t row, Py_ssize_t rows, Py_ssize_t columns
+) noexcept nogil:
+    """Four by four, the last ones overlapping, so there must be four: to[j, i] = source[i, j]."""
+    cdef Py_ssize_t i, j
+    for i in range(0, rows, 4):
+        i = min(i, rows - 4)
+        for j in range(0, columns, 4):
+            j = min(j, columns - 4)
+            transpose_four(source + i * source_row + j, source_row, to + j * row + i, row)
+
+
+cdef void copy_block(
+    const word *source, Py_ssize_t source_step, Py_ssize_t source_row,
+    word *to, Py_ssize_t step, Py_ssize_t row, Py_ssize_t n, Py_ssize_t channels,
+) noexcept nogil:
+    """to[c, v] = source[c, v]: n voxels a step apart, channels a row apart."""
+    if source_row == 1 and step == 1 and n >= 4 and channels >= 4:
+        transpose(source, source_step, to, row, n, channels)
+    elif source_step == 1 and row == 1 and n >= 4 and channels >= 4:
+        transpose(source, source_row, to, step, channels, n)
+    else:
+        for _ in range(channels):
+            if source_step == 1 and step == 1:
+                memcpy(to, source, n * sizeof(word))
+            elif source_step == 2:  # constants make vectors of the loop
+                copy_words(source, 2, to, 1, n)
+            else:
+                copy_words(source, source_step, to, step, n)
+            source += source_row
+            to += row
+
+
+cdef void gather(const Problem *q, Py_ssize_t sample, Py_ssize_t first, Py_ssize_t n, word *staged) noexcept nogil:
+    """The logits of n voxels into (channels, block)."""
+    cdef Py_ssize_t stride = q.axes.logits[q.axes.count - 1]
     cdef Py_ssize_t c, run, done = 0
-    cdef const logit *x
+    cdef const char *x
     cdef Place at
     while done < n:
         at = locate(&q.axes, first + done)
         run = min(at.run, n - done)
-        x = <const logit *>(q.logits + sample * q.logits_n + at.logits)
-        for c in range(q.channels):
-            gather_row(x, stride, run, to + c * q.block + done)
-            x += row
+        x = q.logits + sample * q.logits_n + at.logits
+        if q.axes.count > 1:
+            for c in range(q.channels):
+                prefetch(x + c * q.logits_c + q.axes.logits[q.axes.count - 2], stride, run)
+        copy_block(
+            <const word *>x, stride // <Py_ssize_t>sizeof(word), q.logits_c // <Py_ssize_t>sizeof(word),
+            staged + done, 1, q.block, run, q.channels,
+        )
         done += run
 
 
 cdef void scatter(
-    const Problem *q, Py_ssize_t sample, Py_ssize_t first, Py_ssize_t n, const real *from_, logit *kind
+    const Problem *q, Py_ssize_t sample, Py_ssize_t first, Py_ssize_t n, const word *staged
 ) noexcept nogil:
-    """(channels, block) numbers into the gradient of n voxels."""
-    cdef Py_ssize_t stride = q.axes.grad[q.axes.count - 1] // <Py_ssize_t>sizeof(logit)
-    cdef Py_ssize_t row = q.grad_c // <Py_ssize_t>sizeof(logit)
-    cdef Py_ssize_t c, run, done = 0
-    cdef logit *grad
+    """(channels, block) into the gradient of n voxels."""
+    cdef Py_ssize_t run, done = 0
     cdef Place at
     while done < n:
         at = locate(&q.axes, first + done)
         run = min(at.run, n - done)
-        grad = <logit *>(q.grad + sample * q.grad_n + at.grad)
-        for c in range(q.channels):
-            scatter_row(from_ + c * q.block + done, run, grad, stride)
-            grad += row
+        copy_block(
+            staged + done, 1, q.block, <word *>(q.grad + sample * q.grad_n + at.grad),
+            q.axes.grad[q.axes.count - 1] // <Py_ssize_t>sizeof(word), q.grad_c // <Py_ssize_t>sizeof(word),
+            run, q.channels,
+        )
         done += run
+
+
+cdef void clear_ignored(const Problem *q, Py_ssize_t n, const real *label, word *staged) noexcept nogil:
+    """Zeros in (channels, block) where the label is negative, whatever was there."""
+    cdef Py_ssize_t v
+    for _ in range(q.channels):
+        for v in range(n):
+            staged[v] = staged[v] if label[v] >= 0 else 0
+        staged += q.block
 
 
 # ---- scores of one vector of voxels ----------------------------------------------------------------------------------
@@ -613,30 +629,22 @@ cdef void run_lines(
 
 cdef void run_staged(
     const Problem *q, const Scratch *t, Py_ssize_t sample, Py_ssize_t first, Py_ssize_t n, bint ignored,
-    const vec *label, logit *kind, real *staged, vec *e,
+    const real *label, word *words, logit *staged, vec *e,
 ) noexcept nogil:
-    """Any voxels: staged in scratch, where the ignored ones are cleared, and written from there."""
-    cdef Py_ssize_t lines = padded(n, q.line) // q.line
-    ignored = ignored or n % q.line
-    gather(q, sample, first, n, kind, staged)
+    """Any voxels: staged in scratch, where the ignored ones are cleared, and written from there.
+
+    `words` are what is staged, as bits.
+    """
+    cdef Py_ssize_t whole = padded(n, q.line)
+    ignored = ignored or n < whole
+    gather(q, sample, first, n, words)
     if ignored:
-        clear_ignored(q, lines, label, <vec *>staged)
-    run_lines(q, t, staged, q.block, lines, label, e, staged, q.block, False)
+        clear_ignored(q, whole, label, words)
+    run_lines(q, t, staged, q.block, whole // q.line, <const vec *>label, e, staged, q.block, False)
     if q.grad != NULL:
         if ignored:
-            clear_ignored(q, lines, label, <vec *>staged)
-        scatter(q, sample, first, n, staged, kind)
-
-
-cdef void clear_ignored(const Problem *q, Py_ssize_t lines, const vec *label, vec *rows) noexcept nogil:
-    """Zeros in (channels, block) where the label is negative, whatever was there."""
-    cdef Py_ssize_t v
-    cdef vec nought
-    zero(&nought)
-    for _ in range(q.channels):
-        for v in range(lines * VECTORS):
-            rows[v] = unless(less(label[v], nought), rows[v])
-        rows += q.block // lanes(&nought)
+            clear_ignored(q, whole, label, words)
+        scatter(q, sample, first, n, words)
 
 
 # ---- one chunk -------------------------------------------------------------------------------------------------------
@@ -710,13 +718,18 @@ cdef Py_ssize_t run_chunk(
                 m = min(q.block, n - done)
                 if logit is double:
                     run_staged(
-                        q, t, sample, first + done, m, ignored, <f64 *>label, <logit *>NULL,
+                        q, t, sample, first + done, m, ignored, <double *>label, <uint64_t *>t.staged,
                         <double *>t.staged, <f64 *>t.scores,
+                    )
+                elif logit is float:
+                    run_staged(
+                        q, t, sample, first + done, m, ignored, <float *>label, <uint32_t *>t.staged,
+                        <float *>t.staged, <f32 *>t.scores,
                     )
                 else:
                     run_staged(
-                        q, t, sample, first + done, m, ignored, <f32 *>label, <logit *>NULL,
-                        <float *>t.staged, <f32 *>t.scores,
+                        q, t, sample, first + done, m, ignored, <float *>label, <uint16_t *>t.staged,
+                        <logit *>t.staged, <f32 *>t.scores,
                     )
             done += m
         if q.grad == NULL:

@@ -4,6 +4,7 @@
 #ifndef DICE_VECTORS_H
 #define DICE_VECTORS_H
 
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -110,6 +111,40 @@ INLINE void stream_floats(void *p, floats v) { store_floats(p, v); }
 INLINE void stream_doubles(void *p, doubles v) { store_doubles(p, v); }
 #define STREAMED()
 #endif
+
+/* to[j, i] = from[i, j], four by four: rows interleaved, and interleaved once more. */
+#if defined(BYTES)
+#if defined(__clang__)
+#define INTERLEAVE(v, a, b, i, j) __builtin_shufflevector(a, b, i, i + 4, j, j + 4)
+#else
+#define INTERLEAVE(v, a, b, i, j) __builtin_shuffle(a, b, (v){i, i + 4, j, j + 4})
+#endif
+#define DEFINE(bits)                                                                                                   \
+    typedef uint##bits##_t row_##bits __attribute__((vector_size(bits / 2)));                                          \
+    INLINE void transpose_##bits(const uint##bits##_t *from, ptrdiff_t from_row, uint##bits##_t *to, ptrdiff_t row) {  \
+        row_##bits r[4], s[4];                                                                                         \
+        for (int i = 0; i < 4; i++) memcpy(&r[i], from + i * from_row, sizeof r[i]);                                   \
+        for (int i = 0; i < 2; i++) {                                                                                  \
+            s[2 * i] = INTERLEAVE(row_##bits, r[i], r[i + 2], 0, 1);                                                   \
+            s[2 * i + 1] = INTERLEAVE(row_##bits, r[i], r[i + 2], 2, 3);                                               \
+        }                                                                                                              \
+        for (int i = 0; i < 2; i++) {                                                                                  \
+            r[2 * i] = INTERLEAVE(row_##bits, s[i], s[i + 2], 0, 1);                                                   \
+            r[2 * i + 1] = INTERLEAVE(row_##bits, s[i], s[i + 2], 2, 3);                                               \
+        }                                                                                                              \
+        for (int i = 0; i < 4; i++) memcpy(to + i * row, &r[i], sizeof r[i]);                                          \
+    }
+#else
+#define DEFINE(bits)                                                                                                   \
+    INLINE void transpose_##bits(const uint##bits##_t *from, ptrdiff_t from_row, uint##bits##_t *to, ptrdiff_t row) {  \
+        for (int i = 0; i < 4; i++)                                                                                    \
+            for (int j = 0; j < 4; j++) to[j * row + i] = from[i * from_row + j];                                      \
+    }
+#endif
+DEFINE(16)
+DEFINE(32)
+DEFINE(64)
+#undef DEFINE
 
 /* Whether any lane is above the bound or NaN. */
 #if BYTES == 64

@@ -3,7 +3,7 @@
 A vector is a number to Cython, which hands + - * / and functions of it on to C.
 """
 
-from libc.stdint cimport int16_t, uint16_t
+from libc.stdint cimport int16_t, uint16_t, uint32_t, uint64_t
 
 cdef extern from "_vectors.h":
     # Vectors; to Cython they are numbers, and C applies + - * / to every lane.
@@ -26,6 +26,9 @@ cdef extern from "_vectors.h":
     void stream_floats(void *, f32) noexcept nogil
     void stream_doubles(void *, f64) noexcept nogil
     void STREAMED() noexcept nogil
+    void transpose_16(const uint16_t *, Py_ssize_t, uint16_t *, Py_ssize_t) noexcept nogil
+    void transpose_32(const uint32_t *, Py_ssize_t, uint32_t *, Py_ssize_t) noexcept nogil
+    void transpose_64(const uint64_t *, Py_ssize_t, uint64_t *, Py_ssize_t) noexcept nogil
     f32 spread_floats(float) noexcept nogil
     f64 spread_doubles(double) noexcept nogil
     f32 max_floats(f32, f32) noexcept nogil
@@ -66,6 +69,11 @@ ctypedef fused real:
     float
     double
 
+ctypedef fused word:  # a stored number's bits
+    uint16_t
+    uint32_t
+    uint64_t
+
 
 cdef inline void load(vec *v, const logit *p) noexcept nogil:
     if vec is f64:
@@ -97,6 +105,16 @@ cdef inline void stream(logit *p, vec v) noexcept nogil:
         stream_floats(p, v)
     else:
         store(p, v)
+
+
+cdef inline void transpose_four(const word *source, Py_ssize_t source_row, word *to, Py_ssize_t row) noexcept nogil:
+    """to[j, i] = source[i, j], four by four."""
+    if word is uint16_t:
+        transpose_16(source, source_row, to, row)
+    elif word is uint32_t:
+        transpose_32(source, source_row, to, row)
+    else:
+        transpose_64(source, source_row, to, row)
 
 
 cdef inline int lanes(vec *v) noexcept nogil:
