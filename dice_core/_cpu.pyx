@@ -842,41 +842,44 @@ cdef void merge_axes(Axes *axes) noexcept nogil:
     axes.count = last + 1
 
 
-cdef int describe(Problem *q, logits, labels, grad, spec) except -1:
-    """The problem of these Buffers; grad is None for the statistics."""
+cdef int describe(Problem *q, logits_buffer, labels_buffer, grad_buffer, spec) except -1:
+    """The problem of these Buffers; grad_buffer is None for the statistics."""
     cdef Py_ssize_t size
     cdef int i
+    logits, labels = logits_buffer.layout, labels_buffer.layout
+    grad = logits if grad_buffer is None else grad_buffer.layout
+    q.logits = <const char *><uintptr_t>logits_buffer.address
+    q.labels = <const char *><uintptr_t>labels_buffer.address
+    q.grad = NULL if grad_buffer is None else <char *><uintptr_t>grad_buffer.address
     q.dtype = _DTYPES[logits.dtype]
     q.itemsize = logits.itemsize
-    q.number = max(4, logits.itemsize)
-    q.logits = <const char *><uintptr_t>logits.address
-    q.labels = <const char *><uintptr_t>labels.address
-    q.grad = NULL if grad is None else <char *><uintptr_t>grad.address
-    q.samples, q.channels = logits.shape[:2]
+    q.number = max(4, q.itemsize)
+    shape, logits_strides, labels_strides, grad_strides = logits.shape, logits.strides, labels.strides, grad.strides
+    q.samples, q.channels = shape[:2]
     q.classes = q.channels + (spec.activation == "sigmoid")  # a single channel has a background too
-    q.logits_n, q.logits_c = logits.strides[:2]
-    q.labels_n = labels.strides[0]
-    grad = logits if grad is None else grad
-    q.grad_n, q.grad_c = grad.strides[:2]
+    q.logits_n, q.logits_c = logits_strides[:2]
+    q.labels_n = labels_strides[0]
+    q.grad_n, q.grad_c = grad_strides[:2]
     q.power = spec.power
+    ignore = spec.ignore_label
     code, low, high = _LABELS[labels.dtype]
     q.label_code = code
-    q.has_ignore = spec.ignore_label is not None and low <= spec.ignore_label <= high
-    q.ignore = (spec.ignore_label if q.has_ignore else 0) & 0xFFFFFFFFFFFFFFFF
+    q.has_ignore = ignore is not None and low <= ignore <= high
+    q.ignore = (ignore if q.has_ignore else 0) & 0xFFFFFFFFFFFFFFFF
     q.voxels = 1
     q.axes.count = 0
-    for i in range(2, len(logits.shape)):
-        size = logits.shape[i]
+    for i in range(2, len(shape)):
+        size = shape[i]
         q.voxels *= size
         if size != 1:
-            add_axis(&q.axes, size, logits.strides[i], labels.strides[i - 1], grad.strides[i])
+            add_axis(&q.axes, size, logits_strides[i], labels_strides[i - 1], grad_strides[i])
     merge_axes(&q.axes)
 
     # Past the caches a whole line needs not be read to be written; but a fresh page was just cleared in them.
-    strides = (grad.address, q.grad_n, q.grad_c)
     q.past_caches = (
         q.grad != NULL and q.grad != q.logits and q.axes.count == 1
-        and not any(step % CACHE_LINE for step in strides) and is_mapped(q.grad, q.voxels * q.itemsize)
+        and not (<uintptr_t>q.grad | <uintptr_t>q.grad_n | <uintptr_t>q.grad_c) % CACHE_LINE
+        and is_mapped(q.grad, q.voxels * q.itemsize)
     )
     q.line = VECTORS * sizeof(f32) // q.number
     q.block = max(BLOCK_SCORES // q.classes, min(MANY_VOXELS, MANY_SCORES // q.classes), q.line)
@@ -967,13 +970,14 @@ def exponential(x, out):
             store(<double *>(to + i * sizeof(f64)), exp(w))
 
 
-def unsupported(call):
-    """Reasons why these kernels do not take the call; none means they do."""
+def unsupported(signature):
+    """Reasons why these kernels do not take such calls; none means they do."""
     reasons = []
-    if len(call.logits.shape) > MAX_AXES:
-        reasons.append(f"takes at most {MAX_AXES} axes, not {len(call.logits.shape)}")
-    if call.logits.shape[1] > MAX_CLASSES:
-        reasons.append(f"takes at most {MAX_CLASSES} classes, not {call.logits.shape[1]}")
+    shape = signature.logits.shape
+    if len(shape) > MAX_AXES:
+        reasons.append(f"takes at most {MAX_AXES} axes, not {len(shape)}")
+    if shape[1] > MAX_CLASSES:
+        reasons.append(f"takes at most {MAX_CLASSES} classes, not {shape[1]}")
     return reasons
 
 

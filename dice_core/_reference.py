@@ -31,9 +31,9 @@ def gradient(logits: Any, labels: Any, cotangent: Any, grad: Any, spec: Any, thr
     return bad
 
 
-def unsupported(call: Any) -> list[str]:
-    """Reasons why this backend does not take the call."""
-    if call.logits.dtype == "bfloat16":
+def unsupported(signature: Any) -> list[str]:
+    """Reasons why this backend does not take such calls."""
+    if signature.logits.dtype == "bfloat16":
         return ["NumPy has no bfloat16"]
     return []
 

@@ -83,7 +83,7 @@ def loss(
     """
     at = _call(x, y, p, ignore_label)
     dice = losses.dice(at.classes, spec.weights(weight), ignore_channel, smooth, reduction)
-    sums = _sums(at, backends.select(at, backend), threads.resolve(num_threads))
+    sums = _sums(at, backends.select(at.signature, backend), threads.resolve(num_threads))
     return _rounded(dice(sums), at.logits.dtype)
 
 
@@ -120,10 +120,10 @@ def loss_and_grad(
     at = _call(x, y, p, ignore_label)
     dice = losses.dice(at.classes, spec.weights(weight), ignore_channel, smooth, reduction)
     upstream = _upstream(grad_loss, dice, at)
-    kernels, count = backends.select(at, backend), threads.resolve(num_threads)
+    kernels, count = backends.select(at.signature, backend), threads.resolve(num_threads)
     grad, out = _gradient_buffer(x, out, at)
     value, derivative = dice.with_derivative(_sums(at, kernels, count))
-    _gradient(at, upstream[..., None] * derivative, grad, kernels, count)
+    _gradient(at, derivative, upstream, grad, kernels, count)
     return _rounded(value, at.logits.dtype), out
 
 
@@ -142,7 +142,7 @@ def statistics(
     loss of the total, then ask the total for each tile's gradient.
     """
     at = _call(x, y, p, ignore_label)
-    sums = _sums(at, backends.select(at, backend), threads.resolve(num_threads))
+    sums = _sums(at, backends.select(at.signature, backend), threads.resolve(num_threads))
     return Statistics(sums, at.spec, at.logits.dtype, backend, num_threads)
 
 
@@ -237,10 +237,11 @@ class Statistics:
             )
         dice = losses.dice(at.classes, spec.weights(weight), ignore_channel, smooth, reduction)
         upstream = _upstream(grad_loss, dice, at)
-        kernels, count = backends.select(at, self.backend), threads.resolve(self.num_threads)
+        kernels = backends.select(at.signature, self.backend)
+        count = threads.resolve(self.num_threads)
         grad, out = _gradient_buffer(x, out, at)
         _, derivative = dice.with_derivative(self.sums)
-        _gradient(at, upstream[..., None] * derivative, grad, kernels, count)
+        _gradient(at, derivative, upstream, grad, kernels, count)
         return out
 
 
@@ -269,13 +270,22 @@ def _gradient_buffer(x: Any, out: Any, at: spec.Call) -> tuple[buffers.Buffer, A
 
 
 def _gradient(
-    at: spec.Call, cotangent: Float64, grad: buffers.Buffer, kernels: Any, count: int
+    at: spec.Call,
+    derivative: Float64,
+    upstream: Float64 | None,
+    grad: buffers.Buffer,
+    kernels: Any,
+    count: int,
 ) -> None:
+    cotangent = derivative if upstream is None else upstream[..., None] * derivative
     cotangent = np.ascontiguousarray(cotangent)
     backends.gradient(kernels, at, buffers.of(cotangent, "cotangent"), grad, count)
 
 
-def _upstream(grad_loss: Any, dice: losses.Dice, at: spec.Call) -> Float64:
+def _upstream(grad_loss: Any, dice: losses.Dice, at: spec.Call) -> Float64 | None:
+    """None stands for ones."""
+    if grad_loss is None:
+        return None
     return spec.upstream(grad_loss, at.logits.shape[:1] if dice.reduction == "none" else ())
 
 

@@ -5,7 +5,7 @@ A backend is a module with three functions:
 - ``statistics(logits, labels, sums, spec, threads) -> int`` fills sums, (K, N, C);
 - ``gradient(logits, labels, cotangent, grad, spec, threads) -> int`` fills grad, like the logits,
   with the vector-Jacobian product of the statistics and cotangent, (K, N, C);
-- ``unsupported(call) -> list[str]`` says why it does not take a call; empty if it does.
+- ``unsupported(signature) -> list[str]`` says why it does not take such calls; empty if it does.
 
 Arrays are Buffers, logits (N, C, *), labels (N, *), (K, N, C) contiguous float64 in the order of
 spec.STATISTICS. The integers count labels that are neither a class nor the ignore label.
@@ -24,7 +24,7 @@ from typing import Any
 
 from . import spec
 from .buffers import Buffer
-from .spec import Call
+from .spec import Call, Signature
 
 VARIABLE = "DICE_CORE_BACKEND"
 ENTRY_POINTS = "dice_core.backends"
@@ -54,21 +54,13 @@ class Backend:
         """Its module, imported only now: its code may need what the processor lacks."""
         return importlib.import_module(self.module)
 
-    def unsupported(self, call: Call) -> list[str]:
-        """Why it does not take a call; empty if it does."""
+    def unsupported(self, signature: Signature) -> list[str]:
+        """Why it does not take such calls; empty if it does."""
         reasons = self.unavailable()
-        if not self._reads(call):
-            reasons.insert(
-                0, f"reads {self.device} memory, and the logits are on {call.logits.device}"
-            )
-        return reasons or list(self.load().unsupported(call))
-
-    def takes(self, call: Call) -> bool:
-        """Whether `unsupported` is empty, without its words."""
-        return self._reads(call) and not _unavailable(self) and not self.load().unsupported(call)
-
-    def _reads(self, call: Call) -> bool:
-        return self.device is None or call.logits.device.partition(":")[0] == self.device
+        device = signature.logits.device
+        if self.device not in (None, device.partition(":")[0]):
+            reasons.insert(0, f"reads {self.device} memory, and the logits are on {device}")
+        return reasons or list(self.load().unsupported(signature))
 
 
 BUILT_IN = (
@@ -98,29 +90,41 @@ def table() -> Iterator[Backend]:
     yield from _entry_points()
 
 
-def select(call: Call, name: str | None = None) -> Any:
-    """The kernel module for a call: `name`, else DICE_CORE_BACKEND's, else the first to take it.
+def select(signature: Signature, name: str | None = None) -> Any:
+    """The kernel module for such calls: `name`, else DICE_CORE_BACKEND's, else the first to take
+    them.
 
     Raises ValueError for a name that is not in the table, BackendError where the one asked for, or
     every one, refuses.
     """
-    asked_by = "backend="
-    if name is None:
-        name, asked_by = os.environ.get(VARIABLE) or None, f"{VARIABLE}="
     if name is not None:
-        row = _by_name(name, asked_by)
-        reasons = row.unsupported(call)
-        if reasons:
-            raise BackendError(_refusal(call, [(row, reasons)], f"{asked_by}{name} was asked for"))
-        return row.load()
+        return _named(signature, name, "backend=")
+    name = os.environ.get(VARIABLE)
+    return _named(signature, name, f"{VARIABLE}=") if name else _first(signature)
+
+
+@functools.lru_cache(1024)
+def _named(signature: Signature, name: str, asked_by: str) -> Any:
+    row = _by_name(name, asked_by)
+    reasons = row.unsupported(signature)
+    if reasons:
+        raise BackendError(
+            _refusal(signature, {row.name: reasons}, f"{asked_by}{name} was asked for")
+        )
+    return row.load()
+
+
+@functools.lru_cache(1024)
+def _first(signature: Signature) -> Any:
+    refused = {}
     for row in table():
-        if row.automatic and row.takes(call):
-            return row.load()
-    refused = [
-        (row, row.unsupported(call) if row.automatic else ["runs only when asked for by name"])
-        for row in table()
-    ]
-    raise BackendError(_refusal(call, refused, "no backend takes this call"))
+        reasons = ["runs only when asked for by name"]
+        if row.automatic:
+            reasons = row.unsupported(signature)
+            if not reasons:
+                return row.load()
+        refused[row.name] = reasons
+    raise BackendError(_refusal(signature, refused, "no backend takes this call"))
 
 
 def statistics(kernels: Any, call: Call, sums: Buffer, threads: int) -> None:
@@ -142,10 +146,10 @@ def _by_name(name: str, asked_by: str) -> Backend:
     raise ValueError(f"{asked_by}{name} names no backend; there are {names}")
 
 
-def _refusal(call: Call, refused: list[tuple[Backend, list[str]]], headline: str) -> str:
+def _refusal(signature: Signature, refused: dict[str, list[str]], headline: str) -> str:
     lines = [headline]
-    lines += [f"    {line}" for line in str(call).splitlines()]
-    lines += [f"  {row.name}: {'; '.join(reasons)}" for row, reasons in refused]
+    lines += [f"    {line}" for line in str(signature).splitlines()]
+    lines += [f"  {name}: {'; '.join(reasons)}" for name, reasons in refused.items()]
     lines.append("`python -m dice_core` lists every backend of this machine.")
     return "\n".join(lines)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
+import operator
 import sys
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,19 +18,45 @@ import numpy as np
 _HUGE_PAGE = 2 << 20  # bytes
 
 
-@dataclass(slots=True)  # frozen, it would take twice as long to make
-class Buffer:
-    """An array's memory: what a kernel needs to read or write it in place."""
+@dataclass(frozen=True, eq=False, slots=True)
+class Layout:
+    """How an array lies in memory, wherever that is.
 
-    address: int
+    Arrays that lie alike share one, so that what follows from it is found out once.
+    """
+
     shape: tuple[int, ...]
     strides: tuple[int, ...]  # bytes
     dtype: str  # "float32", "bfloat16", "int64", "bool", ...
     itemsize: int  # bytes
     device: str  # "cpu", "cuda:0", ...
-    readonly: bool
+
+    def without_axis(self, axis: int) -> Layout:
+        """The same without an axis of length 1."""
+        shape, strides = list(self.shape), list(self.strides)
+        del shape[axis], strides[axis]
+        return replace(self, shape=tuple(shape), strides=tuple(strides))
+
+    def __str__(self) -> str:
+        steps = tuple(stride // self.itemsize for stride in self.strides)
+        return f"{self.dtype} {self.shape} on {self.device}, strides {steps}"
+
+
+@dataclass(slots=True)  # frozen, it would take twice as long to make
+class Buffer:
+    """An array's memory: what a kernel needs to read or write it in place."""
+
+    address: int
+    layout: Layout
     owner: Any  # keeps the memory alive
+    readonly: bool = False
     stream: int | None = None  # of a device whose work is queued
+
+    shape = property(operator.attrgetter("layout.shape"))
+    strides = property(operator.attrgetter("layout.strides"))
+    dtype = property(operator.attrgetter("layout.dtype"))
+    itemsize = property(operator.attrgetter("layout.itemsize"))
+    device = property(operator.attrgetter("layout.device"))
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
@@ -44,19 +71,6 @@ class Buffer:
             # NumPy before 2.4 takes no address 0, which an empty array has.
             "data": (self.address or self.itemsize, self.readonly),
         }
-
-    def without_axis(self, axis: int) -> Buffer:
-        """The same memory without an axis of length 1."""
-        keep = [i for i in range(len(self.shape)) if i != axis]
-        return replace(
-            self,
-            shape=tuple(self.shape[i] for i in keep),
-            strides=tuple(self.strides[i] for i in keep),
-        )
-
-    def __str__(self) -> str:
-        steps = tuple(stride // self.itemsize for stride in self.strides)
-        return f"{self.dtype} {self.shape} on {self.device}, strides {steps}"
 
 
 def of(array: Any, name: str) -> Buffer:
@@ -94,8 +108,8 @@ def empty_like(array: Any, name: str) -> Any:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
         empty = torch.empty_like(array, requires_grad=False)
-        if empty.device.type == "cpu":
-            _advise_huge_pages(empty.data_ptr(), empty.numel() * empty.element_size())
+        if empty.is_cpu:
+            _advise_huge_pages(empty.data_ptr(), empty.nbytes)
         return empty
     return np.empty_like(np.asarray(of(array, name)), subok=False)
 
@@ -124,9 +138,11 @@ def may_overlap(a: Buffer, b: Buffer) -> bool:
     """Whether the two share memory; True as well where that would take long to find out."""
     if a.device != b.device or 0 in a.shape or 0 in b.shape:
         return False
+    (a_first, a_end), (b_first, b_end) = _extent(a.layout), _extent(b.layout)
+    if a.address + a_end <= b.address + b_first or b.address + b_end <= a.address + a_first:
+        return False
     if a.device != "cpu":
-        (a_low, a_high), (b_low, b_high) = _bounds(a), _bounds(b)
-        return a_low < b_high and b_low < a_high
+        return True
     try:
         # NumPy's stub knows only two of the numbers that max_work takes.
         return np.shares_memory(_bytes(a), _bytes(b), max_work=10_000)  # type: ignore[arg-type]
@@ -134,7 +150,8 @@ def may_overlap(a: Buffer, b: Buffer) -> bool:
         return True
 
 
-def may_overlap_itself(a: Buffer) -> bool:
+@functools.lru_cache(1024)
+def may_overlap_itself(a: Layout) -> bool:
     """Whether two elements may lie at one address, as in a broadcast array."""
     if 0 in a.shape:
         return False
@@ -145,15 +162,16 @@ def may_overlap_itself(a: Buffer) -> bool:
     return any(step < span for (step, _), span in zip(axes, spans, strict=False))
 
 
+@functools.lru_cache(1024)
+def _extent(a: Layout) -> tuple[int, int]:
+    """Where its memory begins and ends, relative to its first element's address."""
+    reach = [step * (n - 1) for step, n in zip(a.strides, a.shape, strict=True)]
+    return sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + a.itemsize
+
+
 def _bytes(a: Buffer) -> Any:
     """Memory of any dtype, for NumPy, which lacks some."""
-    return np.asarray(replace(a, dtype=f"V{a.itemsize}"))
-
-
-def _bounds(a: Buffer) -> tuple[int, int]:
-    reach = [step * (n - 1) for step, n in zip(a.strides, a.shape, strict=True)]
-    low = a.address + sum(r for r in reach if r < 0)
-    return low, a.address + sum(r for r in reach if r > 0) + a.itemsize
+    return np.asarray(replace(a, layout=replace(a.layout, dtype=f"V{a.itemsize}")))
 
 
 def _of_numpy(array: np.ndarray[Any, Any], name: str) -> Buffer:
@@ -162,28 +180,27 @@ def _of_numpy(array: np.ndarray[Any, Any], name: str) -> Buffer:
             f"{name} is a masked array and its mask would be ignored; "
             f"give the plain array and mark masked voxels in the labels with ignore_label"
         )
-    if not array.dtype.isnative:
-        raise TypeError(f"{name} is in another byte order ({array.dtype.str})")
-    itemsize, flags = array.itemsize, array.flags
-    in_step = flags.c_contiguous or not itemsize or not any(s % itemsize for s in array.strides)
-    if not (flags.aligned and in_step):
-        raise TypeError(f"{name}'s elements are not aligned to their {itemsize} bytes")
-    return Buffer(
-        address=array.__array_interface__["data"][0] if array.size else 0,
-        shape=array.shape,
-        strides=array.strides,
-        dtype=_name(array.dtype),
-        itemsize=itemsize,
-        device="cpu",
-        readonly=not flags.writeable,
-        owner=array,
-    )
+    flags = array.flags
+    layout = _numpy_layout(array.shape, array.strides, array.dtype, name)
+    if not flags.aligned:
+        raise TypeError(_MISALIGNED.format(name, layout.itemsize))
+    address = array.__array_interface__["data"][0] if array.size else 0
+    return Buffer(address, layout, array, not flags.writeable)
 
 
-@functools.cache
-def _name(dtype: Any) -> str:
-    """Of either library, which compose it anew each time, in microseconds."""
-    return dtype.name if isinstance(dtype, np.dtype) else str(dtype).removeprefix("torch.")
+@functools.lru_cache(1024)
+def _numpy_layout(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any], name: str
+) -> Layout:
+    if not dtype.isnative:
+        raise TypeError(f"{name} is in another byte order ({dtype.str})")
+    itemsize = dtype.itemsize
+    if itemsize and any(step % itemsize for step, n in zip(strides, shape, strict=True) if n > 1):
+        raise TypeError(_MISALIGNED.format(name, itemsize))
+    return Layout(shape, strides, dtype.name, itemsize, "cpu")
+
+
+_MISALIGNED = "{}'s elements are not aligned to their {} bytes"
 
 
 def _of_torch(tensor: Any, name: str, torch: Any) -> Buffer:
@@ -191,18 +208,21 @@ def _of_torch(tensor: Any, name: str, torch: Any) -> Buffer:
         raise TypeError(f"{name} is a {str(tensor.layout)[6:]} tensor; call .to_dense() on it")
     if tensor.is_neg():
         raise TypeError(f"{name} is a lazily negated view; call .resolve_neg() on it")
-    itemsize = tensor.element_size()
-    device = tensor.device
-    return Buffer(
-        address=tensor.data_ptr(),
-        shape=tuple(tensor.shape),
-        strides=tuple(step * itemsize for step in tensor.stride()),
-        dtype=_name(tensor.dtype),
-        itemsize=itemsize,
+    layout = _torch_layout(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+    buffer = Buffer(tensor.data_ptr(), layout, tensor)
+    if tensor.is_cuda:
+        buffer.stream = torch.cuda.current_stream(tensor.device).cuda_stream
+    return buffer
+
+
+@functools.lru_cache(1024)
+def _torch_layout(shape: Any, steps: tuple[int, ...], dtype: Any, device: Any) -> Layout:
+    return Layout(
+        shape=tuple(shape),
+        strides=tuple(step * dtype.itemsize for step in steps),
+        dtype=str(dtype).removeprefix("torch."),
+        itemsize=dtype.itemsize,
         device="cpu" if device.type == "cpu" else str(device),
-        readonly=False,
-        owner=tensor,
-        stream=torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None,
     )
 
 
@@ -215,17 +235,8 @@ def _of_cuda_array(array: Any, name: str) -> Buffer:
         raise TypeError(f"{name} is in another byte order ({dtype.str})")
     strides = interface.get("strides") or _contiguous_strides(shape, dtype.itemsize)
     device = getattr(getattr(array, "device", None), "id", 0)
-    return Buffer(
-        address=address,
-        shape=shape,
-        strides=tuple(strides),
-        dtype=dtype.name,
-        itemsize=dtype.itemsize,
-        device=f"cuda:{device}",
-        readonly=readonly,
-        owner=array,
-        stream=interface.get("stream"),
-    )
+    layout = Layout(shape, tuple(strides), dtype.name, dtype.itemsize, f"cuda:{device}")
+    return Buffer(address, layout, array, readonly, interface.get("stream"))
 
 
 def _of_dlpack(array: Any, name: str) -> Buffer:

@@ -1,4 +1,4 @@
-"""Losses as plain arithmetic on statistics: pool, score, penalty, average.
+"""Losses as plain arithmetic on statistics: pool, loss of each class, total.
 
 Everything here is small: `sums` is (K, N, C) with K = intersection I, pred_sum P, target_sum Y, in
 float64, a NumPy array or a torch tensor. Values are written once for both; their derivative, of
@@ -21,9 +21,9 @@ Array = Any  # of either library
 
 
 class Ratio:
-    """A score q = (num + smooth) / (den + smooth), num and den linear functions of the statistics.
+    """A loss q = num / (den + smooth), num and den linear functions of the statistics.
 
-    Nothing predicted where nothing is, 0/0, is a perfect score of 1 with derivative 0.
+    Where there is nothing to be wrong about, 0/0, it is 0 with derivative 0.
     """
 
     def __init__(self, linear: Callable[[Array, Array, Array], tuple[Array, Array]]) -> None:
@@ -31,21 +31,26 @@ class Ratio:
         self.slopes = np.array(linear(*np.eye(3)))[..., None, None]  # of num and den, (2, K, 1, 1)
 
     def __call__(self, sums: Array, smooth: float) -> tuple[Array, Array]:
-        """(K, N, C) -> the score and its denominator, (N, C) each."""
+        """(K, N, C) -> the loss and its denominator, (N, C) each."""
         num, den = self.linear(*sums)
         if smooth:
-            num, den = num + smooth, den + smooth
-        empty = den == 0
-        den = namespace(sums).where(empty, math.inf, den)  # through which no derivative passes
-        return num / den + empty, den
+            den = den + smooth
+            return num / den, den
+        den = namespace(sums).where(den == 0, math.inf, den)  # which passes no derivative on
+        return num / den, den
 
-    def derivative(self, score: Array, den: Array) -> Array:
-        """(K, N, C): dq/dsums = (dnum/dsums - q dden/dsums) / den."""
+    def derivative(self, loss: Array, den: Array, share: Array) -> Array:
+        """(K, N, C): share dq/dsums = share (dnum/dsums - q dden/dsums) / den."""
         of_num, of_den = self.slopes
-        return (of_num - score * of_den) / den
+        return (of_num - loss * of_den) * (share / den)
 
 
-DICE = Ratio(lambda i, p, y: (2 * i, p + y))
+def _dice(i: Array, p: Array, y: Array) -> tuple[Array, Array]:
+    den = p + y
+    return den - (i + i), den
+
+
+DICE = Ratio(_dice)  # 1 - (2 I + smooth) / (P + Y + smooth)
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,8 @@ class Dice:
     def __call__(self, sums: Array) -> Array:
         """(K, N, C) -> the loss."""
         pooled = self._pool(sums)
-        score, _ = DICE(pooled, self.smooth)
-        return self._average((1 - score) * self._class_weights(pooled))
+        loss, _ = DICE(pooled, self.smooth)
+        return self._total(loss * self._shares(pooled))
 
     def with_derivative(self, sums: Array) -> tuple[Array, Array]:
         """The loss and, (K, N, C), the derivative of each sample's loss for its sums.
@@ -77,33 +82,33 @@ class Dice:
         the cotangent of the sums.
         """
         pooled = self._pool(sums)
-        score, den = DICE(pooled, self.smooth)
-        weights = self._class_weights(pooled)
-        samples = sums.shape[1]
-        share = weights / max(samples, 1) if self.reduction == "mean" else weights
-        derivative = -share * DICE.derivative(score, den)
+        loss, den = DICE(pooled, self.smooth)
+        shares = self._shares(pooled)
+        derivative = DICE.derivative(loss, den, shares)
         if self.reduction == "batch":
-            derivative = derivative.repeat(samples, 1)
-        return self._average((1 - score) * weights), derivative
+            derivative = derivative.repeat(sums.shape[1], 1)
+        return self._total(loss * shares), derivative
 
     def _pool(self, sums: Array) -> Array:
         return sums.sum(1)[:, None] if self.reduction == "batch" else sums
 
-    def _class_weights(self, pooled: Array) -> Array:
-        """(1, C), or one number for all classes."""
-        classes = pooled.shape[2]
-        weight = 1 / classes if self.weight is None else self.weight
+    def _shares(self, pooled: Array) -> Array:
+        """What a class's loss counts in the total: (1, C), or one number for all."""
+        _, samples, classes = pooled.shape
+        share = 1 / classes if self.weight is None else self.weight
+        if self.reduction == "mean":
+            share = share / max(samples, 1)
         if not 0 <= self.ignore_channel < classes:
-            return weight
+            return share
         keep = namespace(pooled).ones_like(pooled[0, :1])  # (1, C), or (0, C) without samples
         keep[:, self.ignore_channel] = 0
-        return keep * weight
+        return keep * share
 
-    def _average(self, terms: Array) -> Array:
+    def _total(self, terms: Array) -> Array:
         if self.reduction == "none":
             return terms.sum(-1)
-        if self.reduction == "mean":
-            return terms.sum() / (terms.shape[0] or math.nan)  # the mean of nothing is NaN
+        if self.reduction == "mean" and not terms.shape[0]:
+            return terms.sum() + math.nan  # the mean of nothing
         return terms.sum()
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from . import buffers
-from .buffers import Buffer
+from .buffers import Buffer, Layout
 
 STATISTICS = ("intersection", "pred_sum", "target_sum")  # the order of the K axis
 REDUCTIONS = ("none", "mean", "sum", "batch")
@@ -37,13 +38,33 @@ class Spec:
         return f"{self.activation}, p = {self.power}, ignore_label = {self.ignore_label}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
+class Signature:
+    """What a call looks like: how its logits (N, C, *) and labels (N, *) lie, and what to sum.
+
+    Calls that look alike share one.
+    """
+
+    logits: Layout
+    labels: Layout
+    spec: Spec
+
+    def __str__(self) -> str:
+        return f"logits  {self.logits}\nlabels  {self.labels}\n{self.spec}"
+
+
+@dataclass(slots=True)
 class Call:
-    """One request to a backend: logits (N, C, *), labels (N, *), and what to sum."""
+    """One request to a backend."""
 
     logits: Buffer
     labels: Buffer
-    spec: Spec
+    signature: Signature
+
+    @property
+    def spec(self) -> Spec:
+        """What to sum."""
+        return self.signature.spec
 
     @property
     def classes(self) -> int:
@@ -54,9 +75,6 @@ class Call:
     def sums_shape(self) -> tuple[int, int, int]:
         """(K, N, C) of the statistics."""
         return sums_shape(self.logits.shape)
-
-    def __str__(self) -> str:
-        return f"logits  {self.logits}\nlabels  {self.labels}\n{self.spec}"
 
 
 def classes(channels: int) -> int:
@@ -71,6 +89,15 @@ def sums_shape(x: Sequence[int]) -> tuple[int, int, int]:
 
 def call(logits: Buffer, labels: Buffer, *, p: Any, ignore_label: Any) -> Call:
     """The checked request. Raises TypeError or ValueError naming what does not fit."""
+    seen = signature(logits.layout, labels.layout, power(p), label(ignore_label))
+    if labels.layout is not seen.labels:
+        labels = replace(labels, layout=seen.labels)
+    return Call(logits, labels, seen)
+
+
+@functools.lru_cache(1024)
+def signature(logits: Layout, labels: Layout, power: int, ignore_label: int | None) -> Signature:
+    """Of checked numbers; the rest is checked here."""
     check_shapes(logits.shape, labels.shape)
     if logits.dtype not in FLOATS:
         raise TypeError(
@@ -84,7 +111,7 @@ def call(logits: Buffer, labels: Buffer, *, p: Any, ignore_label: Any) -> Call:
     if len(labels.shape) == len(logits.shape):
         labels = labels.without_axis(1)
     activation = "sigmoid" if logits.shape[1] == 1 else "softmax"
-    return Call(logits, labels, Spec(activation, power(p), label(ignore_label)))
+    return Signature(logits, labels, Spec(activation, power, ignore_label))
 
 
 def check_shapes(x: Sequence[int], y: Sequence[int]) -> None:
@@ -112,7 +139,7 @@ def check_out(out: Buffer, at: Call) -> None:
             )
     if out.readonly:
         raise ValueError("out is read-only")
-    if buffers.may_overlap_itself(out):
+    if buffers.may_overlap_itself(out.layout):
         raise ValueError(
             f"out must not share memory between its own elements (strides {out.strides})"
         )
@@ -211,10 +238,9 @@ def check_weight(weight: Any, length: int) -> None:
 
 
 def upstream(grad_loss: Any, shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The incoming gradient of a loss of this shape, in float64; ones for None."""
+    """The incoming gradient of a loss of this shape, in float64."""
     try:
-        array = np.asarray(1.0 if grad_loss is None else grad_loss)
-        array = array.astype(np.float64, casting="same_kind")
+        array = np.asarray(grad_loss).astype(np.float64, casting="same_kind")
     except (TypeError, ValueError):
         raise TypeError(f"grad_loss must be numbers, got {type(grad_loss).__name__}") from None
     if array.shape not in ((), shape):

@@ -198,18 +198,20 @@ class _Dice(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor, sums: Any, dice: losses.Dice, options: _Options
     ) -> Tensor:
-        value, derivative = dice.with_derivative(sums)
-        ctx.save_for_backward(x, y, torch.from_numpy(derivative))
+        value, ctx.derivative = dice.with_derivative(sums)
+        ctx.save_for_backward(x, y)
         ctx.options = options
         return _rounded(value, x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, derivative = ctx.saved_tensors
-        cotangent = derivative * grad.unsqueeze(-1)
-        # The operator, unlike its kernel, can be traced and refuses to be differentiated again.
-        plain = _plain(x, y, cotangent) and not torch.is_grad_enabled()
-        vjp = _statistics_grad if plain else torch.ops.dice_core.statistics_grad
+        x, y = ctx.saved_tensors
+        if _plain(x, y, grad) and not torch.is_grad_enabled():
+            cotangent = ctx.derivative * grad.numpy()[..., None]
+            vjp = _statistics_grad
+        else:  # the operator, unlike its kernel, can be traced and refuses a second derivative
+            cotangent = torch.from_numpy(ctx.derivative) * grad.unsqueeze(-1)
+            vjp = torch.ops.dice_core.statistics_grad
         return vjp(x, y, cotangent, *ctx.options), None, None, None, None
 
 
@@ -238,26 +240,28 @@ def _statistics(
     at = spec.call(buffers.of(x, "x"), buffers.of(y, "y"), p=p, ignore_label=ignore_label)
     sums = x.new_empty(at.sums_shape, dtype=torch.float64)
     count = num_threads or torch.get_num_threads()
-    backends.statistics(backends.select(at, backend), at, buffers.of(sums, "sums"), count)
+    backends.statistics(backends.select(at.signature, backend), at, buffers.of(sums, "sums"), count)
     return sums
 
 
 def _statistics_grad(
     x: Tensor,
     y: Tensor,
-    cotangent: Tensor,
+    cotangent: Any,
     p: int,
     ignore_label: int | None,
     backend: str | None,
     num_threads: int | None,
 ) -> Tensor:
-    """The gradient for x of sum(cotangent * statistics)."""
+    """The gradient for x of sum(cotangent * statistics); cotangent may be a NumPy array."""
+    if isinstance(cotangent, Tensor):
+        cotangent = cotangent.contiguous()
     at = spec.call(buffers.of(x, "x"), buffers.of(y, "y"), p=p, ignore_label=ignore_label)
     grad: Tensor = buffers.empty_like(x, "x")
     backends.gradient(
-        backends.select(at, backend),
+        backends.select(at.signature, backend),
         at,
-        buffers.of(cotangent.contiguous(), "cotangent"),
+        buffers.of(cotangent, "cotangent"),
         buffers.of(grad, "grad"),
         num_threads or torch.get_num_threads(),
     )

@@ -23,10 +23,10 @@ def nothing_asked_for(monkeypatch):
     monkeypatch.delenv(backends.VARIABLE, raising=False)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def fresh():
-    """Nothing is remembered of modules and entry points, before and after."""
-    caches = (backends._unavailable, backends._entry_points)
+    """Nothing is remembered of modules, entry points and selections, before and after."""
+    caches = (backends._unavailable, backends._entry_points, backends._named, backends._first)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -55,8 +55,8 @@ def recorder(name, real, ran):
     return function
 
 
-def call(x=X, y=Y):
-    return spec.call(buffers.of(x, "x"), buffers.of(y, "y"), p=1, ignore_label=-1)
+def signature(x=X, y=Y):
+    return spec.signature(buffers.of(x, "x").layout, buffers.of(y, "y").layout, 1, -1)
 
 
 def cuda_array(shape, typestr):
@@ -223,19 +223,19 @@ def test_a_refusal_leaves_the_logits_alone(overwrite):
 
 
 def test_more_axes_than_the_cpu_takes():
-    at = call()
-    wide = buffers.Buffer(0, (1,) * 65, (4,) * 65, "float32", 4, "cpu", False, None)
+    at = signature()
+    wide = buffers.Layout((1,) * 65, (4,) * 65, "float32", 4, "cpu")
     text = message(
-        dice_core.BackendError, backends.select, spec.Call(wide, at.labels, at.spec), "cpu"
+        dice_core.BackendError, backends.select, spec.Signature(wide, at.labels, at.spec), "cpu"
     )
     assert "  cpu: takes at most 64 axes, not 65" in text.splitlines()
 
 
 def test_more_classes_than_the_cpu_takes():
-    at = call()
-    wide = buffers.Buffer(0, (0, 2**24 + 1), (4, 4), "float32", 4, "cpu", False, None)
+    at = signature()
+    wide = buffers.Layout((0, 2**24 + 1), (4, 4), "float32", 4, "cpu")
     text = message(
-        dice_core.BackendError, backends.select, spec.Call(wide, at.labels, at.spec), "cpu"
+        dice_core.BackendError, backends.select, spec.Signature(wide, at.labels, at.spec), "cpu"
     )
     assert "  cpu: takes at most 16777216 classes, not 16777217" in text.splitlines()
 
@@ -248,7 +248,7 @@ def imported(monkeypatch):
     """The modules asked for; a level's is a stand-in, which any processor runs."""
     names = []
     real = importlib.import_module
-    stand_ins = {row.module: SimpleNamespace(unsupported=lambda call: []) for row in LEVELS}
+    stand_ins = {row.module: SimpleNamespace(unsupported=lambda signature: []) for row in LEVELS}
 
     def import_module(name):
         names.append(name)
@@ -260,27 +260,28 @@ def imported(monkeypatch):
 
 @pytest.mark.parametrize("name", [row.name for row in LEVELS])
 @pytest.mark.parametrize("runs", [False, True], ids=["lacks", "has"])
-def test_a_level_is_imported_only_if_the_processor_has_it(monkeypatch, fresh, imported, name, runs):
+def test_a_level_is_imported_only_if_the_processor_has_it(monkeypatch, imported, name, runs):
     monkeypatch.setattr(_cpu, "processor_runs", lambda level: runs)
     row = ROWS[name]
-    assert row.unsupported(call()) == ([] if runs else [f"needs a processor of level {row.level}"])
+    reasons = row.unsupported(signature())
+    assert reasons == ([] if runs else [f"needs a processor of level {row.level}"])
     assert (row.module in imported) == runs
 
 
 @pytest.mark.parametrize("runs", [False, True], ids=["lacks", "has"])
-def test_asking_for_a_level_the_processor_lacks(monkeypatch, fresh, imported, runs):
+def test_asking_for_a_level_the_processor_lacks(monkeypatch, imported, runs):
     monkeypatch.setattr(_cpu, "processor_runs", lambda level: runs)
     row = ROWS["cpu-avx512"]
     if runs:
-        assert backends.select(call(), row.name) is importlib.import_module(row.module)
+        assert backends.select(signature(), row.name) is importlib.import_module(row.module)
     else:
-        text = message(dice_core.BackendError, backends.select, call(), row.name)
+        text = message(dice_core.BackendError, backends.select, signature(), row.name)
         assert "  cpu-avx512: needs a processor of level x86-64-v4" in text.splitlines()
 
 
-def test_the_walk_goes_past_levels_the_processor_lacks(monkeypatch, fresh, imported):
+def test_the_walk_goes_past_levels_the_processor_lacks(monkeypatch, imported):
     monkeypatch.setattr(_cpu, "processor_runs", lambda level: level == "x86-64-v3")
-    assert backends.select(call()) is importlib.import_module("dice_core._cpu_avx2")
+    assert backends.select(signature()) is importlib.import_module("dice_core._cpu_avx2")
 
 
 @pytest.mark.parametrize(
@@ -298,11 +299,8 @@ def test_a_module_that_does_not_load_says_so(tmp_path, monkeypatch, source, reas
         (tmp_path / "fake_kernels.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     row = backends.Backend("fake", "fake_kernels", None, "", remedy="; a remedy")
-    try:
-        assert row.unavailable() == [reason]
-        assert row.unsupported(call()) == [reason]
-    finally:
-        backends._unavailable.cache_clear()
+    assert row.unavailable() == [reason]
+    assert row.unsupported(signature()) == [reason]
 
 
 # ---- other packages' backends ------------------------------------------------------------------
@@ -318,13 +316,13 @@ def gradient(logits, labels, cotangent, grad, spec, threads):
     np.asarray(grad)[:] = 5
     return 0
 
-def unsupported(call):
-    return [] if call.logits.dtype == "float32" else ["wants float32"]
+def unsupported(signature):
+    return [] if signature.logits.dtype == "float32" else ["wants float32"]
 """
 
 
 @pytest.fixture
-def plug_in(tmp_path, monkeypatch, fresh):
+def plug_in(tmp_path, monkeypatch):
     """An installed distribution with a backend `plugged` and a broken one."""
     meta = tmp_path / "dice_plug_in-1.0.dist-info"
     meta.mkdir()
@@ -336,7 +334,7 @@ def plug_in(tmp_path, monkeypatch, fresh):
     monkeypatch.syspath_prepend(tmp_path)
 
 
-def test_without_a_plug_in_it_is_unknown(fresh):
+def test_without_a_plug_in_it_is_unknown():
     message(ValueError, dice_core.loss, X, Y, backend="plugged")
 
 

@@ -69,7 +69,7 @@ def test_derivative_is_finite_differences(dice):
 
 def test_by_hand():
     sums = np.array([[[3.0, 1.0]], [[4.0, 2.0]], [[4.0, 3.0]]])  # one sample, two classes
-    assert losses.DICE(sums, 0.0)[0].tolist() == [[0.75, 0.4]]
+    assert losses.DICE(sums, 0.0)[0].tolist() == [[0.25, 0.6]]
     assert losses.Dice()(sums) == pytest.approx((0.25 + 0.6) / 2)
     assert losses.Dice(np.array([2.0, 1.0]))(sums) == pytest.approx(2 * 0.25 + 0.6)
     assert losses.Dice(ignore_channel=1)(sums) == pytest.approx(0.25 / 2)
