@@ -107,6 +107,7 @@ cdef enum:
     MANY_SCORES = 16384  # as long as their scores stay in the second
     AHEAD = 256  # bytes: how early rows are asked for that are more than the processor foresees by itself
     CHUNK_SCORES = 65536
+    THREAD_SCORES = 32768  # for less no thread is woken
     CHUNK_STEP = 256  # voxels
     MAX_CHUNKS = 256
     CACHE_LINE = 64
@@ -890,8 +891,10 @@ cdef int describe(Problem *q, logits_buffer, labels_buffer, grad_buffer, spec) e
     return 0
 
 
-cdef int team(Py_ssize_t chunks, threads) except -1:
-    return max(1, min(chunks, threads)) if DICE_OPENMP else 1
+cdef int team(const Problem *q, threads) except -1:
+    """How many threads: each is to have work that is worth waking it for."""
+    cdef Py_ssize_t worth = q.samples * q.voxels * q.classes // THREAD_SCORES
+    return max(1, min(worth, threads, q.samples * q.chunks)) if DICE_OPENMP else 1
 
 
 cdef Py_ssize_t run_chunks(
@@ -919,7 +922,7 @@ def statistics(logits, labels, sums, spec, threads):
     describe(&q, logits, labels, None, spec)
     cdef Py_ssize_t width = 3 * q.classes
     cdef Py_ssize_t j, k, n, c, bad
-    cdef int workers = team(q.samples * q.chunks, threads)
+    cdef int workers = team(&q, threads)
     cdef double *out = <double *><uintptr_t>sums.address
     cdef double total
     cdef Workspace workspace = Workspace()
@@ -945,7 +948,7 @@ def gradient(logits, labels, cotangent, grad, spec, threads):
     cdef Problem q
     describe(&q, logits, labels, grad, spec)
     cdef Py_ssize_t bad
-    cdef int workers = team(q.samples * q.chunks, threads)
+    cdef int workers = team(&q, threads)
     cdef const double *factors = <const double *><uintptr_t>cotangent.address
     cdef Workspace workspace = Workspace()
     workspace.allocate(&q, workers)
