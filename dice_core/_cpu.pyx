@@ -13,7 +13,8 @@ Design
 4. Chunks are added in order after the parallel loop: the same bits for any number of threads.
 5. A tile is scored in blocks that stay in the first cache levels, a cache line of voxels at a time: the exponentials
    of all classes go to scratch, from where they are summed class by class, or become the gradient voxel by voxel.
-6. Up to eight classes have a loop each, unrolled by the compiler; the rest share one.
+6. Up to eight classes have a loop each, unrolled by the compiler; the rest share one. Two, the commonest, stay in
+   registers from load to sum or store.
 7. Any strides: voxels are visited along the logits' strides, axes merged where memory allows. Where they lie side by
    side, logits are read and gradients written in place, else through scratch, in their own type.
 8. Voxels are read whole before their gradient is written, so the gradient may overwrite the logits.
@@ -23,7 +24,7 @@ Design
 
 from cython.parallel cimport prange, threadid
 from libc.stdint cimport (
-    int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t,
+    int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t,
 )
 from libc.stdlib cimport calloc, free, llabs, malloc
 from libc.string cimport memcpy, memset
@@ -112,28 +113,17 @@ cdef enum:
     MAX_CHUNKS = 256
     CACHE_LINE = 64
 
-ctypedef fused label_t:
-    int8_t
-    int16_t
-    int32_t
-    int64_t
+ctypedef fused label_t:  # a label's bits
     uint8_t
     uint16_t
     uint32_t
     uint64_t
 
-# label dtype -> (code, smallest, largest)
-_LABELS = {
-    "bool": (0, 0, 1),
-    "uint8": (0, 0, 2**8 - 1),
-    "int8": (1, -(2**7), 2**7 - 1),
-    "uint16": (2, 0, 2**16 - 1),
-    "int16": (3, -(2**15), 2**15 - 1),
-    "uint32": (4, 0, 2**32 - 1),
-    "int32": (5, -(2**31), 2**31 - 1),
-    "uint64": (6, 0, 2**64 - 1),
-    "int64": (7, -(2**63), 2**63 - 1),
-}
+# label dtype -> (smallest, largest)
+_LABELS = {"bool": (0, 1)}
+for _bits in (8, 16, 32, 64):
+    _LABELS[f"int{_bits}"] = (-(2 ** (_bits - 1)), 2 ** (_bits - 1) - 1)
+    _LABELS[f"uint{_bits}"] = (0, 2**_bits - 1)
 
 _DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
 
@@ -155,9 +145,10 @@ cdef struct Problem:
     int dtype
     Py_ssize_t itemsize  # of the logits
     Py_ssize_t number  # bytes of a number that is computed with
-    int label_code
+    int label_size  # bytes
+    uint32_t label_limit  # bits below it are a class
     bint has_ignore
-    uint64_t ignore
+    uint64_t ignore  # bits
     Py_ssize_t power
     bint past_caches  # the gradient is stored so: it will not be read soon, and no page is made by the way
     Py_ssize_t line, block  # voxels of a line, of a block
@@ -175,62 +166,72 @@ cdef struct Scratch:
 
 # ---- labels ----------------------------------------------------------------------------------------------------------
 
-cdef inline Py_ssize_t classes_of_labels(
+cdef inline bint load_classes(
+    const label_t *y, Py_ssize_t step, Py_ssize_t n, const Problem *q, real *out
+) noexcept nogil:
+    """n labels as class indices. Whether they all are, and none is ignored; most rows are so."""
+    cdef Py_ssize_t v
+    cdef uint32_t highest = 0
+    cdef uint64_t rest = 0
+    cdef label_t k
+    for v in range(n):
+        k = y[v * step]
+        highest = max(highest, <uint32_t>k)
+        if label_t is uint64_t:
+            rest |= k >> 32
+        out[v] = <int32_t>k
+    return highest < q.label_limit and rest == 0 and not (q.has_ignore and q.ignore < q.label_limit)
+
+
+cdef Py_ssize_t load_any_labels(
     const label_t *y, Py_ssize_t step, Py_ssize_t n, const Problem *q, real *out, bint *ignored
 ) noexcept nogil:
     """Class indices of n labels, negative where they do not count. Returns how many were out of range."""
     cdef Py_ssize_t v
-    cdef label_t k, ignore = <label_t>q.ignore
-    cdef uint32_t low, classes = <uint32_t>min(q.classes, <Py_ssize_t>2147483647)
-    cdef uint32_t ignore_low = <uint32_t>ignore, ignore_high = <uint32_t>(q.ignore >> 32)
-    cdef uint32_t high
+    cdef label_t k
+    cdef uint32_t low, high = 0, limit = q.label_limit
+    cdef uint32_t ignore_low = <uint32_t>q.ignore, ignore_high = <uint32_t>(q.ignore >> 32)
     cdef bint has_ignore = q.has_ignore
     cdef int32_t c, lowest = 0, bad = 0
     for v in range(n):
         k = y[v * step]
         low = <uint32_t>k
-        if label_t is int64_t or label_t is uint64_t:
-            high = <uint32_t>(<uint64_t>k >> 32)
-            c = <int32_t>low if (low < classes) & (high == 0) else -2
-            c = -1 if has_ignore & (low == ignore_low) & (high == ignore_high) else c
-        else:
-            c = <int32_t>low if low < classes else -2
-            c = -1 if has_ignore & (low == ignore_low) else c
+        if label_t is uint64_t:  # halves make vectors of the loop
+            high = <uint32_t>(k >> 32)
+        c = <int32_t>low if (low < limit) & (high == 0) else -2
+        c = -1 if has_ignore & (low == ignore_low) & (high == ignore_high) else c
         lowest = min(lowest, c)
+        bad += c == -2
         out[v] = c
     if lowest < 0:
         ignored[0] = True
-        for v in range(n):
-            bad += out[v] == -2
     return bad
 
 
 cdef Py_ssize_t load_label_row(
     const label_t *y, Py_ssize_t stride, Py_ssize_t n, const Problem *q, real *out, bint *ignored
 ) noexcept nogil:
-    if stride == sizeof(label_t):  # a constant step, which makes vectors of the loop
-        return classes_of_labels(y, 1, n, q, out, ignored)
-    return classes_of_labels(y, stride // <Py_ssize_t>sizeof(label_t), n, q, out, ignored)
+    cdef Py_ssize_t step = stride // <Py_ssize_t>sizeof(label_t)
+    if step == 1:  # a constant makes vectors of the loop
+        if load_classes(y, 1, n, q, out):
+            return 0
+    elif load_classes(y, step, n, q, out):
+        return 0
+    if step == 1:
+        return load_any_labels(y, 1, n, q, out, ignored)
+    return load_any_labels(y, step, n, q, out, ignored)
 
 
 cdef Py_ssize_t load_labels(
     const char *y, Py_ssize_t stride, Py_ssize_t n, const Problem *q, real *out, bint *ignored
 ) noexcept nogil:
-    if q.label_code == 0:
+    if q.label_size == 1:
         return load_label_row(<const uint8_t *>y, stride, n, q, out, ignored)
-    if q.label_code == 1:
-        return load_label_row(<const int8_t *>y, stride, n, q, out, ignored)
-    if q.label_code == 2:
+    if q.label_size == 2:
         return load_label_row(<const uint16_t *>y, stride, n, q, out, ignored)
-    if q.label_code == 3:
-        return load_label_row(<const int16_t *>y, stride, n, q, out, ignored)
-    if q.label_code == 4:
+    if q.label_size == 4:
         return load_label_row(<const uint32_t *>y, stride, n, q, out, ignored)
-    if q.label_code == 5:
-        return load_label_row(<const int32_t *>y, stride, n, q, out, ignored)
-    if q.label_code == 6:
-        return load_label_row(<const uint64_t *>y, stride, n, q, out, ignored)
-    return load_label_row(<const int64_t *>y, stride, n, q, out, ignored)
+    return load_label_row(<const uint64_t *>y, stride, n, q, out, ignored)
 
 
 cdef inline Py_ssize_t padded(Py_ssize_t n, Py_ssize_t multiple) noexcept nogil:
@@ -593,12 +594,98 @@ cdef inline void grad_lines(
         grad += VECTORS * lanes(&s)
 
 
+cdef inline void two_classes(
+    const Problem *q, const Scratch *t, const logit *x, Py_ssize_t x_row, Py_ssize_t lines, const vec *label,
+    logit *grad, Py_ssize_t row, int channels, bint sums, bint past_caches,
+) noexcept nogil:
+    """All of the above in registers, for two classes and p = 1. The last three are constants.
+
+    With t_c = a_c [y=c] + b_c the gradient of class 1 is s_0 s_1 (t_1 - t_0), that of class 0 its negative.
+    """
+    cdef vec s[2]
+    cdef vec a[2]
+    cdef vec b[2]
+    cdef vec intersection[2]
+    cdef vec pred_sum[2]
+    cdef vec target_sum[2]
+    cdef vec nought, first, v, total, scale, mask
+    cdef vec *out = <vec *>t.sums
+    cdef Py_ssize_t i
+    cdef int c
+    zero(&nought)
+    for c in range(2):
+        intersection[c] = pred_sum[c] = nought
+        target_sum[c] = out[4 + c]
+        spread(&a[c], t.factors, c)
+        spread(&b[c], t.factors, 2 + c)
+    for i in range(lines * VECTORS):
+        first = nought
+        if channels == 2:
+            load(&first, x)
+        load(&v, x + (channels - 1) * x_row)
+        v = v - first
+        s[0] = nought + 1
+        s[1] = exp(v)
+        total = s[0] + s[1]
+        if any_above(magnitude(v), FARTHEST):
+            total = score_far(x, x_row, channels, s, 1)
+        scale = unless(less(label[i], nought), (nought + 1) / total)
+        v = b[1] - b[0]
+        for c in range(2):
+            s[c] = s[c] * scale
+            mask = equal(label[i], nought + 1 if c else nought)
+            if sums:
+                intersection[c] = intersection[c] + where(mask, s[c])
+                pred_sum[c] = pred_sum[c] + s[c]
+                target_sum[c] = tally(target_sum[c], mask)
+            elif c == 0:
+                v = v - where(mask, a[c])
+            else:
+                v = v + where(mask, a[c])
+        if not sums:
+            v = v * (s[0] * s[1])
+            if channels == 2:
+                if past_caches:
+                    stream(grad, nought - v)
+                else:
+                    store(grad, nought - v)
+            if past_caches:
+                stream(grad + (channels - 1) * row, v)
+            else:
+                store(grad + (channels - 1) * row, v)
+            grad += lanes(&v)
+        x += lanes(&v)
+    if sums:
+        for c in range(2):
+            out[c] = out[c] + intersection[c]
+            out[2 + c] = out[2 + c] + pred_sum[c]
+            out[4 + c] = target_sum[c]
+
+
+cdef inline void run_two_classes(
+    const Problem *q, const Scratch *t, const logit *x, Py_ssize_t x_row, Py_ssize_t lines, const vec *label,
+    logit *grad, Py_ssize_t grad_row, int channels, bint past_caches,
+) noexcept nogil:
+    if q.grad == NULL:
+        two_classes(q, t, x, x_row, lines, label, grad, grad_row, channels, True, False)
+    elif past_caches:
+        two_classes(q, t, x, x_row, lines, label, grad, grad_row, channels, False, True)
+    else:
+        two_classes(q, t, x, x_row, lines, label, grad, grad_row, channels, False, False)
+
+
 cdef void run_lines(
     const Problem *q, const Scratch *t, const logit *x, Py_ssize_t x_row, Py_ssize_t lines, const vec *label,
     vec *e, logit *grad, Py_ssize_t grad_row, bint past_caches,
 ) noexcept nogil:
     """Adds the statistics of whole lines of voxels to t.sums, or writes their gradient."""
     cdef vec *scale = <vec *>t.scale
+    if q.classes == 2 and q.power == 1:
+        if q.channels == 1:
+            run_two_classes(q, t, x, x_row, lines, label, grad, grad_row, 1, past_caches)
+        else:
+            run_two_classes(q, t, x, x_row, lines, label, grad, grad_row, 2, past_caches)
+        return
     if q.classes == 2:
         score_few(q, x, x_row, lines, label, e, scale, 2)
     elif q.classes == 3:
@@ -862,11 +949,12 @@ cdef int describe(Problem *q, logits_buffer, labels_buffer, grad_buffer, spec) e
     q.labels_n = labels_strides[0]
     q.grad_n, q.grad_c = grad_strides[:2]
     q.power = spec.power
+    low, high = _LABELS[labels.dtype]
     ignore = spec.ignore_label
-    code, low, high = _LABELS[labels.dtype]
-    q.label_code = code
+    q.label_size = labels.itemsize
+    q.label_limit = min(high + 1, q.classes)
     q.has_ignore = ignore is not None and low <= ignore <= high
-    q.ignore = (ignore if q.has_ignore else 0) & 0xFFFFFFFFFFFFFFFF
+    q.ignore = (ignore if q.has_ignore else 0) & (2 ** (8 * labels.itemsize) - 1)
     q.voxels = 1
     q.axes.count = 0
     for i in range(2, len(shape)):

@@ -314,6 +314,20 @@ def test_bad_labels_are_counted_and_skipped(kernels, threads):
     assert_same_bits(sums, run(kernels, x, y, ignore_label=99)[0])
 
 
+@backend
+@pytest.mark.parametrize("dtype", ["int8", "int16"])
+def test_a_negative_label_is_no_class_of_many(kernels, dtype):
+    lowest = np.iinfo(dtype).min
+    classes = 5 - 2 * lowest  # its bits, read as a positive number, would be one
+    x = np.zeros((1, classes, 6), np.float32)
+    y = np.array([[0, -1, 5, lowest, -lowest - 1, -2]], dtype)
+    at = spec.call(buffers.of(x, "x"), buffers.of(y, "y"), p=1, ignore_label=-2)
+    sums = np.empty(at.sums_shape)
+    assert kernels.statistics(at.logits, at.labels, buffers.of(sums, "sums"), at.spec, 1) == 2
+    assert sums[2, 0, [0, 5, -lowest - 1]].tolist() == [1, 1, 1]
+    assert sums[2].sum() == 3
+
+
 def test_levels_agree_in_float64():
     modules = [row.load() for row in kernel_rows()]
     x, y = example((2, 5, 3001), "float64")
