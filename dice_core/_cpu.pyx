@@ -332,7 +332,7 @@ cdef void copy_block(
         for _ in range(channels):
             if source_step == 1 and step == 1:
                 memcpy(to, source, n * sizeof(word))
-            elif source_step == 2:  # constants make vectors of the loop
+            elif source_step == 2 and step == 1:  # constants make vectors of the loop
                 copy_words(source, 2, to, 1, n)
             else:
                 copy_words(source, source_step, to, step, n)
