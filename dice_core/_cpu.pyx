@@ -852,6 +852,11 @@ cdef inline Py_ssize_t cache_lines(Py_ssize_t size) noexcept nogil:
     return (size + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
 
 
+cdef inline Py_ssize_t vector_size(const Problem *q) noexcept nogil:
+    """Bytes of the vectors that compute it; where they are single numbers, doubles are larger."""
+    return sizeof(f64) if q.number == sizeof(double) else sizeof(f32)
+
+
 cdef class Workspace:
     """One Scratch per thread; raises MemoryError before the parallel region, where nothing could."""
 
@@ -871,7 +876,7 @@ cdef class Workspace:
         cdef Py_ssize_t staged = scores
         cdef Py_ssize_t scale = cache_lines(q.block * q.number)
         cdef Py_ssize_t label = cache_lines(TILE * q.number)
-        cdef Py_ssize_t sums = cache_lines(3 * q.classes * sizeof(f32))
+        cdef Py_ssize_t sums = cache_lines(3 * q.classes * vector_size(q))
         cdef Py_ssize_t factors = cache_lines(2 * q.classes * q.number)
         cdef Py_ssize_t size = staged + scores + scale + label + sums + factors
         cdef Py_ssize_t i
@@ -970,7 +975,7 @@ cdef int describe(Problem *q, logits_buffer, labels_buffer, grad_buffer, spec) e
         and not (<uintptr_t>q.grad | <uintptr_t>q.grad_n | <uintptr_t>q.grad_c) % CACHE_LINE
         and is_mapped(q.grad, q.voxels * q.itemsize)
     )
-    q.line = VECTORS * sizeof(f32) // q.number
+    q.line = VECTORS * vector_size(q) // q.number
     q.block = max(BLOCK_SCORES // q.classes, min(MANY_VOXELS, MANY_SCORES // q.classes), q.line)
     q.block = min(TILE, q.block) // q.line * q.line
     q.chunk = max(CHUNK_SCORES // q.classes, (q.voxels + MAX_CHUNKS - 1) // MAX_CHUNKS, 1)
@@ -1052,11 +1057,12 @@ def exponential(x, out):
     cdef char *to = <char *><uintptr_t>out.address
     cdef f32 v
     cdef f64 w
-    for i in range(x.shape[0] * x.itemsize // <Py_ssize_t>sizeof(f32)):
-        if x.dtype == "float32":
+    if x.dtype == "float32":
+        for i in range(x.shape[0] // lanes(&v)):
             load(&v, <const float *>(numbers + i * sizeof(f32)))
             store(<float *>(to + i * sizeof(f32)), exp(v))
-        else:
+    else:
+        for i in range(x.shape[0] // lanes(&w)):
             load(&w, <const double *>(numbers + i * sizeof(f64)))
             store(<double *>(to + i * sizeof(f64)), exp(w))
 
