@@ -26,6 +26,7 @@ ARROWS = {
     "buffers": set(),
     "threads": set(),
     "_reference": set(),
+    "_gpu_kernels": set(),
 }
 IN_BENCH = {
     "__init__": set(),
