@@ -1,21 +1,29 @@
 """dice_core: the Dice loss on the fly.
 
 `loss`, `loss_and_grad` and `statistics` take NumPy arrays and whatever shares their memory (torch
-tensors, DLPack); `dice_core.torch` has the same loss with autograd, as functions and as an
-`nn.Module`.
+tensors, DLPack), or arrays on a GPU (CuPy, numba); `dice_core.torch` has the same loss with
+autograd, as functions and as an `nn.Module`.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .api import Statistics, loss, loss_and_grad, statistics
+from .api import Statistics, loss, loss_and_grad, precompile, statistics
 from .backends import BackendError
 
 if TYPE_CHECKING:
     from . import torch
 
 __version__ = "0.1.0"
-__all__ = ["BackendError", "Statistics", "loss", "loss_and_grad", "statistics", "torch"]
+__all__ = [
+    "BackendError",
+    "Statistics",
+    "loss",
+    "loss_and_grad",
+    "precompile",
+    "statistics",
+    "torch",
+]
 
 
 def __getattr__(name: str) -> Any:

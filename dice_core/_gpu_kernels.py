@@ -2,17 +2,17 @@
 
 Design
 ------
-1. A block owns one run of a sample's voxels, its length a function of the plan alone.
+1. A block owns one run of a sample's voxels, its length a function of plan and shape alone.
 2. A thread holds the scores of `voxels` neighbouring voxels in registers, all their classes or, of
    many, a share: `lanes` neighbouring lanes of a warp then have the same voxels and meet in
    shuffles.
 3. Logits are read once, in words of up to 16 bytes; softmax is computed from each voxel's maximum,
    in float32 (float64 logits: float64).
 4. Sums: a thread's in registers, a warp's by shuffles, a block's in shared memory in the order of
-   its warps, one partial per block; the blocks' in float64, in order, by `total_kernel`. No
-   atomics: the same bits on every run and GPU.
+   its warps, one partial per block; the blocks' in float64, in order, by `total_kernel`, whose last
+   block may go on to the loss. No floating-point atomics: the same bits on every run and GPU.
 5. Ignored voxels and bad labels are selected away, never multiplied by zero. Bad labels are counted
-   beside the sums.
+   beside the sums, and make their sample's sums NaN.
 6. Offsets are bytes, of 64 bits.
 
 `cuda` and the operations on numbers are handed in, so that a simulator can hand in its own. Every
@@ -30,8 +30,11 @@ from typing import Any
 THREADS = 256
 WARP = 32
 WARPS = THREADS // WARP
-ROUNDS = 16  # of loads that a thread makes
+ROUNDS = 16  # of loads that a thread makes at most,
+BLOCKS = 1024  # fewer if there are not so many blocks
+TABLE_BYTES = 40960  # of shared memory for a block's sums
 BAD = 1  # columns of a partial beside I, P and Y: how many bad labels
+COUNTER_BYTES = 16  # before the partials: how many blocks of `total_kernel` are done
 
 
 @dataclass(frozen=True)
@@ -72,29 +75,34 @@ class Plan:
         """Voxels that a block reads at a time."""
         return THREADS // self.lanes * self.voxels
 
-    @property
-    def run(self) -> int:
-        """Voxels of a block."""
-        return ROUNDS * self.step
+    def run(self, samples: int, voxels: int) -> int:
+        """Voxels of a block, of so many samples of so many voxels."""
+        rounds = samples * voxels // (self.step * BLOCKS)
+        return self.step * max(1, min(rounds, ROUNDS))
 
 
-LANE_CLASSES = 16  # that a lane has at most, if lanes suffice
-HELD_SCORES = 32  # in a thread's registers
+LANE_CLASSES, MORE = 16, 20  # that a lane has at most; from so many lanes on a few more
+MORE_LANES = 8
+HELD = 40  # words of scores of a thread: of more the compiler leaves loops, and arrays in memory
+MAX_CHANNELS = 1024  # whose share of a lane still fits in them
 WORD_BYTES = 16  # of the widest load
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+OF_VOXELS, OF_TOTALS = ("statistics", "gradient"), ("total", "loss")
+KINDS = OF_VOXELS + OF_TOTALS
+ENTRY = "kernel"  # the name of every one in its cubin
 
 
-def plan(logits: str, labels: str, channels: int, power: int, together: bool) -> Plan:
+def plan(logits: str, labels: str, channels: int, power: int, side_by_side: int) -> Plan:
     """The plan for logits and labels of these dtypes.
 
-    `together`: voxels lie side by side in memory, rows of them on whole words.
+    `side_by_side`: so many voxels, a power of two, can be read and written as whole words.
     """
-    lanes = 1
-    while lanes < WARP and channels > LANE_CLASSES * lanes:
+    itemsize, lanes = ITEMSIZE[logits], 1
+    while lanes < WARP and channels > lanes * (LANE_CLASSES if lanes < MORE_LANES else MORE):
         lanes *= 2
-    share = -(-max(2, channels) // lanes)
-    voxels = WORD_BYTES // ITEMSIZE[logits] if together else 1
-    while voxels > 1 and share * voxels > HELD_SCORES:
+    held = -(-max(2, channels) // lanes) * max(1, itemsize // 4)  # words, of each voxel
+    voxels = min(side_by_side, WORD_BYTES // itemsize)
+    while voxels > 1 and held * voxels > HELD:
         voxels //= 2
     return Plan(logits, labels, channels, power, voxels, lanes)
 
@@ -102,30 +110,34 @@ def plan(logits: str, labels: str, channels: int, power: int, together: bool) ->
 def voxel_kernel(made_for: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
     """The kernel of a plan: statistics of a block's voxels into its partial, or their gradient.
 
-    Arguments, integers but for the flag: addresses of x, y, of out, the (samples, runs, columns)
-    partials or the gradient, and of the cotangent, (3, samples, classes) float64; samples; voxels
-    of a sample; byte strides of x for sample, channel and voxel, of y for sample and voxel, of the
-    gradient as of x; whether there is an ignore label, and which.
+    Arguments, integers but for the flags:
+
+    - addresses of x, of y, and of out: counter and partials, (samples, runs, columns), or gradient;
+    - addresses of the cotangent, (3, samples, classes) float64, and of what each sample's is
+      multiplied by, if `scaled`, and the byte stride of that;
+    - samples, runs of a sample, voxels of a run and of a sample;
+    - byte strides of x for sample, channel and voxel, of y for sample and voxel, of the gradient as
+      of x;
+    - the label to leave out, -1 for none, and the one that is not bad, 0 for none.
     """
     cuda, real, int32, int64 = ops.cuda, ops.real, ops.int32, ops.int64
-    load_logits, load_labels, load_cotangent = ops.load_logits, ops.load_labels, ops.load_cotangent
-    store_grad, store_sum = ops.store_grad, ops.store_sum
-    exp, divide, at_most_zero, shuffle = ops.exp, ops.divide, ops.at_most_zero, ops.shuffle
-    V, LANES, CLASSES, POWER, GRADIENT = (
-        made_for.voxels,
-        made_for.lanes,
-        made_for.classes,
-        made_for.power,
-        gradient,
-    )
-    BACKGROUND = (
-        CLASSES - made_for.channels
-    )  # a single channel has a class before it, whose logit is 0
+    load_logits, load_labels, load_double = ops.load_logits, ops.load_labels, ops.load_double
+    load_real, store_grad, store_real = ops.load_real, ops.store_grad, ops.store_real
+    store_int, power, power_slope = ops.store_int, ops.power, ops.power_slope
+    exp, reciprocal, shuffle, label_type = ops.exp, ops.reciprocal, ops.shuffle, ops.label
+    larger = ops.larger
+    V, LANES, CLASSES, GRADIENT = made_for.voxels, made_for.lanes, made_for.classes, gradient
+    # A single channel has a class before it, whose logit is 0.
+    BACKGROUND = CLASSES - made_for.channels
     SHARE = made_for.share + BACKGROUND
     FULL = CLASSES - (LANES - 1) * SHARE  # so many classes every lane has
-    HELD, STEP, RUN, COLUMNS = SHARE * V, made_for.step, made_for.run, made_for.columns
-    TABLE = 2 * CLASSES
-    SHUFFLES, WARP_SHUFFLES = LANES.bit_length() - 1, 5
+    HELD, STEP, COLUMNS = SHARE * V, made_for.step, made_for.columns
+    FACTORS = 2 * CLASSES
+    TABLES = WARPS  # of sums in shared memory, which the warps share if they are large
+    while TABLES > 1 and TABLES * COLUMNS * ops.size > TABLE_BYTES:
+        TABLES //= 2
+    TURNS, TABLE = WARPS // TABLES, TABLES * COLUMNS
+    SHUFFLES, WARP_SHUFFLES = LANES.bit_length() - 1, WARP.bit_length() - 1
     MASK, LARGEST, SIZE = 0xFFFFFFFF, ops.largest, ops.size
     LOWEST = float("-inf")
 
@@ -134,7 +146,11 @@ def voxel_kernel(made_for: Plan, gradient: bool, ops: Any) -> Callable[..., None
         y,
         out,
         cotangent,
+        scale,
+        scale_n,
         samples,
+        runs,
+        run,
         voxels,
         x_n,
         x_c,
@@ -144,38 +160,47 @@ def voxel_kernel(made_for: Plan, gradient: bool, ops: Any) -> Callable[..., None
         g_n,
         g_c,
         g_v,
-        has_ignore,
+        scaled,
         ignore,
+        harmless,
     ):
         thread = int32(cuda.threadIdx.x)
-        sample = int64(cuda.blockIdx.y)
-        run = int64(cuda.blockIdx.x)
+        block = int64(cuda.blockIdx.x)
+        sample = block // runs
         own = thread % int32(LANES) * int32(SHARE)  # the first of this lane's classes
+        ignore, harmless = label_type(ignore), label_type(harmless)
         score = cuda.local.array(HELD, real)
         if GRADIENT:
-            factor = cuda.shared.array(TABLE, real)
+            factor = cuda.shared.array(FACTORS, real)
             c = thread
-            while c < int32(TABLE):
+            while c < int32(FACTORS):
                 k = c // int32(CLASSES)
                 entry = (int64(k) * samples + sample) * int64(CLASSES) + int64(
                     c - k * int32(CLASSES)
                 )
-                value = load_cotangent(cotangent, entry * int64(8))
-                factor[c] = real(value[0])
+                value = load_double(cotangent, entry * int64(8))[0]
+                if scaled != int64(0):
+                    value *= load_real(scale, sample * scale_n)[0]
+                factor[c] = real(value)
                 c += int32(THREADS)
             cuda.syncthreads()
+            of_pred = cuda.local.array(SHARE, real)
+            for c in range(SHARE):
+                of_pred[c] = real(0)
+                if c < FULL or own + int32(c) < int32(CLASSES):
+                    of_pred[c] = factor[int32(CLASSES) + own + int32(c)]
         else:
             intersection = cuda.local.array(SHARE, real)
             pred_sum = cuda.local.array(SHARE, real)
-            target_sum = cuda.local.array(SHARE, int32)
+            target_sum = cuda.local.array(SHARE, real)
             bad = int32(0)
             for c in range(SHARE):
                 intersection[c] = real(0)
                 pred_sum[c] = real(0)
-                target_sum[c] = int32(0)
+                target_sum[c] = real(0)
 
-        first = run * int64(RUN)
-        stop = min(first + int64(RUN), voxels)
+        first = (block - sample * runs) * run
+        stop = min(first + run, voxels)
         while first < stop:  # the same for all threads, which meet in shuffles
             mine = first + int64(thread // int32(LANES)) * int64(V)
             inside = mine < stop
@@ -198,63 +223,54 @@ def voxel_kernel(made_for: Plan, gradient: bool, ops: Any) -> Callable[..., None
             for j in range(V):
                 top = score[j]
                 for c in range(1, SHARE):
-                    top = max(top, score[c * V + j])
+                    top = larger(top, score[c * V + j])
                 for k in range(SHUFFLES):
-                    top = max(top, shuffle(MASK, top, 1 << k))
-                top = max(min(top, real(LARGEST)), real(-LARGEST))  # finite: +inf scores 1
-                total = real(0)
+                    top = larger(top, shuffle(MASK, top, 1 << k))
+                if top > real(LARGEST):  # +inf scores 1, as in the limit
+                    for c in range(SHARE):
+                        far = score[c * V + j] - real(LARGEST)
+                        score[c * V + j] = real(0) if far > real(0) else far
+                    top = real(0)
+                top = larger(top, real(-LARGEST))  # finite: -inf scores 0
+                total = real(-0.0)  # to which the first is added by doing nothing
                 for c in range(SHARE):
-                    e = exp(at_most_zero(score[c * V + j] - top))
+                    e = exp(score[c * V + j] - top)
                     score[c * V + j] = e
                     total += e
                 for k in range(SHUFFLES):
                     total += shuffle(MASK, total, 1 << k)
-                scale = divide(real(1), total)
+                part = reciprocal(total)
 
                 label = labels[j]
-                ignored = has_ignore and label == ignore
-                known = label >= int64(0) and label < int64(CLASSES)
-                counted = inside and known and not ignored
+                known = (label >= label_type(0)) & (label < label_type(CLASSES))
+                counted = inside & known & (label != ignore)
                 own_label = int32(label) - own
                 if GRADIENT:
+                    of_label = factor[int32(label) if known else int32(0)]
                     dot = real(0)
                     for c in range(SHARE):
-                        s = score[c * V + j] * scale if counted else real(0)
+                        s = score[c * V + j] * part
                         score[c * V + j] = s
-                        if c < FULL or own + int32(c) < int32(CLASSES):
-                            slope = factor[int32(CLASSES) + own + int32(c)]
-                            for _ in range(POWER - 1):
-                                slope *= s
-                            if POWER != 1:
-                                slope *= real(POWER)
-                            if counted and own_label == int32(c):
-                                slope += factor[own + int32(c)]
-                            dot += s * slope
+                        dot += s * (of_pred[c] * power_slope(s))
+                        if own_label == int32(c):
+                            dot += s * of_label
                     for k in range(SHUFFLES):
                         dot += shuffle(MASK, dot, 1 << k)
                     for c in range(BACKGROUND, SHARE):
-                        if c < FULL or own + int32(c) < int32(CLASSES):
-                            s = score[c * V + j]
-                            slope = factor[int32(CLASSES) + own + int32(c)]
-                            for _ in range(POWER - 1):
-                                slope *= s
-                            if POWER != 1:
-                                slope *= real(POWER)
-                            if counted and own_label == int32(c):
-                                slope += factor[own + int32(c)]
-                            score[c * V + j] = s * (slope - dot)
-                else:
-                    if inside and not ignored and not known and own == int32(0):
-                        bad += int32(1)
+                        s = score[c * V + j]
+                        slope = of_pred[c] * power_slope(s) - dot
+                        if own_label == int32(c):
+                            slope += of_label
+                        score[c * V + j] = s * slope if counted else real(0)
+                elif counted:
                     for c in range(SHARE):
-                        s = score[c * V + j] * scale if counted else real(0)
-                        if counted and own_label == int32(c):
+                        s = score[c * V + j] * part
+                        if own_label == int32(c):
                             intersection[c] += s
-                            target_sum[c] += int32(1)
-                        power = s
-                        for _ in range(POWER - 1):
-                            power *= s
-                        pred_sum[c] += power
+                            target_sum[c] += real(1)
+                        pred_sum[c] += power(s)
+                elif inside and not known and label != harmless and own == int32(0):
+                    bad += int32(1)
 
             if GRADIENT and inside:
                 for c in range(BACKGROUND, SHARE):
@@ -271,62 +287,190 @@ def voxel_kernel(made_for: Plan, gradient: bool, ops: Any) -> Callable[..., None
                     intersection[c] += shuffle(MASK, intersection[c], 1 << k)
                     pred_sum[c] += shuffle(MASK, pred_sum[c], 1 << k)
                     target_sum[c] += shuffle(MASK, target_sum[c], 1 << k)
-            table = cuda.shared.array(COLUMNS, real)
+            table = cuda.shared.array(TABLE, real)
             column = thread
-            while column < int32(COLUMNS):
+            while column < int32(TABLE):
                 table[column] = real(0)
                 column += int32(THREADS)
-            for warp in range(WARPS):  # one after another
+            warp = thread // int32(WARP)
+            mine = warp % int32(TABLES) * int32(COLUMNS)
+            for turn in range(TURNS):
                 cuda.syncthreads()
-                if thread // int32(WARP) == int32(warp) and thread % int32(WARP) < int32(LANES):
+                if warp // int32(TABLES) == int32(turn) and thread % int32(WARP) < int32(LANES):
                     if own == int32(0):
-                        table[COLUMNS - 1] += real(bad)
+                        table[mine + int32(COLUMNS - 1)] += real(bad)
                     for c in range(SHARE):
                         if c < FULL or own + int32(c) < int32(CLASSES):
-                            table[own + int32(c)] += intersection[c]
-                            table[int32(CLASSES) + own + int32(c)] += pred_sum[c]
-                            table[int32(2 * CLASSES) + own + int32(c)] += real(target_sum[c])
+                            at_class = mine + own + int32(c)
+                            table[at_class] += intersection[c]
+                            table[int32(CLASSES) + at_class] += pred_sum[c]
+                            table[int32(2 * CLASSES) + at_class] += target_sum[c]
             cuda.syncthreads()
             column = thread
             while column < int32(COLUMNS):
-                entry = (sample * int64(cuda.gridDim.x) + run) * int64(COLUMNS) + int64(column)
-                store_sum(out, entry * int64(SIZE), table[column])
+                total = real(0)
+                for k in range(TABLES):
+                    total += table[int32(k * COLUMNS) + column]
+                entry = block * int64(COLUMNS) + int64(column)
+                store_real(out, int64(COUNTER_BYTES) + entry * int64(SIZE), total)
                 column += int32(THREADS)
+            if block == int64(0) and thread == int32(0):
+                store_int(out, int64(0), int32(0))
 
     return kernel
 
 
-def total_kernel(made_for: Plan, ops: Any) -> Callable[..., None]:
-    """Adds the partials of every run in order, in float64: sums (3, samples, classes), NaN where a
-    sample has bad labels.
+def total_kernel(loss: bool, ops: Any) -> Callable[..., None]:
+    """Adds the partials of every run in order, in float64: sums, NaN where a sample has bad labels.
+    With `loss`, its last block goes on to a loss of them and the derivative of that.
 
-    Arguments: addresses of the partials, of the sums and of int64 counts of bad labels, (samples,);
-    samples; runs. A block is a sample.
+    A block is a sample's next WARP columns, its warps take the runs in turn. Arguments, integers
+    but for what `losses.Dice` has as float64, and the flags:
+
+    - addresses of counter and partials, and of sums, (3, samples, classes) float64;
+    - samples, runs of a sample, classes, blocks of a sample;
+    - addresses of the loss, one number or one per sample, of the derivative, like sums, and of
+      the classes' weights, (classes,) float64;
+    - whether the samples' sums are pooled, each sample has a loss, there are weights;
+    - the class left out;
+    - what a class's loss counts, what the total starts from, what is added to the denominator, and
+      what I, P and Y count in the numerator and in the denominator.
     """
     cuda, int32, int64, float64 = ops.cuda, ops.int32, ops.int64, ops.float64
-    load_sum, store_total, store_count = ops.load_sum, ops.store_total, ops.store_count
-    COLUMNS, CLASSES, SIZE = made_for.columns, made_for.classes, ops.size
-    NAN = float("nan")
+    load_real, store_real, load_fresh = ops.load_real, ops.store_real, ops.load_fresh
+    load_double, store_double, count_up = ops.load_double, ops.store_double, ops.count_up
+    divide, real, SIZE, LOSS = ops.divide, ops.real, ops.size, loss
+    NAN, INFINITY = float("nan"), float("inf")
 
-    def kernel(partials, sums, counts, samples, runs):  # type: ignore[no-untyped-def]
-        sample = int64(cuda.blockIdx.x)
-        bad = float64(0)
-        for r in range(runs):
-            entry = (sample * runs + int64(r)) * int64(COLUMNS) + int64(COLUMNS - 1)
-            bad += float64(load_sum(partials, entry * int64(SIZE))[0])
-        column = int32(cuda.threadIdx.x)
-        while column < int32(COLUMNS - 1):
-            total = float64(NAN) if bad > float64(0) else float64(0)
-            for r in range(runs):
-                entry = (sample * runs + int64(r)) * int64(COLUMNS) + int64(column)
-                total += float64(load_sum(partials, entry * int64(SIZE))[0])
-            k = column // int32(CLASSES)
-            entry = (int64(k) * samples + sample) * int64(CLASSES) + int64(
-                column - k * int32(CLASSES)
-            )
-            store_total(sums, entry * int64(8), total)
-            column += int32(THREADS)
-        if cuda.threadIdx.x == 0:
-            store_count(counts, sample * int64(8), int64(bad))
+    def kernel(  # type: ignore[no-untyped-def]
+        partials,
+        sums,
+        samples,
+        runs,
+        classes,
+        groups,
+        value,
+        derivative,
+        weights,
+        pooled,
+        each,
+        weighted,
+        left_out,
+        share,
+        start,
+        smooth,
+        num_i,
+        num_p,
+        num_y,
+        den_i,
+        den_p,
+        den_y,
+    ):
+        thread = int32(cuda.threadIdx.x)
+        lane, warp = thread % int32(WARP), thread // int32(WARP)
+        block = int64(cuda.blockIdx.x)
+        sample = block // groups
+        column = (block - sample * groups) * int64(WARP) + int64(lane)
+        columns = int64(3) * classes + int64(BAD)
+        numbers = cuda.shared.array(THREADS, float64)
+        flags = cuda.shared.array(1, int32)
+        bad, total = float64(0), float64(0)
+        if sample < samples and column < columns - int64(BAD):
+            r = int64(warp)
+            while r < runs:
+                entry = (sample * runs + r) * columns
+                of_bad = int64(COUNTER_BYTES) + (entry + columns - int64(1)) * int64(SIZE)
+                bad += float64(load_real(partials, of_bad)[0])
+                at = int64(COUNTER_BYTES) + (entry + column) * int64(SIZE)
+                total += float64(load_real(partials, at)[0])
+                r += int64(WARPS)
+            if bad > float64(0):
+                total = float64(NAN)
+        numbers[thread] = total
+        cuda.syncthreads()
+        if warp == int32(0) and sample < samples and column < columns - int64(BAD):
+            for k in range(1, WARPS):
+                total += numbers[int32(k * WARP) + lane]
+            k = column // classes
+            entry = (k * samples + sample) * classes + column - k * classes
+            store_double(sums, entry * int64(8), total)
+
+        if LOSS:
+            cuda.threadfence()
+            cuda.syncthreads()
+            if thread == int32(0):
+                flags[0] = count_up(partials)
+            cuda.syncthreads()
+            if flags[0] == int32(cuda.gridDim.x) - int32(1):  # all other blocks' sums are there
+                cuda.threadfence()
+                own = float64(0)
+                n = int64(0)
+                rows = int64(1) if pooled != int64(0) else samples
+                step = samples * classes
+                while n < rows:
+                    beyond = samples if pooled != int64(0) else n + int64(1)
+                    c = int64(thread)
+                    while c < classes:
+                        of_i, of_p, of_y = float64(0), float64(0), float64(0)
+                        m = n
+                        while m < beyond:
+                            entry = m * classes + c
+                            of_i += load_fresh(sums, entry * int64(8))
+                            of_p += load_fresh(sums, (step + entry) * int64(8))
+                            of_y += load_fresh(sums, (int64(2) * step + entry) * int64(8))
+                            m += int64(1)
+                        num = num_i * of_i + num_p * of_p + num_y * of_y
+                        den = den_i * of_i + den_p * of_p + den_y * of_y + smooth
+                        if den == float64(0):
+                            den = float64(INFINITY)  # 0/0 is 0, with derivative 0
+                        quotient = divide(num, den)
+                        counts = share
+                        if weighted != int64(0):
+                            counts *= load_double(weights, c * int64(8))[0]
+                        if c == left_out:
+                            counts = float64(0)
+                        own += quotient * counts
+                        slope = divide(counts, den)
+                        m = n
+                        while m < beyond:
+                            entry = m * classes + c
+                            store_double(
+                                derivative, entry * int64(8), (num_i - quotient * den_i) * slope
+                            )
+                            store_double(
+                                derivative,
+                                (step + entry) * int64(8),
+                                (num_p - quotient * den_p) * slope,
+                            )
+                            store_double(
+                                derivative,
+                                (int64(2) * step + entry) * int64(8),
+                                (num_y - quotient * den_y) * slope,
+                            )
+                            m += int64(1)
+                        c += int64(THREADS)
+                    n += int64(1)
+                    if each != int64(0) or n == rows:
+                        numbers[thread] = own
+                        cuda.syncthreads()
+                        if thread == int32(0):
+                            total = start
+                            k = int32(0)
+                            while k < int32(THREADS) and int64(k) < classes:
+                                total += numbers[k]
+                                k += int32(1)
+                            at = n - int64(1) if each != int64(0) else int64(0)
+                            store_real(value, at * int64(SIZE), real(total))
+                        cuda.syncthreads()
+                        own = float64(0)
+                if rows == int64(0) and each == int64(0) and thread == int32(0):
+                    store_real(value, int64(0), real(start))
 
     return kernel
+
+
+def kernel(kind: str, made_for: Plan, ops: Any) -> Callable[..., None]:
+    """The kernel of this kind, of KINDS."""
+    if kind in OF_VOXELS:
+        return voxel_kernel(made_for, kind == "gradient", ops)
+    return total_kernel(kind == "loss", ops)

@@ -9,7 +9,7 @@ import numpy as np
 
 from . import backends, buffers, losses, spec, threads
 
-Float64 = np.ndarray[Any, np.dtype[np.float64]]
+Array = Any  # NumPy's, or of a device
 
 
 def loss(
@@ -24,6 +24,7 @@ def loss(
     reduction: str = "mean",
     backend: str | None = None,
     num_threads: int | None = None,
+    check_labels: bool | None = None,
 ) -> Any:
     """The Dice loss of logits and labels, softmax and one-hot included.
 
@@ -68,10 +69,15 @@ def loss(
     num_threads : int, optional
         Else OMP_NUM_THREADS, else the cores this process may use. The result has the same bits for
         every number.
+    check_labels : bool, optional
+        On a GPU nothing waits for the device, so that a label outside [0, C) makes the loss NaN;
+        True waits and raises ValueError, as in host memory always. None: as the environment's
+        DICE_CORE_CHECK says, 0 or 1.
 
     Returns
     -------
     A NumPy scalar, or an array (N,) for reduction "none"; float64 for float64 logits, else float32.
+    For arrays on a GPU an array of their kind, () or (N,), there.
 
     Raises
     ------
@@ -83,8 +89,10 @@ def loss(
     """
     at = _call(x, y, p, ignore_label)
     dice = losses.dice(at.classes, spec.weights(weight), ignore_channel, smooth, reduction)
-    sums = _sums(at, backends.select(at.signature, backend), threads.resolve(num_threads))
-    return _rounded(dice(sums), at.logits.dtype)
+    kernels, count = backends.select(at.signature, backend), threads.resolve(num_threads)
+    if _on_device(at):
+        return _device_loss(at, dice, kernels, check_labels)[0]
+    return _rounded(dice(_sums(at, kernels, count, check_labels)), at)
 
 
 def loss_and_grad(
@@ -99,6 +107,7 @@ def loss_and_grad(
     reduction: str = "mean",
     backend: str | None = None,
     num_threads: int | None = None,
+    check_labels: bool | None = None,
     grad_loss: Any = None,
     out: Any = None,
 ) -> tuple[Any, Any]:
@@ -107,24 +116,28 @@ def loss_and_grad(
     Parameters
     ----------
     grad_loss : number or array of the loss's shape, optional
-        The incoming gradient; None stands for ones.
+        The incoming gradient; None stands for ones. An array on x's GPU has the loss's dtype.
     out : array, optional
         Takes the gradient: any writable array of x's shape, dtype and device, x itself included
         (the gradient then overwrites the logits). Otherwise it must not overlap x or y.
 
     Returns
     -------
-    (loss, dx), dx in x's dtype; `out` if it was given, else a new array of x's kind (torch for a
-    torch tensor, NumPy for other host memory) with x's strides where x is dense.
+    (loss, dx), dx in x's dtype; `out` if it was given, else a new array of x's kind (NumPy for host
+    memory of other kinds than torch's) with x's strides where x is dense.
     """
     at = _call(x, y, p, ignore_label)
     dice = losses.dice(at.classes, spec.weights(weight), ignore_channel, smooth, reduction)
     upstream = _upstream(grad_loss, dice, at)
     kernels, count = backends.select(at.signature, backend), threads.resolve(num_threads)
     grad, out = _gradient_buffer(x, out, at)
-    value, derivative = dice.with_derivative(_sums(at, kernels, count))
+    if _on_device(at):
+        value, derivative = _device_loss(at, dice, kernels, check_labels)
+    else:
+        value, derivative = dice.with_derivative(_sums(at, kernels, count, check_labels))
+        value = _rounded(value, at)
     _gradient(at, derivative, upstream, grad, kernels, count)
-    return _rounded(value, at.logits.dtype), out
+    return value, out
 
 
 def statistics(
@@ -135,6 +148,7 @@ def statistics(
     p: int = 1,
     backend: str | None = None,
     num_threads: int | None = None,
+    check_labels: bool | None = None,
 ) -> Statistics:
     """The sums over voxels that a Dice loss needs; see `loss` for the arguments.
 
@@ -142,35 +156,52 @@ def statistics(
     loss of the total, then ask the total for each tile's gradient.
     """
     at = _call(x, y, p, ignore_label)
-    sums = _sums(at, backends.select(at.signature, backend), threads.resolve(num_threads))
+    kernels, count = backends.select(at.signature, backend), threads.resolve(num_threads)
+    sums = _sums(at, kernels, count, check_labels)
     return Statistics(sums, at.spec, at.logits.dtype, backend, num_threads)
+
+
+def precompile(
+    x: Any, y: Any, *, ignore_label: int | None = -1, p: int = 1, backend: str | None = None
+) -> None:
+    """Makes ready what the loss of such arrays and its gradient need, on a GPU: of their dtypes,
+    number of channels, layout and device.
+
+    Else the first call does so, which takes seconds where nobody on this machine has called for the
+    same before, and must not happen while a CUDA graph is captured. See `loss` for the arguments.
+    """
+    at = _call(x, y, p, ignore_label)
+    kernels = backends.select(at.signature, backend)
+    if _on_device(at):
+        kernels.precompile(at.logits, at.labels, at.spec)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Statistics:
     """Sums over voxels, per sample and class: `intersection`, `pred_sum`, `target_sum`.
 
-    Made by `statistics`; two of the same kind add up with `+`.
+    Made by `statistics`; two of the same kind add up with `+`. Those of arrays on a GPU are arrays
+    there; a loss or gradient of them waits for it.
     """
 
-    sums: Float64  # (3, N, C)
+    sums: Array  # (3, N, C) float64
     spec: spec.Spec
     dtype: str  # of the logits
     backend: str | None
     num_threads: int | None
 
     @property
-    def intersection(self) -> Float64:
+    def intersection(self) -> Array:
         """(N, C): I = sum of the class's score over its own voxels."""
         return self.sums[0]
 
     @property
-    def pred_sum(self) -> Float64:
+    def pred_sum(self) -> Array:
         """(N, C): P = sum of score**p over the counted voxels."""
         return self.sums[1]
 
     @property
-    def target_sum(self) -> Float64:
+    def target_sum(self) -> Array:
         """(N, C): Y = how many voxels have the class's label."""
         return self.sums[2]
 
@@ -205,7 +236,9 @@ class Statistics:
         dice = losses.dice(
             self.sums.shape[2], spec.weights(weight), ignore_channel, smooth, reduction
         )
-        return _rounded(dice(self.sums), self.dtype)
+        at = buffers.of(self.sums, "sums")
+        value = _real(dice(buffers.to_host(at)), self.dtype)
+        return value[()] if at.device == "cpu" else buffers.from_host(value, at)
 
     def gradient(
         self,
@@ -240,7 +273,7 @@ class Statistics:
         kernels = backends.select(at.signature, self.backend)
         count = threads.resolve(self.num_threads)
         grad, out = _gradient_buffer(x, out, at)
-        _, derivative = dice.with_derivative(self.sums)
+        _, derivative = dice.with_derivative(buffers.to_host(buffers.of(self.sums, "sums")))
         _gradient(at, derivative, upstream, grad, kernels, count)
         return out
 
@@ -254,10 +287,31 @@ def _call(x: Any, y: Any, p: Any, ignore_label: Any) -> spec.Call:
     return spec.call(buffers.of(x, "x"), buffers.of(y, "y"), p=p, ignore_label=ignore_label)
 
 
-def _sums(at: spec.Call, kernels: Any, count: int) -> Float64:
-    sums = np.empty(at.sums_shape)
-    backends.statistics(kernels, at, buffers.of(sums, "sums"), count)
+def _on_device(at: spec.Call) -> bool:
+    return at.logits.device != "cpu"
+
+
+def _sums(at: spec.Call, kernels: Any, count: int, check_labels: bool | None) -> Array:
+    if _on_device(at):
+        sums = buffers.empty(at.logits, at.sums_shape, "float64")
+    else:
+        sums = np.empty(at.sums_shape)
+    backends.statistics(kernels, at, buffers.of(sums, "sums"), count, check_labels)
     return sums
+
+
+def _device_loss(
+    at: spec.Call, dice: losses.Dice, kernels: Any, check_labels: bool | None
+) -> tuple[Array, Array]:
+    """The loss and its derivative for the sums, neither of them waited for."""
+    value = buffers.empty(at.logits, _loss_shape(dice, at), _loss_dtype(at.logits.dtype))
+    derivative = buffers.empty(at.logits, at.sums_shape, "float64")
+    weight = None
+    if dice.weight is not None:
+        weight = buffers.of(buffers.from_host(dice.weight, at.logits), "weight")
+    filled = buffers.of(value, "loss"), buffers.of(derivative, "derivative")
+    backends.loss(kernels, at, *filled, dice, weight, check_labels)
+    return value, derivative
 
 
 def _gradient_buffer(x: Any, out: Any, at: spec.Call) -> tuple[buffers.Buffer, Any]:
@@ -271,24 +325,51 @@ def _gradient_buffer(x: Any, out: Any, at: spec.Call) -> tuple[buffers.Buffer, A
 
 def _gradient(
     at: spec.Call,
-    derivative: Float64,
-    upstream: Float64 | None,
+    derivative: Array,
+    upstream: Array | None,
     grad: buffers.Buffer,
     kernels: Any,
     count: int,
 ) -> None:
-    cotangent = derivative if upstream is None else upstream[..., None] * derivative
-    cotangent = np.ascontiguousarray(cotangent)
-    backends.gradient(kernels, at, buffers.of(cotangent, "cotangent"), grad, count)
+    """Of the derivative, on the device or not, times the incoming gradient of that kind."""
+    scale = None
+    if _on_device(at):
+        if isinstance(derivative, np.ndarray):
+            derivative = buffers.from_host(derivative, at.logits)
+        if upstream is not None:
+            scale = buffers.of(upstream, "grad_loss")
+    else:
+        if upstream is not None:
+            derivative = upstream[..., None] * derivative
+        derivative = np.ascontiguousarray(derivative)
+    backends.gradient(kernels, at, buffers.of(derivative, "cotangent"), grad, count, scale)
 
 
-def _upstream(grad_loss: Any, dice: losses.Dice, at: spec.Call) -> Float64 | None:
+def _upstream(grad_loss: Any, dice: losses.Dice, at: spec.Call) -> Array | None:
     """None stands for ones."""
     if grad_loss is None:
         return None
-    return spec.upstream(grad_loss, at.logits.shape[:1] if dice.reduction == "none" else ())
+    shape = _loss_shape(dice, at)
+    if not _on_device(at):
+        return spec.upstream(grad_loss, shape)
+    dtype = _loss_dtype(at.logits.dtype)
+    if buffers.is_on_host(grad_loss):
+        return buffers.from_host(spec.upstream(grad_loss, shape).astype(dtype), at.logits)
+    spec.check_upstream(buffers.of(grad_loss, "grad_loss"), shape, dtype, at)
+    return grad_loss
 
 
-def _rounded(value: Any, logits_dtype: str) -> Any:
-    dtype = np.float64 if logits_dtype == "float64" else np.float32
-    return np.asarray(value).astype(dtype)[()]
+def _loss_shape(dice: losses.Dice, at: spec.Call) -> tuple[int, ...]:
+    return at.logits.shape[:1] if dice.reduction == "none" else ()
+
+
+def _loss_dtype(logits_dtype: str) -> str:
+    return "float64" if logits_dtype == "float64" else "float32"
+
+
+def _rounded(value: Any, at: spec.Call) -> Any:
+    return _real(value, at.logits.dtype)[()]
+
+
+def _real(value: Any, logits_dtype: str) -> np.ndarray[Any, Any]:
+    return np.asarray(value).astype(_loss_dtype(logits_dtype))

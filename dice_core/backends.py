@@ -9,6 +9,17 @@ A backend is a module with three functions:
 
 Arrays are Buffers, logits (N, C, *), labels (N, *), (K, N, C) contiguous float64 in the order of
 spec.STATISTICS. The integers count labels that are neither a class nor the ignore label.
+
+It may have ``unavailable() -> list[str]``, why it does not run on this machine. Where reading
+numbers back means waiting for a device it has more:
+
+- bad labels are not counted, they make their sample's sums NaN;
+- ``loss(logits, labels, value, derivative, spec, dice, weight)`` fills the value of a losses.Dice,
+  () or (N,), in the loss's dtype, and its derivative for the sums, (K, N, C), the weights being in
+  (C,) float64 or None;
+- ``gradient(..., scale=None)`` multiplies each sample's cotangent by scale, () or (N,), in the
+  loss's dtype;
+- ``precompile(logits, labels, spec)`` makes ready what calls with such arrays need.
 """
 
 from __future__ import annotations
@@ -22,11 +33,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import spec
+import numpy as np
+
+from . import buffers, spec
 from .buffers import Buffer
 from .spec import Call, Signature
 
 VARIABLE = "DICE_CORE_BACKEND"
+CHECK = "DICE_CORE_CHECK"
 ENTRY_POINTS = "dice_core.backends"
 
 
@@ -69,7 +83,6 @@ BUILT_IN = (
         "dice_core._gpu",
         "cuda",
         "numba.cuda kernels for NVIDIA GPUs",
-        remedy=" (its kernels are still to come)",
     ),
     Backend("cpu-avx512", "dice_core._cpu_avx512", "cpu", "OpenMP, AVX-512", level="x86-64-v4"),
     Backend("cpu-avx2", "dice_core._cpu_avx2", "cpu", "OpenMP, AVX2", level="x86-64-v3"),
@@ -127,15 +140,58 @@ def _first(signature: Signature) -> Any:
     raise BackendError(_refusal(signature, refused, "no backend takes this call"))
 
 
-def statistics(kernels: Any, call: Call, sums: Buffer, threads: int) -> None:
-    """Fills sums, (K, N, C). Raises ValueError for bad labels."""
-    spec.check_labels(kernels.statistics(call.logits, call.labels, sums, call.spec, threads), call)
+def statistics(
+    kernels: Any, call: Call, sums: Buffer, threads: int, check_labels: bool | None
+) -> None:
+    """Fills sums, (K, N, C). Raises ValueError for bad labels; see `loss` for those on a device."""
+    bad = kernels.statistics(call.logits, call.labels, sums, call.spec, threads)
+    if bad or _is_to_check(call, check_labels, sums):
+        spec.check_labels(call, bad)
 
 
-def gradient(kernels: Any, call: Call, cotangent: Buffer, grad: Buffer, threads: int) -> None:
-    """Fills grad, the gradient for the logits. Raises ValueError for bad labels."""
-    bad = kernels.gradient(call.logits, call.labels, cotangent, grad, call.spec, threads)
-    spec.check_labels(bad, call)
+def loss(
+    kernels: Any,
+    call: Call,
+    value: Buffer,
+    derivative: Buffer,
+    dice: Any,
+    weight: Buffer | None,
+    check_labels: bool | None,
+) -> None:
+    """Fills a loss and its derivative for the sums, on a device.
+
+    `check_labels` (None: as DICE_CORE_CHECK says) waits for it and raises ValueError for bad
+    labels.
+    """
+    kernels.loss(call.logits, call.labels, value, derivative, call.spec, dice, weight)
+    if _is_to_check(call, check_labels, derivative):
+        spec.check_labels(call)
+
+
+def gradient(
+    kernels: Any,
+    call: Call,
+    cotangent: Buffer,
+    grad: Buffer,
+    threads: int,
+    scale: Buffer | None = None,
+) -> None:
+    """Fills grad, the gradient for the logits, each sample's cotangent times `scale`, on a device.
+    Raises ValueError for bad labels in host memory.
+    """
+    scales = () if scale is None else (scale,)
+    bad = kernels.gradient(call.logits, call.labels, cotangent, grad, call.spec, threads, *scales)
+    if bad:
+        spec.check_labels(call, bad)
+
+
+def _is_to_check(call: Call, check_labels: bool | None, sums: Buffer) -> bool:
+    """Whether labels on a device may be bad: sums are NaN then, and if logits are."""
+    if call.logits.device == "cpu":
+        return False
+    if check_labels is None:
+        check_labels = os.environ.get(CHECK, "0") not in ("", "0")
+    return check_labels and bool(np.isnan(buffers.to_host(sums)).any())
 
 
 def _by_name(name: str, asked_by: str) -> Backend:
@@ -167,11 +223,11 @@ def _unavailable(row: Backend) -> tuple[str, ...]:
     try:
         if row.level and not importlib.import_module("dice_core._cpu").processor_runs(row.level):
             return (f"needs a processor of level {row.level}",)
-        row.load()
+        module = row.load()
+        return tuple(module.unavailable()) if hasattr(module, "unavailable") else ()
     except ModuleNotFoundError as error:
         if error.name != row.module:
             return (f"needs the module {error.name}",)
         return (f"{row.module} is not part of this installation{row.remedy}",)
     except Exception as error:  # a driver's OSError, say: one broken row must not hide the others
         return (f"{row.module} does not load: {error}",)
-    return ()

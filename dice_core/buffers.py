@@ -10,6 +10,7 @@ import functools
 import mmap
 import operator
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,15 +49,20 @@ class Buffer:
 
     address: int
     layout: Layout
-    owner: Any  # keeps the memory alive
+    owner: Any  # the caller's array, or NumPy's view of it; keeps the memory alive
     readonly: bool = False
-    stream: int | None = None  # of a device whose work is queued
+    stream: int | None = None  # the CUDA stream, if any, of the array's work; 0 is the default one
+    keep: Any = None  # whatever else keeps the memory alive
 
     shape = property(operator.attrgetter("layout.shape"))
     strides = property(operator.attrgetter("layout.strides"))
     dtype = property(operator.attrgetter("layout.dtype"))
     itemsize = property(operator.attrgetter("layout.itemsize"))
     device = property(operator.attrgetter("layout.device"))
+
+    def scratch(self, size: int) -> Buffer:
+        """So many bytes beside it, uninitialised, from the allocator of the array's library."""
+        return of(empty(self, (size,), "uint8"), "scratch")
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
@@ -77,7 +83,7 @@ def of(array: Any, name: str) -> Buffer:
     """The Buffer of an array.
 
     Takes NumPy arrays (memmap too), torch tensors, and objects with `__cuda_array_interface__`
-    (CuPy, numba), `__dlpack__`, `__array_interface__` or the buffer protocol.
+    (CuPy, numba), `__dlpack__` (JAX), `__array_interface__` or the buffer protocol.
 
     Raises TypeError, calling the array `name`, for anything else, and for arrays whose elements
     cannot be read in place: masked, byte-swapped, misaligned, sparse.
@@ -103,15 +109,162 @@ def of(array: Any, name: str) -> Buffer:
     )
 
 
+def empty(near: Buffer, shape: Sequence[int], dtype: str) -> Any:
+    """An uninitialised C-contiguous array of the library and on the device of `near.owner`.
+
+    The memory thus comes from the caller's allocator. Raises TypeError where the library is not
+    known, or lacks the dtype.
+    """
+    owner, shape = near.owner, tuple(shape)
+    library, module = _library(near)
+    if library == "torch":
+        return module.empty(shape, dtype=getattr(module, dtype), device=owner.device)
+    if library == "numpy":
+        return np.empty(shape, dtype)
+    if library == "cupy":
+        with module.cuda.Device(_index(near)):
+            return module.empty(shape, dtype)
+    if library == "numba":
+        with module.gpus[_index(near)]:
+            return module.device_array(shape, dtype, stream=owner.stream)
+    if library == "array API":
+        new = module.empty(shape, dtype=getattr(module, dtype, None), device=owner.device)
+        if of(new, "new").dtype != dtype:  # JAX makes 64 bits only where it was told so
+            raise TypeError(f"{module.__name__} makes no {dtype} arrays; {_REMEDY}")
+        return new
+    raise TypeError(f"no array like a {type(owner).__name__} can be made; {_REMEDY}")
+
+
 def empty_like(array: Any, name: str) -> Any:
-    """An uninitialised array of the same kind, shape, dtype, device and, where dense, strides."""
+    """An uninitialised array of the same kind, shape, dtype, device and, where dense, strides.
+
+    Libraries that follow the array API standard have no strides to ask for: theirs is C-contiguous.
+    """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
         empty = torch.empty_like(array, requires_grad=False)
         if empty.is_cpu:
             _advise_huge_pages(empty.data_ptr(), empty.nbytes)
         return empty
-    return np.empty_like(np.asarray(of(array, name)), subok=False)
+    like = of(array, name)
+    library, module = _library(like)
+    if library == "numpy":
+        return np.empty_like(like.owner, subok=False)
+    if library == "cupy":
+        with module.cuda.Device(_index(like)):
+            return module.empty_like(array)
+    if library == "numba":
+        strides = like.strides if _dense(like.layout) else None
+        with module.gpus[_index(like)]:
+            return module.device_array(
+                like.shape, array.dtype, strides=strides, stream=array.stream
+            )
+    if library == "array API":
+        return module.empty(like.shape, dtype=array.dtype, device=array.device)
+    raise TypeError(f"no array like {name}, a {type(array).__name__}, can be made; {_REMEDY}")
+
+
+def from_host(array: np.ndarray[Any, Any], near: Buffer) -> Any:
+    """A copy of the library and on the device of `near.owner`. Raises TypeError as `empty` does."""
+    owner = near.owner
+    library, module = _library(near)
+    if library == "torch":
+        return module.from_numpy(array).to(owner.device)
+    if library == "cupy":
+        with module.cuda.Device(_index(near)):
+            return module.asarray(array)
+    if library == "numba":
+        with module.gpus[_index(near)]:
+            return module.to_device(array, stream=owner.stream)
+    if library == "array API":
+        new = module.asarray(array, device=owner.device)
+        if of(new, "new").dtype != array.dtype.name:
+            raise TypeError(f"{module.__name__} makes no {array.dtype.name} arrays; {_REMEDY}")
+        return new
+    raise TypeError(f"no array like a {type(owner).__name__} can be made; {_REMEDY}")
+
+
+def is_on_host(array: Any) -> bool:
+    """Whether it lies in the host's memory, or is no array."""
+    if hasattr(array, "__cuda_array_interface__"):
+        return False
+    return not hasattr(array, "__dlpack_device__") or array.__dlpack_device__()[0] == _HOST
+
+
+def to_host(buffer: Buffer) -> np.ndarray[Any, Any]:
+    """The array in host memory: host memory itself, a copy of a device's.
+
+    It waits for kernels on `buffer.stream` where the library knows that stream, as torch, CuPy and
+    numba do; one that is read through DLPack does not: wait for the kernels first.
+    """
+    if buffer.device == "cpu":
+        return np.asarray(buffer)
+    owner = buffer.owner
+    library, _ = _library(buffer)
+    if library == "torch":
+        array = owner.detach().cpu().numpy()
+    elif library == "cupy":
+        array = owner.get()
+    elif library == "numba":
+        array = owner.copy_to_host()
+        if owner.stream:  # else it has waited
+            owner.stream.synchronize()
+    else:
+        try:
+            array = np.from_dlpack(_OnHost(owner))
+        except (AttributeError, TypeError, ValueError, BufferError, RuntimeError) as error:
+            raise TypeError(
+                f"a {type(owner).__name__} cannot be copied to the host ({error}); {_REMEDY}"
+            ) from error
+    return array.reshape(buffer.shape)  # labels (N, 1, *) lie as (N, *)
+
+
+_REMEDY = "view it as torch or CuPy first: torch.as_tensor(x), cupy.asarray(x)"
+
+
+class _OnHost:
+    """What NumPy reads through DLPack is a copy in host memory, made by the array's library."""
+
+    def __init__(self, array: Any):
+        self.array = array
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return _HOST, 0
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return self.array.__dlpack__(dl_device=(_HOST, 0), copy=True)
+
+
+def _library(buffer: Buffer) -> tuple[str, Any]:
+    """Who allocates and copies what lies like this: a name, and the module to ask."""
+    owner = buffer.owner
+    roots = {kind.__module__.partition(".")[0] for kind in type(owner).__mro__}
+    if "torch" in roots:
+        return "torch", sys.modules["torch"]
+    if buffer.device == "cpu":
+        return "numpy", np
+    if "cupy" in roots:
+        return "cupy", sys.modules["cupy"]
+    if "numba" in roots:
+        return "numba", sys.modules["numba.cuda"]
+    if hasattr(owner, "__array_namespace__"):
+        return "array API", owner.__array_namespace__()
+    return "", None
+
+
+def _index(buffer: Buffer) -> int:
+    """The device's number."""
+    return int(buffer.device.partition(":")[2])
+
+
+def _dense(a: Layout) -> bool:
+    """Whether its elements, in some order of the axes, lie one behind the other without gaps."""
+    span = a.itemsize
+    for step, n in sorted((step, n) for step, n in zip(a.strides, a.shape, strict=True) if n > 1):
+        if step != span:
+            return False
+        span *= n
+    return True
 
 
 def _advise_huge_pages(address: int, size: int) -> None:
@@ -176,12 +329,9 @@ def _bytes(a: Buffer) -> Any:
 
 def _of_numpy(array: np.ndarray[Any, Any], name: str) -> Buffer:
     if isinstance(array, np.ma.MaskedArray):
-        raise TypeError(
-            f"{name} is a masked array and its mask would be ignored; "
-            f"give the plain array and mark masked voxels in the labels with ignore_label"
-        )
+        raise TypeError(_MASKED.format(name))
     flags = array.flags
-    layout = _numpy_layout(array.shape, array.strides, array.dtype, name)
+    layout = _layout(array.shape, array.strides, array.dtype, "cpu", name)
     if not flags.aligned:
         raise TypeError(_MISALIGNED.format(name, layout.itemsize))
     address = array.__array_interface__["data"][0] if array.size else 0
@@ -189,17 +339,21 @@ def _of_numpy(array: np.ndarray[Any, Any], name: str) -> Buffer:
 
 
 @functools.lru_cache(1024)
-def _numpy_layout(
-    shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any], name: str
+def _layout(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any], device: str, name: str
 ) -> Layout:
     if not dtype.isnative:
         raise TypeError(f"{name} is in another byte order ({dtype.str})")
     itemsize = dtype.itemsize
     if itemsize and any(step % itemsize for step, n in zip(strides, shape, strict=True) if n > 1):
         raise TypeError(_MISALIGNED.format(name, itemsize))
-    return Layout(shape, strides, dtype.name, itemsize, "cpu")
+    return Layout(shape, strides, dtype.name, itemsize, device)
 
 
+_MASKED = (
+    "{} is a masked array and its mask would be ignored; "
+    "give the plain array and mark masked voxels in the labels with ignore_label"
+)
 _MISALIGNED = "{}'s elements are not aligned to their {} bytes"
 
 
@@ -211,8 +365,15 @@ def _of_torch(tensor: Any, name: str, torch: Any) -> Buffer:
     layout = _torch_layout(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
     buffer = Buffer(tensor.data_ptr(), layout, tensor)
     if tensor.is_cuda:
-        buffer.stream = torch.cuda.current_stream(tensor.device).cuda_stream
+        buffer.stream = _torch_stream(torch, tensor.device)
     return buffer
+
+
+def _torch_stream(torch: Any, device: Any) -> int:
+    try:
+        return torch._C._cuda_getCurrentRawStream(device.index)  # the public way takes 3 us
+    except AttributeError:
+        return torch.cuda.current_stream(device).cuda_stream
 
 
 @functools.lru_cache(1024)
@@ -227,32 +388,113 @@ def _torch_layout(shape: Any, steps: tuple[int, ...], dtype: Any, device: Any) -
 
 
 def _of_cuda_array(array: Any, name: str) -> Buffer:
+    """Version 3 of the CUDA array interface; what it calls streams 1 and 2 are CUDA's handles."""
     interface = array.__cuda_array_interface__
-    address, readonly = interface["data"]
-    shape = tuple(interface["shape"])
-    dtype = np.dtype(interface["typestr"])
-    if not dtype.isnative:
-        raise TypeError(f"{name} is in another byte order ({dtype.str})")
+    if interface.get("mask") is not None:
+        raise TypeError(_MASKED.format(name))
+    shape, dtype = tuple(interface["shape"]), np.dtype(interface["typestr"])
+    if dtype.kind == "V" and getattr(getattr(array, "dtype", None), "name", "") == "bfloat16":
+        dtype = array.dtype  # to the interface bfloat16 is two bytes of anything
     strides = interface.get("strides") or _contiguous_strides(shape, dtype.itemsize)
-    device = getattr(getattr(array, "device", None), "id", 0)
-    layout = Layout(shape, tuple(strides), dtype.name, dtype.itemsize, f"cuda:{device}")
+    layout = _layout(shape, tuple(strides), dtype, f"cuda:{_cuda_index(array)}", name)
+    address, readonly = interface["data"]
+    address = 0 if 0 in shape else address
+    if layout.itemsize and address % layout.itemsize:
+        raise TypeError(_MISALIGNED.format(name, layout.itemsize))
     return Buffer(address, layout, array, readonly, interface.get("stream"))
+
+
+def _cuda_index(array: Any) -> int:
+    """The device's number, which the interface leaves out; 0 where the library does so too."""
+    if hasattr(array, "__dlpack_device__"):
+        return int(array.__dlpack_device__()[1])  # JAX's device.id counts other hosts' devices too
+    for where in ("device.id", "gpu_data.context.device.id"):  # the second is numba's
+        try:
+            return operator.attrgetter(where)(array)
+        except AttributeError:
+            pass
+    return 0
 
 
 def _of_dlpack(array: Any, name: str) -> Buffer:
     kind, index = array.__dlpack_device__()
-    if kind != 1:
+    if kind not in (_HOST, _CUDA, _CUDA_MANAGED):
         raise TypeError(
             f"{name} lies on DLPack device ({int(kind)}, {index}) and has no "
-            f"__cuda_array_interface__; only host memory is read through DLPack"
+            f"__cuda_array_interface__; only host and CUDA memory is read through DLPack"
         )
     try:
+        if kind != _HOST:
+            return _of_capsule(array, array.__dlpack__(stream=1), name)
         view = np.from_dlpack(array)
     except (BufferError, RuntimeError) as error:
         raise TypeError(f"{name} cannot be read through DLPack: {error}") from error
     return _of_numpy(view, name)
 
 
+_HOST, _CUDA, _CUDA_MANAGED = 1, 2, 13  # DLDeviceType
+
+
+class _DLTensor(ctypes.Structure):
+    """The head of what an unversioned DLPack capsule points to."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+# A prototype of our own: those of ctypes.pythonapi are shared with whoever else sets them.
+_capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
+
+
+def _of_capsule(array: Any, capsule: Any, name: str) -> Buffer:
+    """CUDA memory whose capsule was asked for the default stream.
+
+    The capsule stays unconsumed, so that it frees what the exporter lent when the Buffer goes.
+    """
+    tensor = _DLTensor.from_address(_capsule_pointer(capsule, b"dltensor"))
+    shape = tuple(tensor.shape[: tensor.ndim])
+    steps = tensor.strides[: tensor.ndim] if tensor.strides else _contiguous_strides(shape, 1)
+    dtype = tensor.code, tensor.bits, tensor.lanes
+    layout = _dlpack_layout(shape, tuple(steps), dtype, f"cuda:{tensor.device_id}", name)
+    address = 0 if 0 in shape else tensor.data + tensor.byte_offset
+    if address % layout.itemsize:
+        raise TypeError(_MISALIGNED.format(name, layout.itemsize))
+    return Buffer(address, layout, array, stream=0, keep=capsule)
+
+
+@functools.lru_cache(1024)
+def _dlpack_layout(
+    shape: tuple[int, ...],
+    steps: tuple[int, ...],
+    dtype: tuple[int, int, int],
+    device: str,
+    name: str,
+) -> Layout:
+    code, bits, lanes = dtype
+    kind = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 6: "bool"}.get(code)
+    if kind is None or lanes != 1 or bits not in (8, 16, 32, 64):
+        raise TypeError(
+            f"{name}'s elements are not numbers that are read through DLPack "
+            f"(type code {code}, {bits} bits, {lanes} lanes)"
+        )
+    itemsize = bits // 8
+    strides = tuple(step * itemsize for step in steps)
+    return Layout(shape, strides, f"{kind}{bits}".replace("bool8", "bool"), itemsize, device)
+
+
+@functools.lru_cache(1024)
 def _contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     strides = [itemsize]
     for n in reversed(shape[1:]):

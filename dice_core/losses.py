@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -64,6 +64,7 @@ class Dice:
       over samples first.
     """
 
+    ratio: ClassVar[Ratio] = DICE
     weight: Array | None = None
     ignore_channel: int = -1
     smooth: float = 0.0
@@ -72,7 +73,7 @@ class Dice:
     def __call__(self, sums: Array) -> Array:
         """(K, N, C) -> the loss."""
         pooled = self._pool(sums)
-        loss, _ = DICE(pooled, self.smooth)
+        loss, _ = self.ratio(pooled, self.smooth)
         return self._total(loss * self._shares(pooled))
 
     def with_derivative(self, sums: Array) -> tuple[Array, Array]:
@@ -82,9 +83,9 @@ class Dice:
         the cotangent of the sums.
         """
         pooled = self._pool(sums)
-        loss, den = DICE(pooled, self.smooth)
+        loss, den = self.ratio(pooled, self.smooth)
         shares = self._shares(pooled)
-        derivative = DICE.derivative(loss, den, shares)
+        derivative = self.ratio.derivative(loss, den, shares)
         if self.reduction == "batch":
             derivative = derivative.repeat(sums.shape[1], 1)
         return self._total(loss * shares), derivative

@@ -150,23 +150,30 @@ def check_out(out: Buffer, at: Call) -> None:
         raise ValueError("out overlaps y")
 
 
-def check_labels(bad: int, at: Call) -> None:
-    """Raises ValueError if a kernel met labels that are neither a class nor the ignore label."""
-    if not bad:
-        return
+def check_labels(at: Call, bad: int = 0) -> None:
+    """Raises ValueError if there are labels that are neither a class nor the ignore label.
+
+    `bad`: how many a kernel met; 0 if it does not say.
+    """
     ignore = at.spec.ignore_label
-    y = np.asarray(at.labels)
+    y = buffers.to_host(at.labels)
+    position, found = None, 0
     for n, sample in enumerate(y):  # one sample at a time: a mask of all of y could be large
         wrong = (sample < 0) | (sample >= at.classes)
         if ignore is not None:
             wrong &= sample != ignore
-        if wrong.any():
+        if position is None and wrong.any():
             position = (n, *map(int, np.unravel_index(np.argmax(wrong), wrong.shape)))
-            break
-    else:
+            if bad:
+                break
+        found += int(wrong.sum())
+    if position is None and not bad:
+        return
+    if position is None:
         raise ValueError("y was changed by another thread while it was read")
-    has_channel_axis = at.labels.owner.ndim > len(position)
-    where = (n, 0, *position[1:]) if has_channel_axis else position
+    bad = bad or found
+    has_channel_axis = len(at.labels.owner.shape) > len(position)
+    where = (position[0], 0, *position[1:]) if has_channel_axis else position
     ignored = "no label is ignored" if ignore is None else f"{ignore} is ignored"
     raise ValueError(
         f"y has {bad} label{'s'[: bad != 1]} outside [0, {at.classes}) ({ignored}); "
@@ -246,6 +253,17 @@ def upstream(grad_loss: Any, shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype
     if array.shape not in ((), shape):
         raise ValueError(f"grad_loss must have the loss's shape {shape}, got {array.shape}")
     return np.broadcast_to(array, shape)
+
+
+def check_upstream(grad_loss: Buffer, shape: tuple[int, ...], dtype: str, at: Call) -> None:
+    """The incoming gradient, on the logits' device, fits a loss of this shape and dtype."""
+    for what, expected, got in (
+        ("shape", shape, grad_loss.shape),
+        ("dtype", dtype, grad_loss.dtype),
+        ("device", at.logits.device, grad_loss.device),
+    ):
+        if got != expected:
+            raise ValueError(f"grad_loss must have the loss's {what} {expected}, got {got}")
 
 
 def _integer(value: Any, name: str) -> int:

@@ -2,13 +2,14 @@
 
 Two torch operators, `dice_core::statistics` and its vector-Jacobian product
 `dice_core::statistics_grad`, are all that touch voxels; the losses are ordinary torch arithmetic on
-(3, N, C) numbers. On plain CPU tensors that arithmetic would take longer than many images: there
-`dice_loss` is a single node of the graph, its arithmetic NumPy's. Between forward and backward only
-x, y and numbers of that size are kept.
+(3, N, C) numbers. On plain tensors that arithmetic would take longer than many images: there
+`dice_loss` is a single node of the graph, its arithmetic NumPy's or, on a GPU, part of the kernels.
+Between forward and backward only x, y and numbers of that size are kept.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,6 +36,7 @@ def statistics(
     p: int = 1,
     backend: str | None = None,
     num_threads: int | None = None,
+    check_labels: bool | None = None,
 ) -> Statistics:
     """Intersection, pred_sum and target_sum of logits and labels, differentiable in x.
 
@@ -47,7 +49,7 @@ def statistics(
     Any differentiable function of the three is a loss whose backward pass is one pass over x. For
     the arguments see `dice_core.loss`; `num_threads` is by default torch's own setting.
     """
-    options = _options(x, y, ignore_label, p, backend, num_threads)
+    options = _options(x, y, ignore_label, p, backend, num_threads, check_labels)
     return Statistics(*torch.ops.dice_core.statistics(x, y, *options))
 
 
@@ -63,6 +65,7 @@ def dice_loss(
     reduction: str = "mean",
     backend: str | None = None,
     num_threads: int | None = None,
+    check_labels: bool | None = None,
 ) -> Tensor:
     """`dice_core.loss` with autograd: the same arguments, formula and errors, in and out as torch
     tensors.
@@ -70,21 +73,18 @@ def dice_loss(
     Gradients reach x, in its dtype, memory format and device, and `weight` if it is a tensor that
     requires grad; y has none. `num_threads` is by default torch's own setting.
     """
-    options = _options(x, y, ignore_label, p, backend, num_threads)
-    if _plain(x, y, weight) and not getattr(weight, "requires_grad", False):
-        numbers = _statistics(x, y, *options).numpy()
-        weight = weight.double().numpy() if isinstance(weight, Tensor) else spec.weights(weight)
-        dice = losses.dice(numbers.shape[2], weight, ignore_channel, smooth, reduction)
-        if not (x.requires_grad and torch.is_grad_enabled()):
-            return _rounded(dice(numbers), x)
-        return _Dice.apply(x, y, numbers, dice, options)  # type: ignore[no-untyped-call]
-    sums: Tensor = torch.ops.dice_core.statistics(x, y, *options)
+    options = _options(x, y, ignore_label, p, backend, num_threads, check_labels)
+    spec.check_shapes(x.shape, y.shape)
     if isinstance(weight, Tensor):
-        weight = weight.to(sums)
+        weight = weight.to(x.device, torch.float64)
     elif weight is not None:
         weight = torch.as_tensor(spec.weights(weight), device=x.device)
-    dice = losses.dice(sums.shape[2], weight, ignore_channel, smooth, reduction)
-    value: Tensor = dice(sums)
+    dice = losses.dice(spec.classes(x.shape[1]), weight, ignore_channel, smooth, reduction)
+    if _plain(x, y, weight) and not (weight is not None and weight.requires_grad):
+        if x.requires_grad and torch.is_grad_enabled():
+            return _Dice.apply(x, y, dice, options)  # type: ignore[no-untyped-call]
+        return _value(x, y, dice, options)[0]
+    value: Tensor = dice(torch.ops.dice_core.statistics(x, y, *options))
     return value if x.dtype == torch.float64 else value.float()
 
 
@@ -145,11 +145,17 @@ class DiceLoss(torch.nn.Module):
         )
 
 
-_Options = tuple[int, int | None, str | None, int | None]
+_Options = tuple[int, int | None, str | None, int | None, bool | None]
 
 
 def _options(
-    x: Tensor, y: Tensor, ignore_label: Any, p: Any, backend: str | None, num_threads: int | None
+    x: Tensor,
+    y: Tensor,
+    ignore_label: Any,
+    p: Any,
+    backend: str | None,
+    num_threads: int | None,
+    check_labels: bool | None,
 ) -> _Options:
     """The operators' options after x and y, checked."""
     for name, value in (("x", x), ("y", y)):
@@ -165,12 +171,12 @@ def _options(
         raise ValueError(f"ignore_label must fit in torch's int64, got {ignore_label}")
     if num_threads is not None:
         num_threads = threads.resolve(num_threads)
-    return spec.power(p), ignore_label, backend, num_threads
+    return spec.power(p), ignore_label, backend, num_threads, check_labels
 
 
-def _plain(*tensors: Any) -> bool:
-    """Whether these are tensors of host memory, or no tensors, that nothing traces, transforms or
-    intercepts: their numbers may be read and written outside torch.
+def _plain(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether these are tensors of the memory of the host or of one GPU that nothing traces,
+    transforms or intercepts: their numbers may be read and written outside torch.
     """
     if (
         torch.compiler.is_compiling()
@@ -180,10 +186,11 @@ def _plain(*tensors: Any) -> bool:
         or forward_ad._current_level >= 0
     ):
         return False
-    for t in tensors:
-        if isinstance(t, Tensor) and not (
+    for t in (x, *others):
+        if t is not None and not (
             type(t) in (Tensor, torch.nn.Parameter)
-            and t.is_cpu
+            and (t.is_cpu or t.is_cuda)
+            and t.device == x.device
             and not t.is_neg()
             and not torch._C._functorch.is_legacy_batchedtensor(t)
         ):
@@ -195,35 +202,63 @@ class _Dice(torch.autograd.Function):
     """A Dice loss of plain tensors as one node of the graph."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, y: Tensor, sums: Any, dice: losses.Dice, options: _Options
-    ) -> Tensor:
-        value, ctx.derivative = dice.with_derivative(sums)
+    def forward(ctx: Any, x: Tensor, y: Tensor, dice: losses.Dice, options: _Options) -> Tensor:
+        value, ctx.derivative = _value(x, y, dice, options)
         ctx.save_for_backward(x, y)
         ctx.options = options
-        return _rounded(value, x)
+        return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, y = ctx.saved_tensors
-        if _plain(x, y, grad) and not torch.is_grad_enabled():
-            cotangent = ctx.derivative * grad.numpy()[..., None]
-            vjp = _statistics_grad
-        else:  # the operator, unlike its kernel, can be traced and refuses a second derivative
-            cotangent = torch.from_numpy(ctx.derivative) * grad.unsqueeze(-1)
-            vjp = torch.ops.dice_core.statistics_grad
-        return vjp(x, y, cotangent, *ctx.options), None, None, None, None
+        derivative = ctx.derivative
+        if not _plain(x, y, grad) or torch.is_grad_enabled():
+            # The operator, unlike its kernel, can be traced and refuses a second derivative.
+            if not isinstance(derivative, Tensor):
+                derivative = torch.from_numpy(derivative)
+            cotangent = derivative * grad.unsqueeze(-1)
+            of_x = torch.ops.dice_core.statistics_grad(x, y, cotangent, *ctx.options)
+        elif x.is_cpu:
+            cotangent = derivative * grad.numpy()[..., None]
+            of_x = _statistics_grad(x, y, cotangent, *ctx.options)
+        else:
+            and_scale = (*ctx.options, grad)
+            of_x = _statistics_grad(x, y, derivative, *and_scale)
+        return of_x, None, None, None
 
 
-def _rounded(value: Any, x: Tensor) -> Tensor:
-    dtype = np.float64 if x.dtype == torch.float64 else np.float32
-    return torch.from_numpy(np.asarray(value, dtype))
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
+
+
+def _value(x: Tensor, y: Tensor, dice: losses.Dice, options: _Options) -> tuple[Tensor, Any]:
+    """The loss of plain tensors and its derivative for the sums: NumPy's, or on a GPU torch's."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weight = dice.weight
+    if x.is_cpu:
+        if weight is not None:
+            dice = replace(dice, weight=weight.numpy())
+        value, derivative = dice.with_derivative(_statistics(x, y, *options).numpy())
+        return torch.from_numpy(np.asarray(value, _NUMPY[dtype])), derivative
+    p, ignore_label, backend, _, check_labels = options
+    at = spec.call(buffers.of(x, "x"), buffers.of(y, "y"), p=p, ignore_label=ignore_label)
+    value = x.new_empty(x.shape[:1] if dice.reduction == "none" else (), dtype=dtype)
+    derivative = x.new_empty(at.sums_shape, dtype=torch.float64)
+    backends.loss(
+        backends.select(at.signature, backend),
+        at,
+        buffers.of(value, "loss"),
+        buffers.of(derivative, "derivative"),
+        dice,
+        None if weight is None else buffers.of(weight.contiguous(), "weight"),
+        check_labels,
+    )
+    return value, derivative
 
 
 # The operators, defined through torch.library so that torch.compile and export see them whole.
 
 _library = torch.library.Library("dice_core", "DEF")
-_OPTIONS = "int p, int? ignore_label, str? backend, int? num_threads"
+_OPTIONS = "int p, int? ignore_label, str? backend, int? num_threads, bool? check_labels"
 _library.define(f"statistics(Tensor x, Tensor y, {_OPTIONS}) -> Tensor")
 _library.define(f"statistics_grad(Tensor x, Tensor y, Tensor cotangent, {_OPTIONS}) -> Tensor")
 
@@ -235,12 +270,14 @@ def _statistics(
     ignore_label: int | None,
     backend: str | None,
     num_threads: int | None,
+    check_labels: bool | None,
 ) -> Tensor:
     """(K, N, C) float64 on x's device."""
     at = spec.call(buffers.of(x, "x"), buffers.of(y, "y"), p=p, ignore_label=ignore_label)
     sums = x.new_empty(at.sums_shape, dtype=torch.float64)
     count = num_threads or torch.get_num_threads()
-    backends.statistics(backends.select(at.signature, backend), at, buffers.of(sums, "sums"), count)
+    kernels = backends.select(at.signature, backend)
+    backends.statistics(kernels, at, buffers.of(sums, "sums"), count, check_labels)
     return sums
 
 
@@ -252,8 +289,13 @@ def _statistics_grad(
     ignore_label: int | None,
     backend: str | None,
     num_threads: int | None,
+    check_labels: bool | None,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """The gradient for x of sum(cotangent * statistics); cotangent may be a NumPy array."""
+    """The gradient for x of sum(cotangent * statistics); cotangent may be a NumPy array.
+
+    On a GPU each sample's cotangent is multiplied by its entry of scale, () or (N,).
+    """
     if isinstance(cotangent, Tensor):
         cotangent = cotangent.contiguous()
     at = spec.call(buffers.of(x, "x"), buffers.of(y, "y"), p=p, ignore_label=ignore_label)
@@ -264,6 +306,7 @@ def _statistics_grad(
         buffers.of(cotangent, "cotangent"),
         buffers.of(grad, "grad"),
         num_threads or torch.get_num_threads(),
+        None if scale is None else buffers.of(scale, "grad_loss"),
     )
     return grad
 

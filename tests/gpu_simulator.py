@@ -1,9 +1,12 @@
-"""Runs a CUDA kernel's Python thread by thread: a greenlet each, in which a barrier is a switch.
+"""A GPU for tests: its memory lies in the host's, its kernels run as Python, thread by thread.
 
-Finds reads and writes out of bounds or off their words, barriers that threads do not all reach,
-and, since threads run in random order, results that depend on it. Uninitialised memory is NaN.
+A thread is a greenlet, in which a barrier is a switch. Finds reads and writes out of bounds, after
+release or off their words, barriers that threads do not all reach, and, since threads and blocks
+run in random order, results that depend on it. Uninitialised memory is NaN.
 """
 
+import ctypes
+import weakref
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,12 +14,109 @@ import greenlet
 import ml_dtypes
 import numpy as np
 
+from dice_core import _gpu, _gpu_driver, _gpu_kernels
+
 WORD = 16  # bytes of the widest access
+ALLOCATED = {}  # address -> bytes
 
 
 def dtype_of(name):
     special = {"bfloat16": ml_dtypes.bfloat16, "bool": np.uint8}
     return np.dtype(special.get(name, name))
+
+
+class DeviceArray:
+    """An array on the GPU as other libraries have them: the CUDA array interface and as much of the
+    array API standard as makes new ones.
+    """
+
+    stream = None
+
+    def __init__(self, host):
+        self.host = host
+        self.shape, self.dtype = host.shape, host.dtype
+        self.device = SimpleNamespace(id=0)
+
+    @classmethod
+    def holding(cls, array):
+        """A copy on the GPU, of the same strides and as far behind a whole word."""
+        host = allocate(array.shape, array.dtype, array.strides, array.ctypes.data % WORD)
+        host[...] = array
+        return cls(host)
+
+    @property
+    def __cuda_array_interface__(self):
+        address = self.host.__array_interface__["data"][0] if self.host.size else 0
+        special = "<V2" if self.dtype == ml_dtypes.bfloat16 else self.dtype.str
+        return {
+            "version": 3,
+            "shape": self.shape,
+            "strides": self.host.strides,
+            "typestr": special,
+            "data": (address, False),
+            "stream": self.stream,
+        }
+
+    def __array_namespace__(self):
+        return SimpleNamespace(
+            __name__="fake",
+            empty=lambda shape, dtype, device: DeviceArray(allocate(shape, dtype)),
+            asarray=lambda array, device: DeviceArray.holding(array),
+            **{name: dtype_of(name) for name in ("float32", "float64", "uint8")},
+        )
+
+    def __dlpack__(self, dl_device, copy):
+        assert dl_device == (1, 0)
+        assert copy
+        return self.host.copy().__dlpack__()
+
+    def __getitem__(self, index):
+        return DeviceArray(self.host[index])
+
+    def __add__(self, other):
+        return DeviceArray.holding(self.host + other.host)
+
+
+def allocate(shape, dtype, strides=None, offset=0):
+    """Uninitialised memory; each allocation begins so many bytes behind a whole word."""
+    dtype = np.dtype(dtype)
+    size = max(1, int(np.prod(shape))) * dtype.itemsize
+    if strides is not None and 0 not in shape:
+        size = sum(s * (n - 1) for s, n in zip(strides, shape, strict=True)) + dtype.itemsize
+    whole = np.full(size + 5 * WORD, 255, np.uint8)
+    first = -whole.ctypes.data % WORD + 2 * WORD + offset
+    address = whole.ctypes.data + first
+    ALLOCATED[address] = size
+    weakref.finalize(whole, ALLOCATED.pop, address)
+    return np.ndarray(shape, dtype, whole[first:], strides=strides)
+
+
+class Kernel:
+    """What `_gpu_driver.Kernel` is, in the simulator."""
+
+    launched = ()  # kinds, since a test emptied it
+
+    def __init__(self, kind, plan, capability):
+        self.kind, self.plan = kind, plan
+
+    def launch(self, device, stream, blocks, threads, arguments):
+        Kernel.launched += (self.kind,)
+        simulator = Simulator(seed=len(Kernel.launched))
+        kernel = _gpu_kernels.kernel(self.kind, self.plan, operations(self.plan, simulator))
+        numbers = [np.float64(a) if type(a) is float else np.int64(a) for a in arguments]
+        simulator.launch(kernel, blocks, threads, *numbers)
+
+
+def install(monkeypatch, kernel=Kernel, warps=2):
+    """The simulator in the place of NVIDIA's driver, with small blocks, which take less time."""
+    monkeypatch.setattr(_gpu_kernels, "WARPS", warps)
+    monkeypatch.setattr(_gpu_kernels, "THREADS", warps * _gpu_kernels.WARP)
+    _gpu._job.cache_clear()
+    Kernel.launched = ()
+    monkeypatch.setattr(_gpu, "_kernel", kernel)
+    monkeypatch.setattr(_gpu, "unavailable", list)
+    monkeypatch.setattr(_gpu_driver, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(_gpu_driver, "wait", lambda device, stream, other: None)
 
 
 def run(kernel, *args):
@@ -48,14 +148,16 @@ class Simulator:
         self.scheduler.switch("shuffle")
         return other
 
-    def launch(self, kernel, grid, threads, *args):
-        """Every block of a (x, y) grid, one after another."""
+    def threadfence(self):
+        """Nothing: here every thread sees what another wrote."""
+
+    def launch(self, kernel, blocks, threads, *args):
+        """One block after another, in random order."""
         self.scheduler = greenlet.getcurrent()
-        self.gridDim = SimpleNamespace(x=grid[0], y=grid[1])
-        for y in range(grid[1]):
-            for x in range(grid[0]):
-                self.blockIdx = SimpleNamespace(x=x, y=y)
-                self._block(partial(run, kernel, *args), threads)
+        self.gridDim = SimpleNamespace(x=blocks)
+        for block in self.order.permutation(blocks):
+            self.blockIdx = SimpleNamespace(x=int(block))
+            self._block(partial(run, kernel, *args), threads)
 
     def _block(self, run, threads):
         self.shared_arrays, self.exchange = {}, [None] * threads
@@ -85,21 +187,27 @@ def uninitialised(shape, dtype):
 
 
 def operations(plan, cuda):
-    """The kernels' operations on bytes, (n,) uint8 arrays that stand for addresses."""
+    """The kernels' operations."""
     real = np.float64 if plan.logits == "float64" else np.float32
+    label = np.int64 if plan.labels.endswith("64") else np.int32
 
     def load(dtype, count, to):
-        return lambda memory, at: tuple(elements(memory, at, dtype, count).astype(to))
+        return lambda address, at: tuple(elements(address, at, dtype, count).astype(to))
 
     def store(dtype):
-        def one(memory, at, value):
-            elements(memory, at, dtype, 1)[:] = value
+        def one(address, at, value):
+            elements(address, at, dtype, 1)[:] = value
 
         return one
 
-    def store_grad(memory, at, numbers, first):
-        grad = elements(memory, at, plan.logits, plan.voxels)
+    def store_grad(address, at, numbers, first):
+        grad = elements(address, at, plan.logits, plan.voxels)
         grad[:] = numbers[first : first + plan.voxels].astype(grad.dtype)
+
+    def count_up(address):
+        counter = elements(address, 0, "int32", 1)
+        counter[0] += 1
+        return counter[0] - np.int32(1)
 
     return SimpleNamespace(
         cuda=cuda,
@@ -108,15 +216,22 @@ def operations(plan, cuda):
         int64=np.int64,
         float64=np.float64,
         load_logits=load(plan.logits, plan.voxels, real),
-        load_labels=load(plan.labels, plan.voxels, np.int64),
-        load_cotangent=load("float64", 1, np.float64),
-        load_sum=load(real, 1, real),
+        load_labels=load(plan.labels, plan.voxels, label),
+        load_real=load(real, 1, real),
+        load_double=load("float64", 1, np.float64),
+        load_fresh=lambda address, at: elements(address, at, "float64", 1)[0],
         store_grad=store_grad,
-        store_sum=store(real),
-        store_total=store("float64"),
-        store_count=store("int64"),
+        store_real=store(real),
+        store_double=store("float64"),
+        store_int=store("int32"),
+        count_up=count_up,
         exp=lambda x: real(np.exp(x)),
-        divide=lambda a, b: real(a) / real(b),
+        power=lambda x: real(x**plan.power),
+        power_slope=lambda x: real(plan.power * x ** (plan.power - 1)),
+        divide=lambda a, b: a / b,
+        reciprocal=lambda x: real(1) / x,
+        label=label,
+        larger=lambda a, b: b if np.isnan(a) or b > a else a,
         at_most_zero=lambda x: real(0) if x > 0 else x,
         shuffle=cuda.shuffle,
         largest=float(np.finfo(real).max),
@@ -124,10 +239,13 @@ def operations(plan, cuda):
     )
 
 
-def elements(memory, at, dtype, count):
+def elements(address, at, dtype, count):
     """A view of neighbouring elements, as one access reads or writes them."""
-    dtype, at = dtype_of(dtype), int(at)
-    stop = at + count * dtype.itemsize
-    assert 0 <= at < stop <= memory.size, f"[{at}, {stop}) of {memory.size} bytes"
-    assert at % min(stop - at, WORD) == 0, f"{stop - at} bytes at {at}"
-    return memory[at:stop].view(dtype)
+    dtype = dtype_of(dtype)
+    first = int(address) + int(at)
+    size = count * dtype.itemsize
+    assert any(
+        start <= first and first + size <= start + there for start, there in ALLOCATED.items()
+    ), f"{size} bytes at {first - int(address)} of what lies at {address}"
+    assert first % min(size, WORD) == 0, f"{size} bytes at {first}"
+    return np.frombuffer((ctypes.c_uint8 * size).from_address(first), dtype)

@@ -1,9 +1,11 @@
 """The benchmark: its arithmetic, its measuring on steps whose cost is known, and a quick run."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,9 +14,11 @@ import torch
 
 from dice_core.bench import (
     cases,
+    device,
     floor,
     formulas,
     implementations,
+    machine,
     measure,
     memory,
     processes,
@@ -119,7 +123,7 @@ def test_doubts(value, single, doubtful):
 
 def test_phases_are_timed_apart_and_preparation_is_not(monkeypatch):
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
 
     def step():
         clock.now += 100
@@ -130,7 +134,7 @@ def test_phases_are_timed_apart_and_preparation_is_not(monkeypatch):
         yield
         clock.now += 100
 
-    assert measure.seconds(step, 2) == [3, (103 + 409) / 2]
+    assert device.DEVICES["cpu"].seconds(step, 2) == [3, (103 + 409) / 2]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's high-water mark")
@@ -150,7 +154,7 @@ def die():
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_process_of_its_own_that_dies():
-    messages = processes.fresh(die)
+    messages = processes.fresh(die, spawn=device.DEVICES["cpu"].spawn)
     assert next(messages) != os.getpid()
     with pytest.raises(processes.ProcessDied, match="exit code 3"):
         next(messages)
@@ -163,9 +167,19 @@ def test_ours_computes_the_formula(name):
     x, y = case.tensors("uint8")
     expected = formulas.dice(x, y).item()
     for row in implementations.named(["ours", "ours-out", "ours-over", "naive"]):
-        *_, value = row.prepare(x, y)()
+        *_, value = row.prepare([(x, y)])()
         assert float(value) == pytest.approx(expected, abs=1e-6), row.name
     assert formulas.dice_by_comparison(x, y).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_steps_take_the_inputs_in_turns():
+    inputs = [cases.Case("", (1, 2, 8)).tensors("uint8")]
+    inputs.append((-2 * inputs[0][0], inputs[0][1]))
+    expected = [formulas.dice(x, y).item() for x, y in inputs] * 2
+    for row in implementations.named(["ours", "ours-out", "ours-over", "naive"]):
+        step = row.prepare(inputs)
+        values = [float([*step()][-1]) for _ in expected]
+        assert values == pytest.approx(expected, abs=1e-6), row.name
 
 
 def test_cases_are_what_they_say():
@@ -174,6 +188,179 @@ def test_cases_are_what_they_say():
     assert x.is_contiguous(memory_format=torch.channels_last_3d)
     assert (y.dtype, y.min(), y.max()) == (torch.uint8, 0, 4)
     assert cases.CASES["i"].with_sides(2).tensors("int64")[0].dtype == torch.float16
+
+
+def test_large_cases_are_for_a_gpu():
+    assert "".join(cases.default("cpu")) == "abcdefghi"
+    assert "".join(cases.default("cuda")) == "abcdefghijkl"
+
+
+# ---- measuring on a GPU that is told what everything takes --------------------------------------
+
+
+class Gpu:
+    """torch.cuda of a device that works through its queue while the host goes on."""
+
+    version = "13.0"
+
+    def __init__(self):
+        self.host = self.idle_from = 0.0
+        self.allocated = self.most = 0
+        self.free, self.l2 = 30 << 20, 1 << 20
+
+    def enqueue(self, host, device):
+        self.host += host
+        self.idle_from = max(self.idle_from, self.host) + device
+
+    def allocate(self, size):
+        self.allocated += size
+        self.most = max(self.most, self.allocated)
+
+    def synchronize(self):
+        self.host = max(self.host, self.idle_from)
+
+    def _sleep(self, cycles):
+        self.enqueue(0, cycles / 2e9)
+
+    def Event(self, enable_timing):
+        assert enable_timing
+        event = SimpleNamespace()
+        event.record = lambda: setattr(event, "at", max(self.host, self.idle_from))
+
+        def elapsed_time(other):
+            assert other.at <= self.host, "not synchronised"
+            return 1e3 * (other.at - event.at)
+
+        event.elapsed_time = elapsed_time
+        return event
+
+    def memory_allocated(self):
+        return self.allocated
+
+    def max_memory_allocated(self):
+        return self.most
+
+    def reset_peak_memory_stats(self):
+        self.most = self.allocated
+
+    def mem_get_info(self):
+        return self.free, 2 * self.free
+
+    def current_device(self):
+        return 0
+
+    def get_device_properties(self, index):
+        assert index == 0
+        return SimpleNamespace(
+            name="Told GPU", major=9, minor=0, total_memory=64 << 30, L2_cache_size=self.l2
+        )
+
+    def is_available(self):
+        return True
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """In the place of torch.cuda; tensors stay on the host, whose clock is the GPU's."""
+    gpu = Gpu()
+    for name in dir(Gpu):
+        if hasattr(torch.cuda, name) and not name.startswith("__"):
+            monkeypatch.setattr(torch.cuda, name, getattr(gpu, name))
+    monkeypatch.setattr(torch.version, "cuda", gpu.version)
+    monkeypatch.setattr(device.Cuda, "place", "cpu")
+    monkeypatch.setattr(device, "_driver", lambda: "580.1")
+    monkeypatch.setattr(time, "perf_counter", lambda: gpu.host)
+    return gpu
+
+
+@pytest.fixture
+def step(gpu):
+    """Forward: 30 us of the host, 2 of the device; backward: 50 and 8. Keeps a byte of seven."""
+
+    def step():
+        gpu.enqueue(10e-6, 100e-6)
+        yield
+        gpu.enqueue(30e-6, 2e-6)
+        gpu.allocate(1)
+        yield
+        gpu.enqueue(50e-6, 8e-6)
+        gpu.allocate(6)
+        gpu.allocate(-6)
+        yield torch.tensor(0.5)
+        gpu.allocate(-1)
+
+    return step
+
+
+def test_phases_are_timed_on_the_device_which_does_not_wait_for_the_host(step):
+    assert device.DEVICES["cuda"].seconds(step, 5) == pytest.approx([2e-6, 8e-6])
+
+
+def test_a_step_costs_the_host_what_it_takes_to_enqueue(step):
+    assert device.DEVICES["cuda"].host_seconds(step) == pytest.approx(80e-6)
+    assert device.DEVICES["cpu"].host_seconds(step) is None
+
+
+def test_growth_of_what_the_allocator_handed_out(gpu):
+    gpu.allocate(100)
+    gpu.allocate(-50)
+    meter = device.DEVICES["cuda"].meter()
+    gpu.allocate(7)
+    gpu.allocate(-4)
+    assert (meter.growth(), meter.peak()) == (3, 7)
+
+
+@pytest.mark.parametrize(
+    ("l2", "free", "copies"),
+    [(3 << 20, 120 << 20, 10), (3 << 20, 20 << 20, 5), (3 << 20, 1 << 20, 2), (1, 120 << 20, 2)],
+    ids=["beyond the caches", "a third of the memory", "two at least", "two in any case"],
+)
+def test_copies_of_the_input(gpu, l2, free, copies):
+    gpu.l2, gpu.free = l2, free
+    x = torch.rand(1, 4, 1 << 16).transpose(1, 2)
+    y = torch.zeros(1, 1 << 16, dtype=torch.int32)  # 1 MiB and a quarter, together
+    inputs = device.DEVICES["cuda"].inputs(x, y)
+    assert len(inputs) == copies
+    assert len({array.data_ptr() for pair in inputs for array in pair}) == 2 * copies
+    assert all(torch.equal(a, x) and a.stride() == x.stride() for a, _ in inputs)
+
+
+@pytest.fixture
+def told(gpu, step, monkeypatch):
+    """A report of one case on the GPU, whose only implementation is `step`."""
+    row = implementations.Implementation("ours", "Told", "torch", lambda inputs: step)
+    monkeypatch.setitem(implementations.IMPLEMENTATIONS, "ours", row)
+    monkeypatch.setattr(floor, "_one_phase", lambda function, arguments: step)
+    monkeypatch.setattr(measure, "_settle", lambda settings: None)
+    gpu.l2 = 48
+    case = cases.Case("tiny", (1, 1, 2, 2), dtype="float64")
+    settings = measure.Settings(device="cuda", rounds=2)
+    *_, result = measure.times(case, ["ours"], settings)
+    gc.enable()
+    facts = machine.facts("cuda") | {"settings": {"threads": 1, "labels": "int64"}}
+    return results.Report(facts, {}, {"tiny": result})
+
+
+def test_a_case_on_the_device(told):
+    result = told.cases["tiny"]
+    found = result.measurements["ours"]
+    assert (found.forward, found.backward) == pytest.approx((2e-6, 8e-6))
+    assert found.host == pytest.approx(80e-6)
+    assert (found.peak, found.kept) == (7 / 32, 1 / 32)
+    assert result.copies == 3
+
+
+def test_a_report_of_the_device(told):
+    text = tables.markdown(told)
+    assert text.startswith(
+        "Told GPU, compute capability 9.0, 64 GiB, 0 MiB of L2 cache; driver 580.1, CUDA 13.0"
+    )
+    assert "| tiny | 80.0 | - | - |" in text
+    assert "Times are the device's" in text
+    table = tables.details(told.cases["tiny"], list(tables.notes(told)))
+    assert tables.HOST in table.header
+    assert "3 copies of the input in turns" in table.title
+    assert summary.as_json(told)["summary"]["host"][0]["ours"] == pytest.approx(80e-6)
 
 
 # ---- the command line --------------------------------------------------------------------------
@@ -268,6 +455,7 @@ def test_quick_run_draws_a_picture(quick):
         (["--json", "nowhere/x.json"], "argument --json: there is no folder nowhere"),
         (["--plot", "x.gif"], "argument --plot: x.gif does not end in .png, .svg, .pdf"),
         (["--budget", "0"], "argument --budget: 0 is not a number above 0"),
+        (["--only", "ours,exacta"], "exacta cannot be measured on cpu"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -294,6 +482,28 @@ def test_an_absent_peer_is_no_result(capsys, monkeypatch):
     assert stop.value.code == 1
     message = capsys.readouterr().err
     assert "not measured: Absent Loss (not installed)\nnothing was measured\n" in message
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (None, "is built without CUDA; https://pytorch.org/get-started has builds with it\n"),
+        ("13.0", "torch finds no NVIDIA GPU; see whether `nvidia-smi` and CUDA_VISIBLE_DEVICES do"),
+    ],
+    ids=["torch", "GPU"],
+)
+def test_without_a_gpu_the_remedy_is_named(version, message, capsys, monkeypatch):
+    from dice_core.bench import __main__
+
+    monkeypatch.setattr(torch.version, "cuda", version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cuda"])
+    with pytest.raises(SystemExit) as stop:
+        __main__.main()
+    assert stop.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("--device cuda: torch")
+    assert message.strip() in line
 
 
 def test_help_lists_cases_and_implementations():

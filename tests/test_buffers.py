@@ -1,10 +1,16 @@
 """buffers: where an array of any library lies, found out without copying it."""
 
 import array
+import contextlib
+import ctypes
 import gc
+import struct
+import sys
 import weakref
-from types import SimpleNamespace
+from dataclasses import replace
+from types import ModuleType, SimpleNamespace
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -199,10 +205,169 @@ def test_cuda_array_strides(shape, given, strides):
     assert buffers.of(cuda_array(shape, **given), "x").strides == strides
 
 
+@pytest.mark.parametrize("handle", [None, 0, 1, 2, 1 << 40])
+def test_cuda_array_stream(handle):
+    assert buffers.of(cuda_array(stream=handle), "x").stream == handle
+
+
+@pytest.mark.parametrize(
+    ("typestr", "dtype"), [("|b1", "bool"), ("|u1", "uint8"), ("<f2", "float16"), ("<i8", "int64")]
+)
+def test_cuda_array_dtype(typestr, dtype):
+    buffer = buffers.of(cuda_array(typestr=typestr), "x")
+    assert (buffer.dtype, buffer.itemsize) == (dtype, int(typestr[2]))
+
+
+@pytest.mark.parametrize(("own", "dtype"), [(ml_dtypes.bfloat16, "bfloat16"), ("V2", "void16")])
+def test_cuda_array_of_two_bytes_of_anything(own, dtype):
+    a = cuda_array(typestr="<V2")
+    assert buffers.of(a, "x").dtype == "void16"
+    a.dtype = np.dtype(own)
+    buffer = buffers.of(a, "x")
+    assert (buffer.dtype, buffer.itemsize, buffer.strides) == (dtype, 2, (6, 2))
+
+
+@pytest.mark.parametrize("address", [0, 4097])
+def test_cuda_array_without_elements_has_no_address(address):
+    assert buffers.of(cuda_array((2, 0), address=address), "x").address == 0
+
+
+def test_cuda_device_number():
+    a = cuda_array()
+    assert buffers.of(a, "x").device == "cuda:0"
+    a.gpu_data = SimpleNamespace(context=SimpleNamespace(device=SimpleNamespace(id=1)))
+    assert buffers.of(a, "x").device == "cuda:1"
+    a.device = SimpleNamespace(id=2)
+    assert buffers.of(a, "x").device == "cuda:2"
+    a.__dlpack_device__ = lambda: (2, 3)
+    assert buffers.of(a, "x").device == "cuda:3"
+    a.device = "a name"
+    del a.__dlpack_device__
+    assert buffers.of(a, "x").device == "cuda:1"
+
+
 def test_cuda_memory_is_not_viewed_by_numpy():
     buffer = buffers.of(cuda_array(), "x")
     with pytest.raises(TypeError, match=r"^memory on cuda:0 cannot be viewed by NumPy$"):
         np.asarray(buffer)
+
+
+# ---- DLPack on CUDA ----------------------------------------------------------------------------
+
+CODE = {"int": 0, "uint": 1, "float": 2, "bfloat": 4, "complex": 5, "bool": 6}
+HEAD = "Piii BBH PP Q"  # DLTensor: data, device (kind, number), ndim, dtype, shape, strides, offset
+
+
+def cuda_capsule(a, device=(2, 0), dtype=None, offset=0, strides=True):
+    """The capsule of host memory that says it is CUDA's; it frees as it did before."""
+    capsule = a.__dlpack__()
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+    head = (ctypes.c_char * struct.calcsize(HEAD)).from_address(pointer(capsule, b"dltensor"))
+    data, _, _, ndim, *own, shape, steps, start = struct.unpack(HEAD, head)
+    fields = (data - offset, *device, ndim, *(dtype or own), shape, steps * strides, start + offset)
+    struct.pack_into(HEAD, head, 0, *fields)
+    return capsule
+
+
+def cuda_dlpack(a, device=(2, 0), **changes):
+    """On a CUDA device, with nothing but DLPack."""
+
+    class Exporter:
+        def __dlpack__(self, *, stream):
+            assert stream == 1
+            return cuda_capsule(a, device, **changes)
+
+        def __dlpack_device__(self):
+            return device
+
+    return Exporter()
+
+
+@pytest.mark.parametrize("device", [(2, 0), (2, 3), (13, 1)])
+@pytest.mark.parametrize(
+    "name", ["c_order", "fortran_order", "negative_strides", "sliced", "transposed", "no_axes"]
+)
+def test_cuda_dlpack(name, device):
+    a = NUMPY[name]
+    exporter = cuda_dlpack(a, device)
+    buffer = buffers.of(exporter, "x")
+    assert (buffer.address, buffer.shape, buffer.strides) == (a.ctypes.data, a.shape, a.strides)
+    assert (buffer.dtype, buffer.itemsize) == (a.dtype.name, a.itemsize)
+    assert (buffer.device, buffer.stream) == (f"cuda:{device[1]}", 0)
+    assert buffer.owner is exporter
+    assert not buffer.readonly
+
+
+def test_cuda_dlpack_without_strides_is_contiguous():
+    buffer = buffers.of(cuda_dlpack(BASE, strides=False), "x")
+    assert (buffer.shape, buffer.strides) == (BASE.shape, BASE.strides)
+    assert buffer.layout is buffers.of(cuda_dlpack(BASE), "x").layout
+
+
+@pytest.mark.parametrize("offset", [0, 4, 1 << 40])
+def test_cuda_dlpack_counts_from_the_offset(offset):
+    a = BASE + 1
+    assert buffers.of(cuda_dlpack(a, offset=offset), "x").address == a.ctypes.data
+
+
+def test_cuda_dlpack_without_elements_has_no_address():
+    assert buffers.of(cuda_dlpack(NUMPY["no_elements"], offset=1), "x").address == 0
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "float64", "bool", "int8", "uint64"])
+def test_cuda_dlpack_dtype(name):
+    tensor = torch.zeros(2, 3, dtype=getattr(torch, name))
+    buffer = buffers.of(cuda_dlpack(tensor), "x")
+    assert (buffer.dtype, buffer.itemsize) == (name, tensor.itemsize)
+    assert buffer.strides == (3 * tensor.itemsize, tensor.itemsize)
+
+
+@pytest.mark.parametrize(
+    "dtype", [(CODE["complex"], 64, 1), (3, 64, 1), (9, 8, 1), (CODE["float"], 32, 2), (0, 4, 1)]
+)
+def test_cuda_dlpack_of_other_elements(dtype):
+    with pytest.raises(TypeError) as caught:
+        buffers.of(cuda_dlpack(BASE, dtype=dtype), "x")
+    assert str(caught.value) == (
+        "x's elements are not numbers that are read through DLPack "
+        f"(type code {dtype[0]}, {dtype[1]} bits, {dtype[2]} lanes)"
+    )
+
+
+def test_a_buffer_keeps_what_a_cuda_exporter_lends():
+    lent = []
+
+    class Lender:
+        def __dlpack__(self, *, stream):
+            a = BASE.copy()
+            lent.append(weakref.ref(a))
+            return cuda_capsule(a)
+
+        def __dlpack_device__(self):
+            return 2, 0
+
+    buffer = buffers.of(Lender(), "y")
+    buffer = replace(buffer, layout=buffer.layout)  # as spec.call does
+    gc.collect()
+    assert lent[0]() is not None
+    assert ctypes.c_float.from_address(buffer.address + 4 * 23).value == 23
+    del buffer
+    gc.collect()
+    assert lent[0]() is None
+    assert len(lent) == 1
+
+
+def test_cuda_dlpack_that_refuses():
+    class Refuses:
+        def __dlpack__(self, *, stream):
+            raise BufferError("it is sharded")
+
+        def __dlpack_device__(self):
+            return 2, 0
+
+    with pytest.raises(TypeError, match=r"^x cannot be read through DLPack: it is sharded$"):
+        buffers.of(Refuses(), "x")
 
 
 # ---- refusals ----------------------------------------------------------------------------------
@@ -223,6 +388,23 @@ REFUSED = {
     ),
     "byte_swapped": (BASE.astype(">f4"), "x is in another byte order (>f4)"),
     "byte_swapped_cuda": (cuda_array(typestr=">f4"), "x is in another byte order (>f4)"),
+    "masked_cuda": (
+        cuda_array(mask=cuda_array(typestr="|b1")),
+        "x is a masked array and its mask would be ignored; "
+        "give the plain array and mark masked voxels in the labels with ignore_label",
+    ),
+    "misaligned_cuda": (
+        cuda_array(address=4098),
+        "x's elements are not aligned to their 4 bytes",
+    ),
+    "misaligned_strides_cuda": (
+        cuda_array(strides=(14, 4)),
+        "x's elements are not aligned to their 4 bytes",
+    ),
+    "misaligned_dlpack": (
+        cuda_dlpack(BASE[:, :, 1:], dtype=(CODE["float"], 64, 1)),
+        "x's elements are not aligned to their 8 bytes",
+    ),
     "misaligned_address": (
         np.zeros(17, np.uint8)[1:].view(np.float32),
         "x's elements are not aligned to their 4 bytes",
@@ -239,7 +421,7 @@ REFUSED = {
     "dlpack_elsewhere": (
         dlpack(BASE, device=(4, 0)),
         "x lies on DLPack device (4, 0) and has no __cuda_array_interface__; "
-        "only host memory is read through DLPack",
+        "only host and CUDA memory is read through DLPack",
     ),
 }
 
@@ -256,7 +438,339 @@ def test_dlpack_of_a_dtype_numpy_lacks_is_refused_by_name():
         buffers.of(dlpack(torch.zeros(3, dtype=torch.bfloat16)), "x")
 
 
+# ---- libraries on a device ---------------------------------------------------------------------
+#
+# There is no device here: the libraries are stand-ins whose device memory is host memory, which
+# remembers the number of the device that was current when it was allocated.
+
+
+class Devices:
+    """`with devices(n)` and `with devices[n]` make device n the current one."""
+
+    def __init__(self):
+        self.current = 0
+
+    @contextlib.contextmanager
+    def __call__(self, index):
+        before, self.current = self.current, index
+        yield
+        self.current = before
+
+    __getitem__ = __call__
+
+
+def interface(a, **more):
+    strides = None if a.flags.c_contiguous else a.strides
+    data = (a.__array_interface__["data"][0], False)
+    return {"shape": a.shape, "typestr": a.dtype.str, "data": data, "strides": strides} | more
+
+
+def fake_cupy(monkeypatch):
+    devices = Devices()
+
+    class ndarray:
+        __module__ = "cupy"
+
+        def __init__(self, a):
+            self.a, self.dtype, self.device = a, a.dtype, SimpleNamespace(id=devices.current)
+
+        __cuda_array_interface__ = property(lambda self: interface(self.a, stream=1))
+
+        def __array_namespace__(self):
+            raise AssertionError("CuPy's empty takes no device")
+
+        def get(self):
+            return self.a.copy()
+
+    module = ModuleType("cupy")
+    module.cuda = SimpleNamespace(Device=devices)
+    module.empty = lambda shape, dtype: ndarray(np.empty(shape, dtype))
+    module.empty_like = lambda like: ndarray(np.empty_like(like.a))
+    monkeypatch.setitem(sys.modules, "cupy", module)
+
+    def make(a, index):
+        with devices(index):
+            return type("Subclass", (ndarray,), {"__module__": "mine"})(a)
+
+    return make
+
+
+class Stream:
+    """The work queued on it is done once it is waited for."""
+
+    def __init__(self):
+        self.work = []
+
+    def __int__(self):
+        return 1 << 40
+
+    def synchronize(self):
+        for copy, args in self.work:
+            copy(*args)
+
+
+def fake_numba(monkeypatch, stream=0):
+    devices = Devices()
+
+    class DeviceNDArray:
+        __module__ = "numba.cuda.cudadrv.devicearray"
+
+        def __init__(self, a, stream):
+            context = SimpleNamespace(device=SimpleNamespace(id=devices.current))
+            self.a, self.dtype, self.stream = a, a.dtype, stream
+            self.gpu_data = SimpleNamespace(context=context)
+
+        @property
+        def __cuda_array_interface__(self):
+            return interface(self.a, stream=int(self.stream) or None)
+
+        def copy_to_host(self):
+            if not self.stream:
+                return self.a.copy()
+            copy = np.zeros_like(self.a)
+            self.stream.work.append((np.copyto, (copy, self.a)))
+            return copy
+
+    def device_array(shape, dtype=np.float64, strides=None, order="C", stream=0):
+        return DeviceNDArray(np.ndarray(shape, dtype, strides=strides, order=order), stream)
+
+    cuda = ModuleType("numba.cuda")
+    cuda.gpus, cuda.device_array = devices, device_array
+    monkeypatch.setitem(sys.modules, "numba.cuda", cuda)
+
+    def make(a, index):
+        with devices[index]:
+            return DeviceNDArray(a, stream)
+
+    return make
+
+
+def fake_numba_on_a_stream(monkeypatch):
+    return fake_numba(monkeypatch, Stream())
+
+
+def fake_jax(monkeypatch):
+    """Known by the array API standard alone; float64 is something it has to be told to have."""
+    module = ModuleType("fake_jax")
+
+    class Array:
+        def __init__(self, a, device):
+            self.a, self.dtype, self.device = a, a.dtype, device
+
+        def __array_namespace__(self):
+            return module
+
+        def __dlpack_device__(self):
+            return 2, self.device.local_number
+
+        def __dlpack__(self, *, stream=None, dl_device=None, copy=None):
+            if dl_device is None:
+                assert (stream, copy) == (1, None)
+                return cuda_capsule(self.a, self.__dlpack_device__())
+            assert (stream, dl_device, copy) == (None, (1, 0), True)
+            return self.a.copy().__dlpack__()
+
+    def empty(shape, *, dtype=None, device=None):
+        narrow = {None: "float32", np.dtype("float64"): "float32"}
+        return Array(np.empty(shape, narrow.get(dtype, dtype)), device)
+
+    module.empty = empty
+    for name in ("float32", "float64", "uint8", "int64"):
+        setattr(module, name, np.dtype(name))
+    return lambda a, index: Array(a, SimpleNamespace(id=index + 8, local_number=index))
+
+
+FAKES = {
+    "cupy": fake_cupy,
+    "numba": fake_numba,
+    "numba_on_a_stream": fake_numba_on_a_stream,
+    "jax": fake_jax,
+}
+libraries = pytest.mark.parametrize("fake", FAKES.values(), ids=FAKES)
+
+
+@libraries
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "uint8", "int64"])
+def test_empty_on_a_device(fake, dtype, monkeypatch):
+    near = buffers.of(fake(monkeypatch)(BASE, 3), "x")
+    assert near.device == "cuda:3"
+    if fake is fake_jax and dtype in ("float16", "float64"):
+        with pytest.raises(TypeError) as caught:
+            buffers.empty(near, (5, 2), dtype)
+        assert str(caught.value) == f"fake_jax makes no {dtype} arrays; {REMEDY}"
+        return
+    new = buffers.empty(near, (5, 2), dtype)
+    assert type(new) in type(near.owner).__mro__
+    buffer = buffers.of(new, "new")
+    assert (buffer.shape, buffer.dtype, buffer.device) == ((5, 2), dtype, "cuda:3")
+    assert buffer.strides == (2 * buffer.itemsize, buffer.itemsize)
+    assert buffer.stream == near.stream
+
+
+@libraries
+@pytest.mark.parametrize(
+    "name", ["c_order", "transposed", "fortran_order", "negative_strides", "sliced", "float16"]
+)
+def test_empty_like_on_a_device(fake, name, monkeypatch):
+    a = fake(monkeypatch)(NUMPY[name], 3)
+    like, new = buffers.of(a, "x"), buffers.empty_like(a, "x")
+    assert type(new) in type(a).__mro__
+    buffer = buffers.of(new, "new")
+    keeps_strides = fake is not fake_jax and name in ("transposed", "fortran_order")
+    expected = like.strides if keeps_strides else np.empty(like.shape, like.dtype).strides
+    assert (buffer.shape, buffer.dtype, buffer.device) == (like.shape, like.dtype, "cuda:3")
+    assert buffer.strides == expected
+    assert (buffer.stream, buffer.readonly) == (like.stream, False)
+    assert new.a is not a.a
+
+
+@pytest.mark.parametrize("fake", [fake_cupy, fake_numba])
+def test_empty_like_of_bfloat16(fake, monkeypatch):
+    a = fake(monkeypatch)(np.zeros((2, 3), ml_dtypes.bfloat16), 0)
+    new = buffers.empty_like(a, "x")
+    assert new.dtype == ml_dtypes.bfloat16
+    assert buffers.of(new, "new").dtype == "bfloat16"
+
+
+@libraries
+@pytest.mark.parametrize("name", ["c_order", "transposed", "sliced", "no_axes"])
+def test_to_host_from_a_device(fake, name, monkeypatch):
+    a = NUMPY[name]
+    host = buffers.to_host(buffers.of(fake(monkeypatch)(a, 3), "x"))
+    np.testing.assert_array_equal(host, a, strict=True)
+    assert not np.shares_memory(host, a)
+
+
+@libraries
+def test_to_host_has_the_shape_of_the_buffer(fake, monkeypatch):
+    buffer = buffers.of(fake(monkeypatch)(BASE[:, None], 0), "y")
+    host = buffers.to_host(replace(buffer, layout=buffer.layout.without_axis(1)))
+    np.testing.assert_array_equal(host, BASE, strict=True)
+
+
+REMEDY = "view it as torch or CuPy first: torch.as_tensor(x), cupy.asarray(x)"
+NO_ALLOCATOR = {
+    "cuda_array": (cuda_array(), "SimpleNamespace", "no attribute '__dlpack__'"),
+    "dlpack": (cuda_dlpack(BASE), "Exporter", "unexpected keyword argument"),
+}
+
+
+@pytest.mark.parametrize(("a", "kind", "why"), NO_ALLOCATOR.values(), ids=NO_ALLOCATOR)
+def test_device_arrays_of_no_known_library(a, kind, why):
+    buffer = buffers.of(a, "x")
+    with pytest.raises(TypeError) as caught:
+        buffers.empty(buffer, (2, 3), "float32")
+    assert str(caught.value) == f"no array like a {kind} can be made; {REMEDY}"
+    with pytest.raises(TypeError) as caught:
+        buffers.empty_like(a, "x")
+    assert str(caught.value) == f"no array like x, a {kind}, can be made; {REMEDY}"
+    with pytest.raises(TypeError) as caught:
+        buffers.to_host(buffer)
+    assert str(caught.value).startswith(f"a {kind} cannot be copied to the host (")
+    assert why in str(caught.value)
+    assert str(caught.value).endswith(f"); {REMEDY}")
+
+
+@libraries
+def test_device_arrays_that_lie_alike_share_a_layout(fake, monkeypatch):
+    make = fake(monkeypatch)
+    one, other = buffers.of(make(BASE, 1), "x"), buffers.of(make(BASE.copy(), 1), "x")
+    assert one.layout is other.layout
+    assert buffers.of(make(BASE, 2), "x").layout is not one.layout
+
+
+def test_strides_given_or_left_out_are_one_layout():
+    given = buffers.of(cuda_array((2, 3), strides=(12, 4)), "x")
+    assert given.layout is buffers.of(cuda_array((2, 3)), "x").layout
+
+
+# ---- torch on a device -------------------------------------------------------------------------
+
+
+class CudaTensor:
+    """Wraps a tensor, whose memory it says is on the device cuda:1."""
+
+    __module__ = "torch"
+    is_cuda, device, layout = True, torch.device("cuda", 1), torch.strided
+
+    def __init__(self, tensor, steps=("detach", "cpu", "numpy")):
+        self.tensor, self.steps = tensor, steps
+        self.shape, self.dtype = tensor.shape, tensor.dtype
+        self.stride, self.data_ptr, self.is_neg = tensor.stride, tensor.data_ptr, tensor.is_neg
+
+    def __getattr__(self, name):
+        if name != self.steps[0]:
+            raise AttributeError(name)
+        rest = self.steps[1:]
+        return lambda: CudaTensor(self.tensor, rest) if rest else self.tensor.clone().numpy()
+
+
+@pytest.fixture
+def cuda_torch(monkeypatch):
+    def current_stream(device):
+        return SimpleNamespace(cuda_stream=1000 + device.index)
+
+    module = ModuleType("torch")
+    module.Tensor, module.strided = CudaTensor, torch.strided
+    module._C = SimpleNamespace()
+    module.cuda = SimpleNamespace(current_stream=current_stream)
+    monkeypatch.setitem(sys.modules, "torch", module)
+    return module
+
+
+def test_torch_stream(cuda_torch):
+    a = CudaTensor(torch.zeros(2, 3))
+    buffer = buffers.of(a, "x")
+    assert (buffer.device, buffer.stream, buffer.owner) == ("cuda:1", 1001, a)
+    assert (buffer.shape, buffer.strides, buffer.dtype) == ((2, 3), (12, 4), "float32")
+    cuda_torch._C._cuda_getCurrentRawStream = lambda index: 2000 + index
+    assert buffers.of(a, "x").stream == 2001
+
+
+def test_to_host_from_torch(cuda_torch):
+    tensor = torch.arange(24).reshape(2, 1, 3, 4)
+    buffer = buffers.of(CudaTensor(tensor), "y")
+    host = buffers.to_host(replace(buffer, layout=buffer.layout.without_axis(1)))
+    np.testing.assert_array_equal(host, tensor.numpy()[:, 0], strict=True)
+
+
+# ---- empty and to_host -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64", "uint8", "int64"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])  # "meta": a device that any torch has
+def test_empty_torch(name, device):
+    near = buffers.of(torch.zeros(4, 3, device=device).T, "x")
+    new = buffers.empty(near, [2, 3], name)
+    assert (new.shape, new.dtype, new.device.type) == ((2, 3), getattr(torch, name), device)
+    assert new.is_contiguous()
+    assert not new.requires_grad
+
+
+@wrappers
+@pytest.mark.parametrize("name", ["float16", "float32", "float64", "uint8", "int64"])
+def test_empty_near_host_memory(wrap, name):
+    new = buffers.empty(buffers.of(wrap(BASE.copy()), "x"), (2, 3), name)
+    assert type(new) is (torch.Tensor if wrap is torch.from_numpy else np.ndarray)
+    assert np.asarray(new).dtype == name
+    assert np.asarray(new).shape == (2, 3)
+    assert np.asarray(new).flags.c_contiguous
+
+
+@wrappers
+def test_to_host_of_host_memory_is_itself(wrap):
+    a = BASE.copy()
+    host = buffers.to_host(buffers.of(wrap(a), "x"))
+    np.testing.assert_array_equal(host, BASE, strict=True)
+    assert np.shares_memory(host, a)
+
+
 # ---- empty_like --------------------------------------------------------------------------------
+
+
+def test_empty_like_numpy_bfloat16():
+    new = buffers.empty_like(np.zeros((2, 3), ml_dtypes.bfloat16), "x")
+    assert (new.shape, new.dtype) == ((2, 3), ml_dtypes.bfloat16)
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,25 @@
 """The CUDA kernels in a simulator, against the reference: no GPU, no compiler."""
 
+import itertools
+
+import gpu_simulator
 import numpy as np
 import pytest
 from compare import assert_close, assert_same_bits
-from gpu_simulator import Simulator, dtype_of, operations
+from gpu_simulator import DeviceArray, dtype_of
 
-from dice_core import _gpu_kernels, _reference, buffers, spec
+from dice_core import _gpu, _gpu_kernels, _reference, buffers, losses, spec
 
 RTOL = {"float16": 1e-6, "bfloat16": 1e-6, "float32": 1e-6, "float64": 1e-14}
 GRAD = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 2e-6, "float64": 1e-14}
 
 
 @pytest.fixture(autouse=True)
-def short_runs(monkeypatch):
-    """So that small volumes have several blocks."""
+def gpu(monkeypatch):
+    """With short runs, so that small volumes have several blocks."""
+    gpu_simulator.install(monkeypatch)
     monkeypatch.setattr(_gpu_kernels, "ROUNDS", 2)
+    monkeypatch.setattr(_gpu_kernels, "BLOCKS", 1)
 
 
 def example(logits, labels, channels, voxels, samples=2):
@@ -25,46 +30,28 @@ def example(logits, labels, channels, voxels, samples=2):
     return x, y, rng.standard_normal((3, samples, max(2, channels)))
 
 
-def memory(array):
-    return np.ascontiguousarray(array).view(np.uint8).reshape(-1)
+def on_gpu(array, name="array"):
+    return buffers.of(DeviceArray.holding(array), name)
 
 
-def run(plan, x, y, cotangent, ignore=None, channels_last=False, seed=0):
-    """(sums, counts of bad labels, gradient) of the kernels."""
-    samples, channels, voxels = x.shape
-    stored = np.moveaxis(x, 1, -1) if channels_last else x
-    item = x.dtype.itemsize
-    strides = (channels * voxels * item, voxels * item, item)
-    if channels_last:
-        strides = (channels * voxels * item, item, channels * item)
-    arguments = (samples, voxels, *strides, voxels * y.itemsize, y.itemsize, *strides)
-    arguments = (*map(np.int64, arguments), ignore is not None, np.int64(ignore or 0))
-    gpu = Simulator(seed)
-    ops = operations(plan, gpu)
-    runs = -(-voxels // plan.run)
-    logits, labels = memory(stored), memory(y)
-    partials = np.zeros(samples * runs * plan.columns * ops.size, np.uint8)
-    sums = np.zeros(cotangent.nbytes, np.uint8)
-    counts = np.zeros(samples * 8, np.uint8)
-    grad = memory(np.full(stored.shape, np.nan, x.dtype))
-    statistics = _gpu_kernels.voxel_kernel(plan, False, ops)
-    gpu.launch(
-        statistics, (runs, samples), _gpu_kernels.THREADS, logits, labels, partials, None,
-        *arguments,
-    )  # fmt: skip
-    total = _gpu_kernels.total_kernel(plan, ops)
-    gpu.launch(
-        total, (samples, 1), _gpu_kernels.THREADS, partials, sums, counts,
-        np.int64(samples), np.int64(runs),
-    )  # fmt: skip
-    gradient = _gpu_kernels.voxel_kernel(plan, True, ops)
-    gpu.launch(
-        gradient, (runs, samples), _gpu_kernels.THREADS, logits, labels, grad,
-        memory(cotangent), *arguments,
-    )  # fmt: skip
-    grad = grad.view(x.dtype).reshape(stored.shape)
-    grad = np.moveaxis(grad, -1, 1) if channels_last else grad
-    return sums.view(np.float64).reshape(cotangent.shape), counts.view(np.int64), grad
+def nothing(at, shape=None, dtype="float64"):
+    """Memory of the GPU for a result."""
+    shape = at.sums_shape if shape is None else shape
+    return buffers.of(buffers.empty(at.logits, shape, dtype), "new")
+
+
+def call(x, y, p, ignore):
+    return spec.call(on_gpu(x), on_gpu(y), p=p, ignore_label=ignore)
+
+
+def run(x, y, cotangent, p=1, ignore=None, scale=None):
+    """(sums, gradient) of the kernels."""
+    at = call(x, y, p, ignore)
+    sums, grad = nothing(at), on_gpu(np.full_like(x, np.nan))
+    assert _gpu.statistics(at.logits, at.labels, sums, at.spec, 1) == 0
+    cotangent, scale = on_gpu(cotangent), None if scale is None else on_gpu(scale)
+    assert _gpu.gradient(at.logits, at.labels, cotangent, grad, at.spec, 1, scale) == 0
+    return sums.owner.host, grad.owner.host
 
 
 def expected(x, y, cotangent, p, ignore):
@@ -93,50 +80,135 @@ CASES = {
     "four_lanes": ("float32", "int64", 33, 260, {"p": 2, "ignore": -1}),
     "eight_lanes": ("float16", "int8", 105, 96, {}),
     "all_lanes": ("float32", "int16", 300, 20, {}),
+    "crowded": ("float64", "int16", 600, 10, {}),
+    "misaligned": ("float16", "uint8", 4, 1024, {"offset": 3}),
+    "half_aligned": ("float16", "uint8", 4, 1028, {}),
+    "broadcast_labels": ("float32", "uint8", 3, 600, {"broadcast": True}),
     "channels_last": ("float32", "uint8", 5, 700, {"channels_last": True}),
     "channels_last_lanes": ("float16", "int64", 40, 130, {"channels_last": True}),
     "one_voxel": ("float32", "uint8", 3, 1, {}),
 }
 
 
+def laid_out(x, y, channels_last=False, offset=0, broadcast=False):
+    """The same numbers elsewhere in memory."""
+    if channels_last:
+        x = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
+    if offset:
+        wide = np.zeros((*x.shape[:2], x.shape[2] + 8), x.dtype)
+        wide[..., offset : offset + x.shape[2]] = x
+        x = wide[..., offset : offset + x.shape[2]]
+    if broadcast:
+        y = np.broadcast_to(y[:, :1], y.shape)
+    return x, y
+
+
 @pytest.mark.parametrize(
     ("logits", "labels", "channels", "voxels", "options"), CASES.values(), ids=CASES
 )
 def test_against_the_reference(logits, labels, channels, voxels, options):
+    layout = dict(options)
+    p, ignore = layout.pop("p", 1), layout.pop("ignore", None)
     x, y, cotangent = example(logits, labels, channels, voxels)
-    p, ignore, last = (options.get(name) for name in ("p", "ignore", "channels_last"))
     if ignore is not None:
         ignored = np.random.default_rng(1).random(y.shape) < 0.2
         y[ignored] = ignore
         x[np.broadcast_to(ignored[:, None], x.shape)] = np.nan
-    together = not last and voxels * x.dtype.itemsize % _gpu_kernels.WORD_BYTES == 0
-    plan = _gpu_kernels.plan(logits, labels, channels, p or 1, together)
-    sums, bad, grad = run(plan, x, y, cotangent, ignore, last)
-    true_sums, true_grad = expected(x, y, cotangent, p or 1, ignore)
-    assert not bad.any()
+    x, y = laid_out(x, y, **layout)
+    sums, grad = run(x, y, cotangent, p, ignore)
+    true_sums, true_grad = expected(x, y, cotangent, p, ignore)
     assert_close(sums, true_sums, rtol=RTOL[logits], atol=RTOL[logits])
     scale = np.abs(true_grad).max()
     assert_close(grad.astype(np.float64), true_grad, rtol=GRAD[logits], atol=GRAD[logits] * scale)
 
 
-def test_same_bits_in_any_order_of_threads():
+@pytest.mark.parametrize(
+    ("dtype", "voxels", "offset", "expected"),
+    [("float16", 1024, 0, 8), ("float16", 1028, 0, 4), ("float32", 1024, 0, 4),
+     ("float64", 1022, 0, 2), ("float16", 1024, 2, 2), ("float16", 1024, 3, 1),
+     ("bfloat16", 1023, 0, 1)],
+)  # fmt: skip
+def test_voxels_are_read_together_as_far_as_they_lie_on_whole_words(
+    dtype, voxels, offset, expected
+):
+    x, y, _ = example(dtype, "uint8", 2, voxels)
+    x, y = laid_out(x, y, offset=offset)
+    assert _gpu._Job((at := call(x, y, 1, None)).logits, at.labels, at.spec).plan.voxels == expected
+
+
+def test_same_bits_in_any_order_of_threads_and_blocks(monkeypatch):
+    gpu_simulator.install(monkeypatch, warps=8)  # as on a GPU
     x, y, cotangent = example("float32", "uint8", 20, 512)
-    plan = _gpu_kernels.plan("float32", "uint8", 20, 1, True)
-    sums, _, grad = run(plan, x, y, cotangent, seed=1)
-    other_sums, _, other_grad = run(plan, x, y, cotangent, seed=2)
+    sums, grad = run(x, y, cotangent)
+    true_sums, _ = expected(x, y, cotangent, 1, None)
+    assert_close(sums, true_sums, rtol=RTOL["float32"], atol=RTOL["float32"])
+    other_sums, other_grad = run(x, y, cotangent)  # the simulator shuffles every launch anew
     assert_same_bits(other_sums, sums)
     assert_same_bits(other_grad, grad)
 
 
-def test_bad_labels_make_their_sample_nan_and_are_counted():
+@pytest.mark.parametrize("each", [False, True])
+def test_a_scale_multiplies_the_cotangent(each):
+    x, y, cotangent = example("float16", "uint8", 3, 520)
+    scale = np.array([3, -0.25] if each else 1024, np.float32)
+    _, grad = run(x, y, cotangent, scale=scale)
+    _, true_grad = expected(x, y, cotangent * scale[..., None], 1, None)
+    atol = GRAD["float16"] * np.abs(true_grad).max()
+    assert_close(grad.astype(np.float64), true_grad, rtol=GRAD["float16"], atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("channels", "smooth", "reduction"),
+    [*itertools.product([1, 4], [0.0, 0.5], spec.REDUCTIONS), (40, 0.5, "batch")],
+)
+def test_the_loss_and_its_derivative_follow_in_the_second_launch(channels, smooth, reduction):
+    x, y, _ = example("float32", "uint8", channels, 300 // channels, samples=3)
+    y[y == 1] = 0
+    x[:, -1] = -200  # neither there nor predicted
+    y[y == channels - 1] = 0
+    at = call(x, y, 1, -1)
+    weight = np.arange(1, at.classes + 1) / 7 if smooth else None
+    dice = losses.Dice(weight, 0 if smooth else -1, smooth, reduction)
+    shape = (3,) if reduction == "none" else ()
+    value, derivative, sums = nothing(at, shape, "float32"), nothing(at), nothing(at)
+    on_device = None if weight is None else on_gpu(weight)
+    _gpu.loss(at.logits, at.labels, value, derivative, at.spec, dice, on_device)
+    assert gpu_simulator.Kernel.launched == ("statistics", "loss")
+    _gpu.statistics(at.logits, at.labels, sums, at.spec, 1)
+    true_value, true_derivative = dice.with_derivative(sums.owner.host)
+    assert_close(value.owner.host, np.asarray(true_value), rtol=2e-7, atol=0)
+    assert_close(derivative.owner.host, true_derivative, rtol=1e-13, atol=1e-16)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 5), (2, 3, 0), (0, 3, 0)])
+@pytest.mark.parametrize("reduction", spec.REDUCTIONS)
+def test_nothing_to_sum(shape, reduction):
+    x, y = np.zeros(shape, np.float32), np.zeros((shape[0], shape[2]), np.uint8)
+    sums, grad = run(x, y, np.ones((3, shape[0], 3)))
+    assert sums.shape == (3, shape[0], 3)
+    assert not sums.any()
+    assert grad.shape == shape
+    at = call(x, y, 1, None)
+    value = nothing(at, shape[:1] if reduction == "none" else (), "float32")
+    dice = losses.Dice(reduction=reduction)
+    _gpu.loss(at.logits, at.labels, value, nothing(at), at.spec, dice, None)
+    np.testing.assert_array_equal(value.owner.host, dice(np.zeros(at.sums_shape)))
+
+
+def test_bad_labels_make_their_sample_nan():
     x, y, cotangent = example("float32", "int64", 3, 600)
     y[1, [5, 99]] = -7, 2**40
-    plan = _gpu_kernels.plan("float32", "int64", 3, 1, True)
-    sums, bad, grad = run(plan, x, y, cotangent)
-    assert bad.tolist() == [0, 2]
+    sums, grad = run(x, y, cotangent)
     assert np.isnan(sums[:, 1]).all()
     assert not np.isnan(sums[:, 0]).any()
     assert not grad[1, :, [5, 99]].any()
+
+
+def test_an_ignore_label_that_labels_cannot_be():
+    x, y, cotangent = example("float64", "uint64", 2, 130)
+    y[0, 3] = 2**64 - 1
+    assert np.isnan(run(x, y, cotangent, ignore=-1)[0][:, 0]).all()
+    assert not np.isnan(run(x, y, cotangent, ignore=2**64 - 1)[0]).any()
 
 
 def test_infinities_are_as_in_the_limit():
@@ -144,11 +216,9 @@ def test_infinities_are_as_in_the_limit():
     x[0, 0] = np.inf, -np.inf, -np.inf, np.nan
     x[0, 1:, 2] = -np.inf
     y = np.array([[0, 1, 1, 2]])
-    cotangent = np.ones((3, 1, 3))
-    plan = _gpu_kernels.plan("float32", "int64", 3, 1, False)
     for voxel, scores in enumerate(([1, 0, 0], [0, 0.5, 0.5], [np.nan] * 3, [np.nan] * 3)):
         at = np.s_[..., voxel : voxel + 1]
-        sums, _, _ = run(plan, x[at], y[at], cotangent)
+        sums, _ = run(x[at], y[at], np.ones((3, 1, 3)))
         np.testing.assert_array_equal(sums[1, 0], scores)
 
 
@@ -165,16 +235,20 @@ class Faults:
 
     @staticmethod
     def unread(ops):
-        ops.load_labels = lambda memory, at: (np.int64(0),) * 4
+        ops.load_labels = lambda address, at: (np.int64(0),) * 4
+
+    @staticmethod
+    def beyond(ops):
+        ops.load_logits = lambda address, at, load=ops.load_logits: load(address, at + 16)
 
 
-@pytest.mark.parametrize("fault", ["half", "lonely", "unread"])
+@pytest.mark.parametrize("fault", ["half", "lonely", "unread", "beyond"])
 def test_the_comparison_bites(monkeypatch, fault):
-    def broken(plan, cuda, whole=operations):
+    def broken(plan, cuda, whole=gpu_simulator.operations):
         ops = whole(plan, cuda)
         getattr(Faults, fault)(ops)
         return ops
 
-    monkeypatch.setitem(globals(), "operations", broken)
+    monkeypatch.setattr(gpu_simulator, "operations", broken)
     with pytest.raises(AssertionError):
         test_against_the_reference("float32", "uint8", 4, 512, {})

@@ -1,5 +1,5 @@
 """Time and peak memory of the Dice loss and its gradient: dice_core beside the installed peers,
-and the least that this machine's memory allows.
+and the least that the memory of this machine, or of its GPU, allows.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ memory       Growth of a fresh process over one step (peak) and what its forward
              (kept), in units of the logits' bytes.
 floor        Forward: the time to read logits and labels. Step: that, then reading the labels again
              and copying the logits. Measured in the same rounds by the same threads.
+cuda         Time is the device's, by events around each phase, the host about 10 ms ahead; the
+             host's, what it takes to enqueue a step, is told beside it. Steps take copies of the
+             input in turns, together larger than the L2 cache. Memory is what torch's allocator
+             hands out.
 environment  It decides what a fresh tensor costs. By default glibc maps a large one anew and every
              page of it faults. With freed memory used again, everybody is faster:
              GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
@@ -42,7 +46,10 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = result.add_argument
-    add("cases", nargs="*", metavar="CASE", help="names from the list below (default: all)")
+    large = ", ".join(cases.GPU_SIZED)
+    text = f"names from the list below (default: all; {large} only on cuda)"
+    add("cases", nargs="*", metavar="CASE", help=text)
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     add("--only", metavar="NAMES", help="implementations from the list below, commas between")
     add("--labels", choices=cases.LABELS, default="int64", help="dtype (default: %(default)s)")
     add("--threads", type=_count, metavar="N", help="default: OMP_NUM_THREADS, else all cores")
@@ -62,8 +69,9 @@ def main() -> None:
     line = parser()
     options = line.parse_args()
     try:
-        chosen = cases.named(options.cases or (QUICK_CASES if options.quick else cases.CASES))
-        only = options.only.split(",") if options.only else implementations.IMPLEMENTATIONS
+        default = QUICK_CASES if options.quick else cases.default(options.device)
+        chosen = cases.named(options.cases or default)
+        only = options.only.split(",") if options.only else implementations.of(options.device)
         rows = implementations.named(only)
     except ValueError as error:
         line.error(str(error))
@@ -73,21 +81,30 @@ def main() -> None:
         rows = [row for row in rows if not row.compiled]
     if not rows:
         line.error("--no-compile leaves nothing of --only")
+    elsewhere = [row.name for row in rows if row.device not in (None, options.device)]
+    if elsewhere:
+        line.error(f"{', '.join(elsewhere)} cannot be measured on {options.device}")
 
     try:  # only now: these imports take seconds
         from rich.console import Console
 
         from . import plot, run, summary, tables
+        from .device import DEVICES
         from .measure import Settings
     except ModuleNotFoundError as error:
         line.exit(1, f"{line.prog} needs {error.name}: {EXTRA}\n")
+    reason = DEVICES[options.device].unusable()
+    if reason:
+        line.exit(1, f"--device {options.device}: {reason}\n")
     settings = Settings(
+        device=options.device,
+        memory=not options.no_memory,
         labels=options.labels,
         threads=options.threads or threads.resolve(None),
         rounds=options.rounds or (3 if options.quick else 30),
         budget=options.budget or (1.0 if options.quick else 20.0),
     )
-    report = run.report(chosen, rows, settings, memory=not options.no_memory)
+    report = run.report(chosen, rows, settings)
     if not report.cases:
         line.exit(1, "\n".join([*tables.heading(report), "nothing was measured\n"]))
 

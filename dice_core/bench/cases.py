@@ -63,8 +63,17 @@ CASES = {
         Case("g", (4, 4, 64, 64)),
         Case("h", (2, 5, 64, 128, 128), channels_last=True),
         Case("i", (2, 5, 64, 128, 128), dtype="float16"),
+        Case("j", (2, 4, 128, 128, 128), dtype="float16"),
+        Case("k", (1, 4, 256, 256, 256), dtype="float16"),
+        Case("l", (2, 14, 128, 128, 128), dtype="bfloat16"),
     )
 }
+GPU_SIZED = ("j", "k", "l")
+
+
+def default(device: str) -> list[str]:
+    """The names of those that are measured unasked."""
+    return [name for name in CASES if device == "cuda" or name not in GPU_SIZED]
 
 
 def named(names: Collection[str]) -> list[Case]:

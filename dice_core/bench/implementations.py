@@ -6,21 +6,24 @@ foreground alone: ours is told so with weight (0, 1).
 
 An implementation makes a step: a generator function that yields when its input is ready and again
 after each phase, so that the same step can be timed and weighed. What it yields last is the loss.
+Steps take the inputs that there are in turns: one, or as many as it takes to get round a cache.
 """
 
 from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # every library is imported where it is used: the table below is for all to read
     from torch import Tensor
 
 Loss = Callable[["Tensor", "Tensor"], "Tensor"]
+Inputs = Sequence[tuple["Tensor", "Tensor"]]
 Step = Callable[[], Iterator[Any]]
 
 
@@ -30,17 +33,19 @@ class Implementation:
 
     - name: on the command line.
     - module: what it needs, a peer's module of losses.
-    - prepare: logits (N, C, *) and labels (N, *) -> its step.
+    - prepare: pairs of logits (N, C, *) and labels (N, *), all of one shape -> its step.
     - formula: the function of `formulas` that it computes.
     - compiled: its first step of a shape compiles.
+    - device: the only one that it is measured on; None for every one.
     """
 
     name: str
     title: str
     module: str
-    prepare: Callable[[Tensor, Tensor], Step]
+    prepare: Callable[[Inputs], Step]
     formula: str = "dice"
     compiled: bool = False
+    device: str | None = None
 
     def unavailable(self) -> str | None:
         """Why it cannot be measured here, None if it can."""
@@ -59,11 +64,13 @@ class Implementation:
 # ---- steps -------------------------------------------------------------------------------------
 
 
-def _autograd(build: Callable[[int], Loss], x: Tensor, y: Tensor) -> Step:
+def _autograd(build: Callable[[int], Loss], inputs: Inputs) -> Step:
     """Forward, then backward into a fresh gradient; `build` takes the number of channels."""
-    loss, x = build(x.shape[1]), x.detach().requires_grad_()
+    loss = build(_channels(inputs))
+    turns = cycle([(x.detach().requires_grad_(), y) for x, y in inputs])
 
     def step() -> Iterator[Any]:
+        x, y = next(turns)
         yield
         value = loss(x, y)
         yield
@@ -74,31 +81,41 @@ def _autograd(build: Callable[[int], Loss], x: Tensor, y: Tensor) -> Step:
     return step
 
 
-def _into_out(x: Tensor, y: Tensor) -> Step:
+def _into_out(inputs: Inputs) -> Step:
     """Both in one call, the gradient into memory that is already mapped."""
     from .. import api
 
-    out, options = x.clone(), _options(x.shape[1])
+    out, options, turns = inputs[0][0].clone(), _options(_channels(inputs)), cycle(inputs)
 
     def step() -> Iterator[Any]:
+        x, y = next(turns)
         yield
         yield api.loss_and_grad(x, y, out=out, num_threads=_threads(), **options)[0]
 
     return step
 
 
-def _over_logits(x: Tensor, y: Tensor) -> Step:
-    """Both in one call, the gradient over the logits, which are put back before every step."""
+def _over_logits(inputs: Inputs) -> Step:
+    """Both in one call, the gradient over the logits; the last step's are put back before it."""
     from .. import api
 
-    logits, options = x.clone(), _options(x.shape[1])
+    options = _options(_channels(inputs))
+    own = [(x.clone(), x, y) for x, y in inputs]
+    turns, spent = cycle(own), own[-1]
 
     def step() -> Iterator[Any]:
+        nonlocal spent
+        logits, x, _ = spent
         logits.copy_(x)
+        spent = logits, _, y = next(turns)
         yield
         yield api.loss_and_grad(logits, y, out=logits, num_threads=_threads(), **options)[0]
 
     return step
+
+
+def _channels(inputs: Inputs) -> int:
+    return inputs[0][0].shape[1]
 
 
 def _threads() -> int:
@@ -153,6 +170,14 @@ def _kornia(channels: int) -> Loss:
     return lambda x, y: dice_loss(x.flatten(2, -2), y.flatten(1, -2), average="macro")
 
 
+def _exacta(channels: int) -> Loss:
+    losses = importlib.import_module("exacta.losses")
+    if channels == 1:  # its class labels are below the number of channels
+        loss = losses.DiceLoss(activation="sigmoid", target_format="one-hot", backend="triton")
+        return lambda x, y: loss(x, y.unsqueeze(1))
+    return losses.DiceLoss(backend="triton")
+
+
 def _naive(channels: int, name: str = "dice") -> Loss:
     from . import formulas
 
@@ -167,7 +192,7 @@ def _compiled(build: Callable[[int], Loss], channels: int) -> Loss:
 
 # ---- the table ---------------------------------------------------------------------------------
 
-OURS, OUT, OVER, MONAI = "ours", "ours-out", "ours-over", "monai"
+OURS, OUT, OVER, MONAI, EXACTA = "ours", "ours-out", "ours-over", "monai", "exacta"
 
 _MONAI, _NNUNET, _SMP = (
     "monai.losses",
@@ -201,6 +226,13 @@ IMPLEMENTATIONS = {
         Implementation(
             "kornia", "kornia dice_loss, macro", "kornia.losses", partial(_autograd, _kornia)
         ),
+        Implementation(
+            EXACTA,
+            "exacta DiceLoss, Triton",
+            "exacta.losses",
+            partial(_autograd, _exacta),
+            device="cuda",
+        ),
         Implementation("naive", "torch, naive", "torch", partial(_autograd, _naive)),
         Implementation(
             "compile-naive",
@@ -225,6 +257,11 @@ IMPLEMENTATIONS = {
         ),
     )
 }
+
+
+def of(device: str) -> list[str]:
+    """The names of those that are measured on a device."""
+    return [row.name for row in IMPLEMENTATIONS.values() if row.device in (None, device)]
 
 
 def named(names: Collection[str]) -> list[Implementation]:

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from .. import backends, threads
-from . import memory
+from .device import DEVICES
 
 PACKAGES = (
     "dice_core",
@@ -29,8 +29,11 @@ PACKAGES = (
 VARIABLES = ("GLIBC_TUNABLES", "LD_PRELOAD", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY")
 
 
-def facts() -> dict[str, Any]:
-    """Processor, memory, the backend that a call gets, environment, versions, date, command."""
+def facts(device: str) -> dict[str, Any]:
+    """Processor, memory, the backend that a call gets, environment, versions, date, command; and
+    what the device says of itself.
+    """
+    about = DEVICES[device]
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "command": shlex.join(["python", "-m", "dice_core.bench", *sys.argv[1:]]),
@@ -39,12 +42,11 @@ def facts() -> dict[str, Any]:
         "cores": threads.available_cores(),
         "load": psutil.getloadavg()[0],  # how busy others keep it
         "memory_bytes": psutil.virtual_memory().total,
-        "peak_memory_exact": memory.resettable(),
-        "backend": _backend(),
+        "backend": _backend(device),
         "environment": {name: os.environ.get(name) for name in VARIABLES},
         "versions": {"python": platform.python_version()}
-        | {name: version for name in PACKAGES if (version := _version(name))},
-    }
+        | {name: found for name in (*PACKAGES, *about.packages) if (found := _version(name))},
+    } | about.facts()
 
 
 def processor() -> str:
@@ -57,11 +59,11 @@ def processor() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
-def _backend() -> str | None:
+def _backend(device: str) -> str | None:
     usable = (
         row.name
         for row in backends.BUILT_IN
-        if row.device == "cpu" and row.automatic and not row.unavailable()
+        if row.device == device and row.automatic and not row.unavailable()
     )
     return os.environ.get(backends.VARIABLE) or next(usable, None)
 

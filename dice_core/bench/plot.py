@@ -33,11 +33,8 @@ def save(report: Report, path: Path) -> None:
     handles, labels = time.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False)
     facts = report.facts
-    time.set_title(
-        f"{facts['cpu']}, {facts['settings']['threads']} threads, {facts['date']}",
-        fontsize="medium",
-        loc="left",
-    )
+    where = facts.get("gpu") or f"{facts['cpu']}, {facts['settings']['threads']} threads"
+    time.set_title(f"{where}, {facts['date']}", fontsize="medium", loc="left")
     figure.savefig(path, dpi=150)
 
 

@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
-
-# A fork has the libraries that its parent imported, which saves seconds; the parent never runs any
-# of them, so there are no threads to lose. Elsewhere forks are absent or unsafe.
-if sys.platform == "linux":
-    _context = multiprocessing.get_context("fork")
-else:
-    _context = multiprocessing.get_context("spawn")
 
 
 class ProcessDied(RuntimeError):
     """The process ended before its work did, for want of memory perhaps."""
 
 
-def fresh(work: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Any]:
-    """What the generator function yields, run in a new process.
+def fresh(work: Callable[..., Iterator[Any]], *arguments: Any, spawn: bool) -> Iterator[Any]:
+    """What the generator function yields, run in a new process, a fork unless `spawn`.
 
     Raises ProcessDied if that ends by a signal or an exception.
     """
-    receiver, sender = _context.Pipe(duplex=False)
-    process = _context.Process(target=_run, args=(sender, work, arguments), daemon=True)
+    context: Any = multiprocessing.get_context("spawn" if spawn else "fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(sender, work, arguments), daemon=True)
     process.start()
     sender.close()
     try:

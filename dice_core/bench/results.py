@@ -18,7 +18,8 @@ class Measurement:
     forward: float | None = None  # seconds, medians
     backward: float | None = None
     step: float | None = None  # forward and backward together
-    peak: float | None = None  # growth of the process, in units of the logits' bytes
+    host: float | None = None  # what a step costs the host, where a device does the work
+    peak: float | None = None  # growth of memory, in units of the logits' bytes
     kept: float | None = None  # of it, what forward leaves for backward
     value: float | None = None  # of the loss
     expected: float | None = None  # by the naive formula, in float32
@@ -33,6 +34,7 @@ class CaseResult:
     labels: str
     x_bytes: int = 0
     y_bytes: int = 0
+    copies: int = 1  # of the input, that steps take in turns
     rounds: int = 0
     floor: Floor | None = None
     measurements: dict[str, Measurement] = field(default_factory=dict)

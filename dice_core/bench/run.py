@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import machine, measure
 from .cases import Case
+from .device import DEVICES
 from .implementations import Implementation
 from .measure import Settings
 from .processes import ProcessDied, fresh
@@ -22,17 +24,16 @@ def report(
     chosen: Sequence[Case],
     rows: Sequence[Implementation],
     settings: Settings,
-    memory: bool = True,
 ) -> Report:
     """Measures, with a progress bar on standard error; interrupted, returns what there is."""
     log = Console(stderr=True)
     with log.status("importing the peers"):
         reasons = {row.name: row.unavailable() for row in rows}
     unavailable = {name: reason for name, reason in reasons.items() if reason}
-    result = Report(machine.facts() | {"settings": asdict(settings)}, unavailable)
+    result = Report(machine.facts(settings.device) | {"settings": asdict(settings)}, unavailable)
     usable = [row for row in rows if row.name not in unavailable]
     columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    # No thread refreshes it: this process forks.
+    # No thread refreshes it: this process may fork.
     with Progress(*columns, console=log, transient=True, auto_refresh=False) as bar:
         task = bar.add_task("", total=1)
 
@@ -40,7 +41,7 @@ def report(
             bar.update(task, completed=done, description=what, refresh=True)
 
         try:
-            for found in cases(chosen if usable else (), usable, settings, show, memory):
+            for found in cases(chosen if usable else (), usable, settings, show):
                 result.cases[found.case.name] = found
         except KeyboardInterrupt:
             log.print("interrupted")
@@ -52,17 +53,17 @@ def cases(
     rows: Sequence[Implementation],
     settings: Settings,
     show: Show,
-    memory: bool,
 ) -> Iterator[CaseResult]:
     """Each case's result as soon as it is there."""
-    parts = 1 + memory * len(rows)  # the timing, and a weighing each
+    apart = rows if settings.memory and DEVICES[settings.device].weighs_apart else ()
+    parts = 1 + len(apart)  # the timing, and a weighing each
     for i, case in enumerate(chosen):
 
         def show_part(done: float, what: str, before: int = i * parts) -> None:
             show((before + done) / (len(chosen) * parts), what)
 
         result = timed(case, [row.name for row in rows], settings, show_part)
-        for k, row in enumerate(rows if memory else (), start=1):
+        for k, row in enumerate(apart, start=1):
             show_part(k, f"{case.name}: memory of {row.title}")
             found = result.measurements[row.name]
             if found.step is not None:  # what was refused once is not asked again
@@ -71,10 +72,10 @@ def cases(
 
 
 def timed(case: Case, names: Sequence[str], settings: Settings, show: Show) -> CaseResult:
-    """The case's result without memory."""
+    """The case's result, as far as one process finds it out."""
     result = CaseResult(case, settings.labels)
     try:
-        for message in fresh(measure.times, case, names, settings):
+        for message in _fresh(measure.times, case, names, settings):
             if isinstance(message, CaseResult):
                 result = message
             else:
@@ -87,7 +88,13 @@ def timed(case: Case, names: Sequence[str], settings: Settings, show: Show) -> C
 def weigh(case: Case, row: Implementation, settings: Settings, found: Measurement) -> None:
     """Fills in peak and kept."""
     try:
-        for found.peak, found.kept in fresh(measure.weight, case, row.name, settings):
+        for found.peak, found.kept in _fresh(measure.weight, case, row.name, settings):
             pass
     except ProcessDied as died:
         found.notes.append(f"memory: {died}")
+
+
+def _fresh(
+    work: Callable[..., Iterator[Any]], case: Case, what: Any, settings: Settings
+) -> Iterator[Any]:
+    return fresh(work, case, what, settings, spawn=DEVICES[settings.device].spawn)

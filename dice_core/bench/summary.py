@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .implementations import IMPLEMENTATIONS, MONAI, OURS, OUT, OVER
+from .implementations import EXACTA, IMPLEMENTATIONS, MONAI, OURS, OUT, OVER
 from .results import CaseResult, Report, ratio
 
 
@@ -19,6 +19,7 @@ class Speed:
     over_compile: float | None  # the fastest compiled peer's time by ours
     compiled: str | None  # which that is
     above_floor: float | None  # our time by the floor
+    over_exacta: float | None = None  # exacta's time by ours
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,18 @@ class Memory:
     monai: float | None
     compile: float | None
     compiled: str | None  # the peer whose step is the fastest of the compiled
+
+
+@dataclass(frozen=True)
+class Host:
+    """Seconds that a step costs the host, where a device does the work."""
+
+    case: str
+    ours: float | None
+    monai: float | None
+    compile: float | None
+    compiled: str | None  # the peer whose step is the fastest of the compiled
+    exacta: float | None
 
 
 # what is compared: (ours, the attribute of the peers' and of the floor)
@@ -53,6 +66,7 @@ def speed(result: CaseResult, quantity: str) -> Speed:
         ratio(_of(result, compiled, what), seconds),
         compiled,
         result.above_floor(ours, what),
+        ratio(_of(result, EXACTA, what), seconds),
     )
 
 
@@ -66,6 +80,19 @@ def memory(result: CaseResult) -> Memory:
         _of(result, MONAI, "peak"),
         _of(result, compiled, "peak"),
         compiled,
+    )
+
+
+def host(result: CaseResult) -> Host:
+    """The row of the host's time."""
+    compiled = fastest_compiled(result, "step")
+    return Host(
+        result.case.name,
+        _of(result, OURS, "host"),
+        _of(result, MONAI, "host"),
+        _of(result, compiled, "host"),
+        compiled,
+        _of(result, EXACTA, "host"),
     )
 
 
@@ -87,5 +114,7 @@ def _of(result: CaseResult, name: str | None, what: str) -> float | None:
 def as_json(report: Report) -> dict[str, Any]:
     """The whole run and its summary: dictionaries, lists, numbers, None."""
     results = report.cases.values()
-    speeds = {name: [asdict(speed(r, name)) for r in results] for name in QUANTITIES}
-    return asdict(report) | {"summary": speeds | {"memory": [asdict(memory(r)) for r in results]}}
+    found = {name: [asdict(speed(r, name)) for r in results] for name in QUANTITIES}
+    found["memory"] = [asdict(memory(r)) for r in results]
+    found["host"] = [asdict(host(r)) for r in results]
+    return asdict(report) | {"summary": found}

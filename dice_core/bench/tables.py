@@ -15,6 +15,7 @@ from . import summary
 from .implementations import IMPLEMENTATIONS
 from .results import CaseResult, Measurement, Report
 
+HOST = "host us"
 NOTE_LENGTH = 700  # characters; JSON has them whole
 
 
@@ -34,6 +35,16 @@ class Table:
         for row in self.rows:
             table.add_row(*map(escape, row))
         return table
+
+    def without_empty(self, *names: str) -> Table:
+        """The same without these columns where nobody has a number in them."""
+        columns = [
+            i
+            for i, name in enumerate(self.header)
+            if name not in names or any(row[i] not in ("", "-") for row in self.rows)
+        ]
+        header, *rows = (tuple(row[i] for i in columns) for row in (self.header, *self.rows))
+        return Table(self.title, header, rows)
 
     def markdown(self) -> str:
         """A heading line and a table of GitHub's kind."""
@@ -55,6 +66,13 @@ def heading(report: Report) -> list[str]:
         "environment: " + (", ".join(set_variables) or "the allocator's and OpenMP's defaults"),
         facts["command"],
     ]
+    if "gpu" in facts:
+        lines.insert(
+            0,
+            f"{facts['gpu']}, compute capability {facts['compute_capability']}, "
+            f"{facts['gpu_memory_bytes'] / 2**30:.0f} GiB, {facts['l2_bytes'] / 2**20:.0f} MiB of "
+            f"L2 cache; driver {facts['driver']}, CUDA {facts['cuda']}",
+        )
     if not facts["peak_memory_exact"]:
         lines.append("peak memory is a lower bound: the system keeps a lifetime maximum only")
     missing = [f"{IMPLEMENTATIONS[name].title} ({why})" for name, why in report.unavailable.items()]
@@ -69,46 +87,61 @@ def details(result: CaseResult, footnotes: list[str]) -> Table:
         rows.append((IMPLEMENTATIONS[name].title + marks, *_cells(name, found, result)))
     title = f"{result.case.name}: {result.case}, {result.rounds} rounds"
     if floor:
-        rows.append(("floor", _ms(floor.forward), "", _ms(floor.step), *[""] * 4))
+        rows.append(("floor", _ms(floor.forward), "", _ms(floor.step), *[""] * 5))
         read, copy = result.x_bytes / floor.read_x / 1e9, result.x_bytes / floor.copy_x / 1e9
         title += f"; read {read:.1f}, copy {copy:.1f} GB/s"
-    header = ("", "forward ms", "backward ms", "step ms", "fwd / floor", "step / floor")
-    return Table(title, (*header, "peak", "kept"), rows)
+    if result.copies > 1:
+        title += f"; {result.copies} copies of the input in turns"
+    header = ("", "forward ms", "backward ms", "step ms", "fwd / floor", "step / floor", HOST)
+    return Table(title, (*header, "peak", "kept"), rows).without_empty(HOST)
 
 
 def _cells(name: str, found: Measurement, result: CaseResult) -> Iterator[str]:
     yield from map(_ms, (found.forward, found.backward, found.step))
     yield from (_number(result.above_floor(name, what)) for what in ("forward", "step"))
+    yield _us(found.host)
     yield from map(_number, (found.peak, found.kept))
 
 
 def summaries(report: Report) -> list[Table]:
-    """Ours against MONAI, the fastest compiled peer and the floor; then memory; what there is."""
-    tables = []
-    for quantity in summary.QUANTITIES:
-        rows = []
-        for result in report.cases.values():
-            row = summary.speed(result, quantity)
-            compared = (row.over_monai, row.over_compile)
-            rows.append(
-                (row.case, _ms(row.seconds), *map(_times, compared), _number(row.above_floor))
-            )
-        header = ("case", "ms", "vs MONAI", "vs compile", "/ floor")
-        tables.append(Table(f"dice_core, {quantity}", header, rows))
-    weights = [summary.memory(result) for result in report.cases.values()]
+    """Ours against the peers and the floor; then memory and the host's time; what there is."""
+    results = list(report.cases.values())
+    tables = [_speeds(results, quantity) for quantity in summary.QUANTITIES]
+    tables += [_memory(results), _hosts(results)]
+    return [table for table in tables if any(set(row[1:]) != {"-"} for row in table.rows)]
+
+
+def _speeds(results: list[CaseResult], quantity: str) -> Table:
+    rows = []
+    for result in results:
+        row = summary.speed(result, quantity)
+        compared = (row.over_monai, row.over_compile, row.over_exacta)
+        rows.append((row.case, _ms(row.seconds), *map(_times, compared), _number(row.above_floor)))
+    header = ("case", "ms", "vs MONAI", "vs compile", "vs exacta", "/ floor")
+    return Table(f"dice_core, {quantity}", header, rows).without_empty("vs exacta")
+
+
+def _memory(results: list[CaseResult]) -> Table:
+    weights = map(summary.memory, results)
     header = ("case", "dice_core", "over the logits", "MONAI", "compile")
     rows = [
         (row.case, *map(_number, (row.ours, row.over_logits, row.monai, row.compile)))
         for row in weights
     ]
-    tables.append(Table("peak memory of a step, in units of the logits", header, rows))
-    return [table for table in tables if any(set(row[1:]) != {"-"} for row in table.rows)]
+    return Table("peak memory of a step, in units of the logits", header, rows)
+
+
+def _hosts(results: list[CaseResult]) -> Table:
+    hosts = map(summary.host, results)
+    header = ("case", "dice_core", "MONAI", "compile", "exacta")
+    rows = [(row.case, *map(_us, (row.ours, row.monai, row.compile, row.exacta))) for row in hosts]
+    return Table("time of a step on the host, us", header, rows).without_empty("exacta")
 
 
 def legend(report: Report) -> list[str]:
     """What the cases and the words of the summaries stand for."""
     cases = "; ".join(f"{name} {result.case}" for name, result in report.cases.items())
-    return [
+    lines = [
         f"Cases: {cases}. Labels (N, *), {report.facts['settings']['labels']}.",
         "A step is forward and backward. MONAI is its DiceLoss; compile is the fastest of "
         "torch.compile of the naive code, of the naive code with ==, and of MONAI's DiceLoss. "
@@ -118,6 +151,12 @@ def legend(report: Report) -> list[str]:
         "lacks the 1 and SMP's is of the whole batch. One channel is a Dice of the foreground "
         "alone; ours has weight (0, 1) there.",
     ]
+    if "gpu" in report.facts:
+        lines.append(
+            "Times are the device's, the host far enough ahead; the host's is what it takes to "
+            "enqueue a step. A step alone takes the longer of the two."
+        )
+    return lines
 
 
 def notes(report: Report) -> dict[str, str]:
@@ -172,3 +211,7 @@ def _times(value: float | None) -> str:
 
 def _ms(seconds: float | None) -> str:
     return "-" if seconds is None else _number(1e3 * seconds)
+
+
+def _us(seconds: float | None) -> str:
+    return "-" if seconds is None else _number(1e6 * seconds)

@@ -1,0 +1,87 @@
+"""Compiled kernels on disk, so that only the first process that needs one imports numba.
+
+A file is a digest and a cubin. Its name is a hash of everything that the cubin depends on, so
+that nothing in the folder ever has to be invalidated; it can be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import os
+import tempfile
+from pathlib import Path
+
+from ._gpu_kernels import Plan
+
+VARIABLE = "DICE_CORE_CACHE_DIR"
+SOURCES = ("_gpu_kernels.py", "_gpu_intrinsics.py", "_gpu_compile.py")
+COMPILERS = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-nvjitlink")
+DIGEST_BYTES = 32
+
+
+def cubin(kind: str, plan: Plan, capability: tuple[int, int]) -> bytes:
+    """The cubin of a kernel: from the disk if it is there and whole, else compiled and put there.
+
+    A folder that cannot be written to is done without.
+    """
+    path = folder() / f"{_key(kind, plan, capability)}.cubin"
+    try:
+        stored = path.read_bytes()
+    except OSError:
+        stored = b""
+    code = stored[DIGEST_BYTES:]
+    if code and hashlib.sha256(code).digest() == stored[:DIGEST_BYTES]:
+        return code
+
+    from . import _gpu_compile  # numba takes a second to import
+
+    code = _gpu_compile.compile(kind, plan, capability)
+    with contextlib.suppress(OSError):
+        _write(path, hashlib.sha256(code).digest() + code)
+    return code
+
+
+def folder() -> Path:
+    """DICE_CORE_CACHE_DIR, else dice_core in the user's folder for such files."""
+    if os.environ.get(VARIABLE):
+        return Path(os.environ[VARIABLE])
+    if os.name == "nt":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "dice_core"
+
+
+def _key(kind: str, plan: Plan, capability: tuple[int, int]) -> str:
+    return hashlib.sha256(repr((kind, plan, capability, _origin())).encode()).hexdigest()
+
+
+@functools.cache
+def _origin() -> tuple[str, ...]:
+    """What all kernels come from: the text of the sources and the compilers' versions."""
+    here = Path(__file__).parent
+    texts = [hashlib.sha256((here / name).read_bytes()).hexdigest() for name in SOURCES]
+    return (*texts, *map(_version, COMPILERS))
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a system's own, not from an index
+        return "-"
+
+
+def _write(path: Path, content: bytes) -> None:
+    """As a whole or not at all, whoever else writes or reads it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".new")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise

@@ -1,0 +1,199 @@
+"""NVIDIA's driver library: devices, loading a cubin, launching its kernel.
+
+Called through ctypes, since a launch through numba-cuda costs ten times as much. Nothing here
+waits for a device or allocates its memory. Kernels run in a device's primary context, the one that
+torch, CuPy and numba share.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
+from dataclasses import dataclass
+from typing import Any
+
+LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+MAJOR, MINOR = 75, 76  # attributes of a device: its compute capability
+NO_TIMING = 2
+PARAMETERS, SIZE, END = 1, 2, 0  # of the arguments of a launch, packed
+LEGACY = 1  # a handle of the default stream, beside 0
+
+# Names as the library has them; _v2 is today's version of what changed once.
+_FUNCTIONS: dict[str, tuple[Any, ...]] = {
+    "cuInit": (c_uint,),
+    "cuGetErrorName": (c_int, c_void_p),
+    "cuGetErrorString": (c_int, c_void_p),
+    "cuDeviceGetCount": (c_void_p,),
+    "cuDeviceGet": (c_void_p, c_int),
+    "cuDeviceGetName": (c_char_p, c_int, c_int),
+    "cuDeviceGetAttribute": (c_void_p, c_int, c_int),
+    "cuDevicePrimaryCtxRetain": (c_void_p, c_int),
+    "cuCtxGetCurrent": (c_void_p,),
+    "cuCtxPushCurrent_v2": (c_void_p,),
+    "cuCtxPopCurrent_v2": (c_void_p,),
+    "cuLibraryLoadData": (c_void_p, c_char_p, *[c_void_p] * 2, c_uint, *[c_void_p] * 2, c_uint),
+    "cuLibraryGetKernel": (c_void_p, c_void_p, c_char_p),
+    "cuLaunchKernel": (c_void_p, *[c_uint] * 7, c_void_p, c_void_p, c_void_p),
+    "cuEventCreate": (c_void_p, c_uint),
+    "cuEventRecord": (c_void_p, c_void_p),
+    "cuStreamWaitEvent": (c_void_p, c_void_p, c_uint),
+    "cuEventDestroy_v2": (c_void_p,),
+}
+
+
+class DriverError(RuntimeError):
+    """A call of the driver failed."""
+
+
+def unavailable() -> list[str]:
+    """Why no device can be used; empty if one can."""
+    try:
+        count = c_int()
+        _call("cuDeviceGetCount", byref(count))
+    except OSError:
+        return [
+            f"there is no NVIDIA driver ({LIBRARY} does not load); "
+            f"it comes from your system or nvidia.com/drivers"
+        ]
+    except AttributeError as error:
+        return [f"the NVIDIA driver is older than CUDA 12 ({error}); update it"]
+    except DriverError as error:
+        return [str(error)]
+    return [] if count.value else ["the NVIDIA driver sees no GPU (see CUDA_VISIBLE_DEVICES)"]
+
+
+@functools.cache
+def capability(device: int) -> tuple[int, int]:
+    """Its compute capability, (9, 0) for example."""
+    major, minor = c_int(), c_int()
+    _call("cuDeviceGetAttribute", byref(major), MAJOR, _handle(device))
+    _call("cuDeviceGetAttribute", byref(minor), MINOR, _handle(device))
+    return major.value, minor.value
+
+
+@functools.cache
+def name(device: int) -> str:
+    """Its name."""
+    text = ctypes.create_string_buffer(256)
+    _call("cuDeviceGetName", text, len(text), _handle(device))
+    return text.value.decode()
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel of a loaded cubin, for every device of its capability."""
+
+    handle: int
+
+    def launch(
+        self, device: int, stream: int, blocks: int, threads: int, arguments: tuple[Any, ...]
+    ) -> None:
+        """Queues it. Arguments are ints and floats, 8 bytes each."""
+        numbers = _packer(arguments)(*arguments)
+        packed, size = c_char_p(numbers), c_size_t(len(numbers))
+        extra = (c_void_p * 5)(
+            PARAMETERS, ctypes.cast(packed, c_void_p), SIZE, ctypes.addressof(size), END
+        )
+        with _current(device):
+            _call(
+                "cuLaunchKernel", self.handle, blocks, 1, 1, threads, 1, 1, 0, stream, None, extra
+            )
+
+
+def load(cubin: bytes, entry: str) -> Kernel:
+    """The kernel of that name; it stays loaded."""
+    library, kernel = c_void_p(), c_void_p()
+    _call("cuLibraryLoadData", byref(library), cubin, None, None, 0, None, None, 0)
+    _call("cuLibraryGetKernel", byref(kernel), library, entry.encode())
+    assert kernel.value is not None
+    return Kernel(kernel.value)
+
+
+def wait(device: int, stream: int, other: int) -> None:
+    """Lets what is queued from now on in `stream` wait for what `other` has queued."""
+    if {stream, other} <= {0, LEGACY} or stream == other:
+        return
+    with _current(device):
+        event = c_void_p()
+        _call("cuEventCreate", byref(event), NO_TIMING)
+        try:
+            _call("cuEventRecord", event, other)
+            _call("cuStreamWaitEvent", stream, event, 0)
+        finally:
+            _call("cuEventDestroy_v2", event)
+
+
+@functools.lru_cache(64)
+def _struct(formats: str) -> struct.Struct:
+    return struct.Struct(formats)
+
+
+def _packer(arguments: tuple[Any, ...]) -> Callable[..., bytes]:
+    return _struct("".join("d" if type(value) is float else "q" for value in arguments)).pack
+
+
+@contextmanager
+def _current(device: int) -> Iterator[None]:
+    """The device's primary context is the current one, as the caller's stream may be of it."""
+    context, now = _context(device), c_void_p()
+    _call("cuCtxGetCurrent", byref(now))
+    if now.value == context:
+        yield
+        return
+    _call("cuCtxPushCurrent_v2", context)
+    try:
+        yield
+    finally:
+        _call("cuCtxPopCurrent_v2", byref(now))
+
+
+@functools.cache
+def _context(device: int) -> int | None:
+    context = c_void_p()
+    _call("cuDevicePrimaryCtxRetain", byref(context), _handle(device))
+    return context.value
+
+
+@functools.cache
+def _handle(device: int) -> int:
+    handle = c_int()
+    _call("cuDeviceGet", byref(handle), device)
+    return handle.value
+
+
+_lock = threading.Lock()
+
+
+@functools.cache
+def _driver() -> dict[str, Any]:
+    """Its functions, the driver being initialised."""
+    with _lock:
+        library = ctypes.CDLL(LIBRARY)
+        functions = {}
+        for function, types in _FUNCTIONS.items():
+            functions[function] = getattr(library, function)
+            functions[function].argtypes = types
+        _check(functions, "cuInit", functions["cuInit"](0))
+        return functions
+
+
+def _call(function: str, *arguments: Any) -> None:
+    functions = _driver()
+    _check(functions, function, functions[function](*arguments))
+
+
+def _check(functions: dict[str, Any], function: str, code: int) -> None:
+    if not code:
+        return
+    texts = []
+    for of_error in ("cuGetErrorName", "cuGetErrorString"):
+        text = c_char_p()
+        functions[of_error](code, byref(text))
+        texts.append((text.value or b"unknown").decode())
+    raise DriverError(f"{function}: {': '.join(texts)} (CUDA error {code})")

@@ -1,0 +1,304 @@
+"""What numba.cuda lacks, as LLVM: reading and writing several numbers at once, half precision, a
+fast exponential, a counter.
+
+Pointers are `CPointer(uint8)`, offsets are bytes. This is the only file that touches numba's
+extension API. Nothing here computes in half precision: numbers are float32 (float64 for float64)
+from load to store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+POINTER = types.CPointer(types.uint8)
+REAL = {
+    "float16": types.float32,
+    "bfloat16": types.float32,
+    "float32": types.float32,
+    "float64": types.float64,
+}
+LOG2_E = 1.4426950216293335  # as float32 has it
+WORD_BYTES = 16  # of the widest access
+
+_I16, _I32, _I64 = (ir.IntType(bits) for bits in (16, 32, 64))
+_F16, _F32, _F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
+_FLOATS = {"float16": _F16, "bfloat16": _I16, "float32": _F32, "float64": _F64}
+_BITS = {"float16": 16, "bfloat16": 16, "float32": 32, "float64": 64}
+
+
+def load_numbers(dtype: str, count: int) -> Callable[..., Any]:
+    """(pointer, offset) -> a tuple of `count` neighbouring numbers as REAL[dtype], read as whole
+    words.
+    """
+    result = types.UniTuple(REAL[dtype], count)
+
+    @intrinsic
+    def load(typingctx: Any, pointer: Any, offset: Any) -> Any:
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            if _BITS[dtype] == 16 and count > 1:  # as words: LLVM would read less at a time
+                pairs = _load(builder, args, _I32, 32, count // 2)
+                numbers = [half for pair in pairs for half in _halves(builder, pair, dtype)]
+            else:
+                stored = _load(builder, args, _FLOATS[dtype], _BITS[dtype], count)
+                numbers = [_widened(builder, number, dtype) for number in stored]
+            return context.make_tuple(builder, result, numbers)
+
+        return result(POINTER, types.int64), codegen
+
+    return load
+
+
+def load_labels(dtype: str, count: int) -> Callable[..., Any]:
+    """(pointer, offset) -> a tuple of `count` neighbouring labels as `label_type`."""
+    bits = 8 if dtype == "bool" else int(dtype.lstrip("uint"))
+    result = types.UniTuple(label_type(dtype), count)
+
+    @intrinsic
+    def load(typingctx: Any, pointer: Any, offset: Any) -> Any:
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            labels = _load(builder, args, ir.IntType(bits), bits, count)
+            if bits < 32:
+                widen = builder.sext if dtype.startswith("int") else builder.zext
+                labels = [widen(label, _I32) for label in labels]
+            return context.make_tuple(builder, result, labels)
+
+        return result(POINTER, types.int64), codegen
+
+    return load
+
+
+def label_type(dtype: str) -> Any:
+    """What labels are compared as: unsigned ones keep their bits, so that those too large are
+    negative.
+    """
+    return types.int64 if dtype.endswith("64") else types.int32
+
+
+def store_numbers(dtype: str, count: int) -> Callable[..., Any]:
+    """(pointer, offset, array, first): writes `count` numbers of the array of REAL[dtype] from the
+    first on, rounded to nearest even, as whole words.
+    """
+
+    @intrinsic
+    def store(typingctx: Any, pointer: Any, offset: Any, array: Any, first: Any) -> Any:
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            pointer, offset, array, first = args
+            data = context.make_array(signature.args[2])(context, builder, array).data
+            places = [builder.gep(data, [builder.add(first, _I64(i))]) for i in range(count)]
+            numbers = [builder.load(place) for place in places]
+            if dtype == "bfloat16" and count > 1:
+                halves = zip(numbers[::2], numbers[1::2], strict=True)
+                pairs = [_pair(builder, low, high) for low, high in halves]
+                _store(builder, pointer, offset, pairs, 32)
+            else:
+                stored = [_narrowed(builder, number, dtype) for number in numbers]
+                _store(builder, pointer, offset, stored, _BITS[dtype])
+            return context.get_dummy_value()
+
+        return types.void(POINTER, types.int64, array, types.int64), codegen
+
+    return store
+
+
+def store_number(dtype: Any) -> Callable[..., Any]:
+    """(pointer, offset, number): writes one of this numba type."""
+
+    @intrinsic
+    def store(typingctx: Any, pointer: Any, offset: Any, number: Any) -> Any:
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            pointer, offset, number = args
+            _store(builder, pointer, offset, [number], dtype.bitwidth)
+            return context.get_dummy_value()
+
+        return types.void(POINTER, types.int64, dtype), codegen
+
+    return store
+
+
+@intrinsic
+def load_fresh(typingctx: Any, pointer: Any, offset: Any) -> Any:
+    """A float64 that another block may have written during this launch: past the first cache."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        function = ir.FunctionType(_F64, [_I64])
+        address = builder.ptrtoint(builder.gep(args[0], [args[1]]), _I64)
+        text = "ld.relaxed.gpu.f64 $0, [$1];"
+        return builder.asm(function, text, "=d,l,~{memory}", [address], True)
+
+    return types.float64(POINTER, types.int64), codegen
+
+
+@intrinsic
+def count_up(typingctx: Any, pointer: Any) -> Any:
+    """Adds one to the int32 there, atomically; what it was."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        counter = _address(builder, args[0], _I64(0), _I32)
+        return builder.atomic_rmw("add", counter, _I32(1), "monotonic")
+
+    return types.int32(POINTER), codegen
+
+
+@intrinsic
+def exp(typingctx: Any, x: Any) -> Any:
+    """exp(x): of float32 within 2 ulp and |x| / 2**24, 0 below the normal numbers; of float64 the
+    library's.
+    """
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        if signature.return_type == types.float64:
+            library = ir.FunctionType(_F64, [_F64])
+            function = cgutils.get_or_insert_function(builder.module, library, "__nv_exp")
+            return builder.call(function, args)
+        exponent = builder.fmul(args[0], ir.Constant(_F32, LOG2_E))
+        return _assembled(builder, "ex2.approx.ftz.f32 $0, $1;", _F32, "=f,f", exponent)
+
+    return x(x), codegen
+
+
+@intrinsic
+def divide(typingctx: Any, a: Any, b: Any) -> Any:
+    """a / b, rounded once, without numba's test for zero."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return builder.fdiv(*args)
+
+    return a(a, a), codegen
+
+
+@intrinsic
+def reciprocal(typingctx: Any, x: Any) -> Any:
+    """1 / x: of float32 from 1 on within 1 ulp, of float64 rounded once."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        if signature.return_type == types.float64:
+            return builder.fdiv(ir.Constant(_F64, 1.0), args[0])
+        return _assembled(builder, "rcp.approx.ftz.f32 $0, $1;", _F32, "=f,f", *args)
+
+    return x(x), codegen
+
+
+@intrinsic
+def larger(typingctx: Any, a: Any, b: Any) -> Any:
+    """The larger of the two; of a NaN and a number the number."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        if signature.return_type == types.float64:
+            return _assembled(builder, "max.f64 $0, $1, $2;", _F64, "=d,d,d", *args)
+        return _assembled(builder, "max.f32 $0, $1, $2;", _F32, "=f,f,f", *args)
+
+    return a(a, a), codegen
+
+
+@intrinsic
+def at_most_zero(typingctx: Any, x: Any) -> Any:
+    """The smaller of x and 0; NaN stays."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        if signature.return_type == types.float32:
+            return _assembled(builder, "min.NaN.f32 $0, $1, 0f00000000;", _F32, "=f,f", *args)
+        nought = ir.Constant(_F64, 0.0)
+        return builder.select(builder.fcmp_ordered(">", args[0], nought), nought, args[0])
+
+    return x(x), codegen
+
+
+def times_power(factor: int, exponent: int) -> Callable[..., Any]:
+    """x -> factor x**exponent, by squaring."""
+
+    @intrinsic
+    def power(typingctx: Any, x: Any) -> Any:
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            result, square, left = None, args[0], exponent
+            while left:
+                if left % 2:
+                    result = square if result is None else builder.fmul(result, square)
+                square = builder.fmul(square, square)
+                left //= 2
+            number = ir.Constant(args[0].type, float(factor))
+            if result is None:
+                return number
+            return result if factor == 1 else builder.fmul(result, number)
+
+        return x(x), codegen
+
+    return power
+
+
+def _address(builder: ir.IRBuilder, pointer: Any, offset: Any, to: ir.Type) -> Any:
+    return builder.bitcast(builder.gep(pointer, [offset]), to.as_pointer())
+
+
+def _words(bits: int, count: int) -> tuple[ir.Type, int]:
+    """The type of so many elements in the widest machine words, and its alignment."""
+    size = bits * count // 8
+    word = min(size, 4) if bits < 64 else 8
+    element = ir.IntType(8 * word)
+    words = size // word
+    return ir.VectorType(element, words) if words > 1 else element, min(size, WORD_BYTES)
+
+
+def _load(builder: ir.IRBuilder, where: Any, element: ir.Type, bits: int, count: int) -> list[Any]:
+    (pointer, offset), (loaded_type, align) = where, _words(bits, count)
+    loaded = builder.load(_address(builder, pointer, offset, loaded_type), align=align)
+    if count == 1:
+        return [builder.bitcast(loaded, element)]
+    elements = builder.bitcast(loaded, ir.VectorType(element, count))
+    return [builder.extract_element(elements, _I32(i)) for i in range(count)]
+
+
+def _store(builder: ir.IRBuilder, pointer: Any, offset: Any, values: list[Any], bits: int) -> None:
+    stored_type, align = _words(bits, len(values))
+    packed = values[0]
+    if len(values) > 1:
+        packed = ir.Constant(ir.VectorType(values[0].type, len(values)), ir.Undefined)
+        for i, value in enumerate(values):
+            packed = builder.insert_element(packed, value, _I32(i))
+    address = _address(builder, pointer, offset, stored_type)
+    builder.store(builder.bitcast(packed, stored_type), address, align=align)
+
+
+def _widened(builder: ir.IRBuilder, number: Any, dtype: str) -> Any:
+    if dtype == "float16":
+        return builder.fpext(number, _F32)
+    if dtype == "bfloat16":
+        return builder.bitcast(builder.shl(builder.zext(number, _I32), _I32(16)), _F32)
+    return number
+
+
+def _narrowed(builder: ir.IRBuilder, number: Any, dtype: str) -> Any:
+    if dtype == "float16":
+        return builder.fptrunc(number, _F16)
+    if dtype == "bfloat16":
+        return _assembled(builder, "cvt.rn.bf16.f32 $0, $1;", _I16, "=h,f", number)
+    return number
+
+
+def _halves(builder: ir.IRBuilder, pair: Any, dtype: str) -> tuple[Any, Any]:
+    """Two numbers of a word, the lower first, as float32, whose upper half is a bfloat16."""
+    if dtype == "bfloat16":
+        low, high = builder.shl(pair, _I32(16)), builder.and_(pair, _I32(0xFFFF0000))
+        return builder.bitcast(low, _F32), builder.bitcast(high, _F32)
+    low, high = (builder.trunc(bits, _I16) for bits in (pair, builder.lshr(pair, _I32(16))))
+    return (
+        _widened(builder, builder.bitcast(low, _F16), dtype),
+        _widened(builder, builder.bitcast(high, _F16), dtype),
+    )
+
+
+def _pair(builder: ir.IRBuilder, low: Any, high: Any) -> Any:
+    return _assembled(builder, "cvt.rn.bf16x2.f32 $0, $1, $2;", _I32, "=r,f,f", high, low)
+
+
+def _assembled(
+    builder: ir.IRBuilder, text: str, result: ir.Type, constraints: str, *numbers: Any
+) -> Any:
+    """One machine instruction without side effects."""
+    function = ir.FunctionType(result, [number.type for number in numbers])
+    return builder.asm(function, text, constraints, numbers, False)

@@ -1,0 +1,259 @@
+"""Arrays on a GPU through the public functions, the kernels running in a simulator."""
+
+import gpu_simulator
+import numpy as np
+import pytest
+import torch
+from compare import assert_close
+from gpu_simulator import DeviceArray, Kernel
+
+import dice_core
+from dice_core import _gpu, backends, buffers
+from dice_core.torch import dice_loss
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch):
+    gpu_simulator.install(monkeypatch)
+    caches = (backends._unavailable, backends._named, backends._first)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def example(*shape, dtype="float32"):
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal(shape).astype(dtype)
+    return x, rng.integers(0, max(2, shape[1]), (shape[0], *shape[2:])).astype(np.uint8)
+
+
+OPTIONS = {
+    "plain": {},
+    "weighted": {"weight": [1, 0, 2.5], "smooth": 1.0},
+    "each": {"reduction": "none", "ignore_channel": 1},
+    "batch": {"reduction": "batch", "p": 2, "ignore_label": 2},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_loss_and_gradient_are_those_of_the_same_numbers_on_the_host(options):
+    x, y = example(2, 3, 5, 8)
+    upstream = np.array([2, -3.0]) if options.get("reduction") == "none" else 2
+    on_gpu = DeviceArray.holding(x), DeviceArray.holding(y[:, None])
+    value = dice_core.loss(*on_gpu, **options)
+    assert Kernel.launched == ("statistics", "loss")
+    again, grad = dice_core.loss_and_grad(*on_gpu, grad_loss=upstream, **options)
+    assert Kernel.launched[2:] == ("statistics", "loss", "gradient")
+    expected, expected_grad = dice_core.loss_and_grad(x, y, grad_loss=upstream, **options)
+    for result in (value, again):
+        assert isinstance(result, DeviceArray)
+        assert result.dtype == np.float32
+        assert_close(result.host, np.asarray(expected), rtol=1e-6, atol=0)
+    assert isinstance(grad, DeviceArray)
+    assert_close(grad.host, expected_grad, rtol=1e-5, atol=1e-7)
+
+
+def test_the_gradient_into_out_and_over_the_logits():
+    x, y = example(2, 3, 40)
+    expected = dice_core.loss_and_grad(x, y)[1]
+    on_gpu, labels = DeviceArray.holding(x), DeviceArray.holding(y)
+    out = DeviceArray.holding(np.zeros_like(x))
+    assert dice_core.loss_and_grad(on_gpu, labels, out=out)[1] is out
+    assert dice_core.loss_and_grad(on_gpu, labels, out=on_gpu)[1] is on_gpu
+    for grad in (out, on_gpu):
+        assert_close(grad.host, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_out_that_the_kernels_cannot_write():
+    x, y = example(1, 3, 4, 6)
+    out = DeviceArray.holding(np.zeros((1, 3, 5, 7), np.float32))[:, :, :4, :6]
+    with pytest.raises(ValueError, match="out's voxels are not equally far apart"):
+        dice_core.loss_and_grad(DeviceArray.holding(x), DeviceArray.holding(y), out=out)
+
+
+@pytest.mark.parametrize("kind", [float, DeviceArray.holding])
+def test_the_incoming_gradient_is_a_number_or_lies_on_the_device(kind):
+    x, y = example(2, 3, 40)
+    upstream = kind(np.asarray(-4, np.float32))
+    on_gpu = DeviceArray.holding(x), DeviceArray.holding(y)
+    grad = dice_core.loss_and_grad(*on_gpu, grad_loss=upstream)[1]
+    expected = dice_core.loss_and_grad(x, y, grad_loss=-4)[1]
+    assert_close(grad.host, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("upstream", "what"),
+    [(np.ones(3, np.float32), "shape"), (np.ones((), np.float64), "dtype")],
+)
+def test_an_incoming_gradient_that_does_not_fit(upstream, what):
+    on_gpu = map(DeviceArray.holding, example(2, 3, 40))
+    with pytest.raises(ValueError, match=f"grad_loss must have the loss's {what}"):
+        dice_core.loss_and_grad(*on_gpu, grad_loss=DeviceArray.holding(upstream))
+
+
+def test_statistics_of_tiles_add_up():
+    x, y = example(2, 3, 6, 8)
+    tiles = [
+        (DeviceArray.holding(x[:, :, part]), DeviceArray.holding(y[:, part]))
+        for part in (np.s_[:2], np.s_[2:])
+    ]
+    total = dice_core.statistics(*tiles[0]) + dice_core.statistics(*tiles[1])
+    expected = dice_core.statistics(x, y)
+    assert isinstance(total.intersection, DeviceArray)
+    assert_close(total.sums.host, expected.sums, rtol=1e-6, atol=0)
+    value = total.loss(smooth=1)
+    assert isinstance(value, DeviceArray)
+    assert_close(value.host, np.asarray(expected.loss(smooth=1)), rtol=1e-6, atol=0)
+    grad = total.gradient(*tiles[1], smooth=1, grad_loss=3)
+    expected_grad = dice_core.loss_and_grad(x, y, smooth=1, grad_loss=3)[1][:, :, 2:]
+    assert_close(grad.host, expected_grad, rtol=1e-5, atol=1e-7)
+
+
+class TestBadLabels:
+    def tensors(self):
+        x, y = example(2, 3, 4, 5)
+        y[1, 2, [3, 4]] = 7
+        return x, DeviceArray.holding(x), DeviceArray.holding(y[:, None])
+
+    def test_make_the_loss_nan(self):
+        _, *on_gpu = self.tensors()
+        assert np.isnan(dice_core.loss(*on_gpu).host)
+        each = dice_core.loss(*on_gpu, reduction="none").host
+        assert np.isnan(each).tolist() == [False, True]
+
+    @pytest.mark.parametrize("variable", [None, "1"])
+    @pytest.mark.parametrize("function", ["loss", "loss_and_grad", "statistics"])
+    def test_raise_where_that_is_asked_for(self, monkeypatch, function, variable):
+        x, *on_gpu = self.tensors()
+        with pytest.raises(ValueError, match="2 labels outside") as on_host:
+            dice_core.loss(x, on_gpu[1].host)
+        if variable:
+            monkeypatch.setenv(backends.CHECK, variable)
+        with pytest.raises(ValueError, match="2 labels outside") as on_device:
+            getattr(dice_core, function)(*on_gpu, check_labels=None if variable else True)
+        assert str(on_device.value) == str(on_host.value)
+
+    @pytest.mark.parametrize("variable", [None, "", "0"])
+    def test_do_not_raise_else(self, monkeypatch, variable):
+        _, *on_gpu = self.tensors()
+        if variable is not None:
+            monkeypatch.setenv(backends.CHECK, variable)
+        dice_core.loss(*on_gpu)
+        monkeypatch.setenv(backends.CHECK, "1")
+        dice_core.loss(*on_gpu, check_labels=False)
+
+    def test_are_not_suspected_behind_logits_that_are_nan(self):
+        x, y = example(1, 2, 20)
+        x[0, 0, 3] = np.nan
+        on_gpu = DeviceArray.holding(x), DeviceArray.holding(y)
+        assert np.isnan(dice_core.loss(*on_gpu, check_labels=True).host)
+
+
+class TestRefusals:
+    def refusal(self, x, y):
+        with pytest.raises(dice_core.BackendError) as error:
+            dice_core.loss(DeviceArray.holding(x), y, backend="cuda")
+        return str(error.value)
+
+    def test_strides(self):
+        x, y = example(1, 3, 4, 8)
+        wide = np.zeros((1, 3, 4, 9), np.float32)
+        text = self.refusal(wide[..., :8], DeviceArray.holding(y))
+        assert "x's voxels are not equally far apart" in text
+        assert "call .contiguous() on it" in text
+        text = self.refusal(x, DeviceArray.holding(np.zeros((1, 4, 9), np.uint8))[..., :8])
+        assert "y's voxels are not equally far apart" in text
+
+    def test_an_old_gpu(self, monkeypatch):
+        monkeypatch.setattr(_gpu._gpu_driver, "capability", lambda device: (7, 5))
+        monkeypatch.setattr(_gpu._gpu_driver, "name", lambda device: "Tesla T4")
+        x, y = example(1, 3, 4, 9)
+        text = self.refusal(x, DeviceArray.holding(y))
+        assert "cuda:0 (Tesla T4) has compute capability 7.5, at least 8.0 is needed" in text
+
+    def test_too_many_channels(self):
+        x, y = example(1, 1025, 2)
+        assert "takes up to 1024 channels" in self.refusal(x, DeviceArray.holding(y))
+
+
+def test_precompile_loads_what_is_launched(monkeypatch):
+    loaded = set()
+
+    class Recorded(Kernel):
+        def __init__(self, kind, plan, capability):
+            super().__init__(kind, plan, capability)
+            loaded.add((kind, plan))
+
+    monkeypatch.setattr(_gpu, "_kernel", Recorded)
+    x, y = map(DeviceArray.holding, example(2, 3, 4, 8, dtype="float16"))
+    dice_core.precompile(x, y, p=2)
+    assert Kernel.launched == ()
+    ready = set(loaded)
+    dice_core.loss_and_grad(x, y, p=2)
+    dice_core.statistics(x, y, p=2)
+    assert ready == loaded
+
+
+@pytest.fixture
+def torch_gpu(monkeypatch):
+    """Tensors of host memory pass for the GPU's."""
+
+    def of_torch(tensor, name, torch, real=buffers._of_torch):
+        allocated[tensor.data_ptr()] = tensor.nbytes
+        return real(tensor, name, torch)
+
+    def layout(shape, steps, dtype, device, real=buffers._torch_layout):
+        return real(shape, steps, dtype, gpu)
+
+    class Device:
+        type = "cuda"
+
+        def __str__(self):
+            return "cuda:0"
+
+    gpu, allocated = Device(), dict(gpu_simulator.ALLOCATED)
+    monkeypatch.setattr(gpu_simulator, "ALLOCATED", allocated)
+    monkeypatch.setattr(buffers, "_of_torch", of_torch)
+    monkeypatch.setattr(buffers, "_torch_layout", layout)
+    monkeypatch.setattr(buffers, "_torch_stream", lambda torch, device: 0)
+    for name, value in (("is_cpu", False), ("is_cuda", True)):
+        answer = property(lambda self, value=value: value)
+        monkeypatch.setattr(torch.Tensor, name, answer, raising=False)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_torch_takes_two_launches_forward_and_one_backward(torch_gpu, options, dtype):
+    x, y = example(2, 3, 5, 8, dtype=dtype)
+    upstream = torch.tensor([512.0, 3.0] if options.get("reduction") == "none" else 512.0)
+    logits = torch.from_numpy(x).requires_grad_()
+    value = dice_loss(logits, torch.from_numpy(y), **options)
+    assert Kernel.launched == ("statistics", "loss")
+    value.backward(upstream.to(value.dtype))
+    assert Kernel.launched[2:] == ("gradient",)
+    expected, grad = dice_core.loss_and_grad(x, y, grad_loss=upstream.numpy(), **options)
+    tolerance = {"float16": 1e-3, "float32": 1e-5, "float64": 1e-12}[dtype]
+    assert value.dtype == (torch.float64 if dtype == "float64" else torch.float32)
+    assert_close(value.detach().numpy(), np.asarray(expected), rtol=1e-6, atol=0)
+    assert logits.grad.dtype == logits.dtype
+    assert_close(logits.grad.numpy(), grad, rtol=tolerance, atol=tolerance)
+
+
+def test_torch_by_the_general_path(torch_gpu):
+    x, y = example(2, 3, 5, 8)
+    logits, weight = torch.from_numpy(x).requires_grad_(), torch.ones(3, requires_grad=True)
+    dice_loss(logits, torch.from_numpy(y), weight=weight).backward()
+    assert Kernel.launched == ("statistics", "total", "gradient")
+    grad = dice_core.loss_and_grad(x, y, weight=[1, 1, 1])[1]
+    assert_close(logits.grad.numpy(), grad, rtol=1e-5, atol=1e-7)
+    assert weight.grad is not None
+
+
+def test_torch_checks_labels_where_that_is_asked_for(torch_gpu):
+    x, y = map(torch.from_numpy, example(2, 3, 5, 8))
+    y[0, 1, 2] = 9
+    assert dice_loss(x, y).isnan()
+    with pytest.raises(ValueError, match=r"1 label outside .* the first is 9 at \(0, 1, 2\)"):
+        dice_loss(x, y, check_labels=True)

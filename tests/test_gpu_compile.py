@@ -1,0 +1,152 @@
+"""The CUDA kernels compiled without a GPU: what the machine code may cost.
+
+A kernel whose registers do not suffice, or whose loops the compiler did not unroll, keeps numbers
+in slow memory; one that reads its logits a number at a time leaves the memory idle.
+"""
+
+import re
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from dice_core import _gpu_kernels
+
+pytest.importorskip("numba_cuda", reason="needs the extra gpu")
+from dice_core import _gpu_compile, _gpu_intrinsics
+
+NVDISASM = next(Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/nvdisasm*"), None)
+HOPPER = (9, 0)
+ASSEMBLED_WELL = re.compile(r"\b0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads")
+
+# kernel, logits, labels, channels, p -> at most so many registers, instructions per score in the
+# loop over voxels. That loop also has what runs only for infinite logits and bad labels.
+COSTS = {
+    ("statistics", "float16", "uint8", 1, 1): (56, 25),
+    ("statistics", "float16", "uint8", 2, 1): (64, 27),
+    ("statistics", "bfloat16", "int16", 3, 2): (72, 24),
+    ("statistics", "float16", "uint8", 4, 1): (72, 22),
+    ("statistics", "float16", "int64", 5, 1): (96, 21),
+    ("statistics", "float32", "uint8", 4, 1): (64, 22),
+    ("statistics", "float32", "int64", 14, 1): (128, 20),
+    ("statistics", "float16", "uint8", 20, 1): (112, 22),
+    ("statistics", "float32", "uint32", 33, 2): (112, 24),
+    ("statistics", "float16", "uint8", 150, 1): (152, 23),
+    ("statistics", "float16", "uint8", 1000, 1): (255, 50),
+    ("statistics", "float64", "int64", 5, 1): (128, None),
+    ("gradient", "float16", "uint8", 1, 1): (72, 26),
+    ("gradient", "bfloat16", "uint8", 2, 1): (80, 32),
+    ("gradient", "float16", "int8", 3, 2): (104, 34),
+    ("gradient", "float16", "uint8", 4, 1): (112, 28),
+    ("gradient", "float16", "int64", 5, 1): (128, 27),
+    ("gradient", "float32", "uint8", 4, 1): (80, 28),
+    ("gradient", "float32", "int64", 14, 1): (104, 29),
+    ("gradient", "bfloat16", "uint8", 20, 1): (112, 27),
+    ("gradient", "float32", "uint32", 33, 2): (128, 30),
+    ("gradient", "float16", "uint8", 150, 1): (144, 31),
+    ("gradient", "float16", "uint8", 512, 1): (128, 30),
+    ("gradient", "float64", "int64", 5, 1): (112, None),
+    ("total", "float32", "uint8", 1, 1): (112, None),
+    ("loss", "float32", "uint8", 1, 1): (128, None),
+}
+
+
+class Compiled:
+    """A kernel's assembly, machine code and the assembler's report."""
+
+    def __init__(self, kind, plan, capability, folder):
+        self.plan, self.ptx = plan, _gpu_compile.ptx(kind, plan, capability)
+        cubin, self.log = _gpu_compile.link(self.ptx, capability)
+        self.instructions, labels = [], {}
+        for line in disassembled(cubin, folder).splitlines():
+            if label := re.match(r"\s*(\.L_x_\d+):", line):
+                labels[label[1]] = len(self.instructions)
+            elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
+                self.instructions.append(instruction[1])
+        jumps = (
+            (labels[to], at)
+            for at, text in enumerate(self.instructions)
+            for to in re.findall(r"BRA.*`\((\.L_x_\d+)\)", text)
+        )
+        self.loops = [self.instructions[to:at] for to, at in jumps if to < at]
+
+    @property
+    def registers(self):
+        return int(re.search(r"used (\d+) registers", self.log, re.IGNORECASE)[1])
+
+    def count(self, pattern):
+        return sum(bool(re.match(rf"(@!?U?P\d+ )?{pattern}", text)) for text in self.instructions)
+
+
+def disassembled(cubin, folder):
+    if NVDISASM is None:
+        pytest.skip("needs nvdisasm (of nvidia-cuda-nvdisasm)")
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    command = [NVDISASM, "-c", path]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def plan(logits, labels, channels, p):
+    return _gpu_kernels.plan(logits, labels, channels, p, _gpu_kernels.WORD_BYTES)
+
+
+@pytest.mark.parametrize("case", COSTS, ids=lambda case: "-".join(map(str, case)))
+def test_numbers_stay_in_registers_and_words_are_wide(case, tmp_path):
+    kind, *numbers = case
+    made_for = plan(*numbers)
+    made = Compiled(kind, made_for, HOPPER, tmp_path)
+    registers, per_score = COSTS[case]
+    assert ASSEMBLED_WELL.search(made.log)
+    assert "__local_depot" not in made.ptx
+    assert not made.count("(LDL|STL)")
+    assert made.registers <= registers
+    if kind in _gpu_kernels.OF_TOTALS:
+        return
+    size = made_for.voxels * _gpu_kernels.ITEMSIZE[made_for.logits]
+    width = {16: r"\S*\.128", 8: r"\S*\.64", 4: "", 2: r"\S*\.U16"}[size]
+    assert made.count(rf"LDG\.E{width}") >= made_for.share
+    if kind == "gradient":
+        assert made.count(rf"STG\.E{width}") == made_for.share
+    elif made_for.logits != "float64":
+        assert not made.count("(DADD|DMUL|DFMA)")
+    if made_for.logits != "float64":
+        # The loop over voxels is the smallest with an exponential for every score.
+        scores = (made_for.share + (made_for.channels == 1)) * made_for.voxels
+        loops = (x for x in made.loops if sum("MUFU.EX2" in text for text in x) == scores)
+        assert len(min(loops, key=len)) / scores <= per_score
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (10, 0), (12, 0)])
+@pytest.mark.parametrize("kind", _gpu_kernels.OF_VOXELS)
+def test_other_gpus(kind, capability, tmp_path):
+    ptx = _gpu_compile.ptx(kind, plan("bfloat16", "uint8", 4, 1), capability)
+    cubin, log = _gpu_compile.link(ptx, capability)
+    assert cubin[:4] == b"\x7fELF"
+    assert ASSEMBLED_WELL.search(log)
+
+
+def test_every_dtype_of_labels_has_a_kernel():
+    for labels in ("bool", "uint8", "int16", "uint16", "int32", "uint64"):  # the others are above
+        assert _gpu_compile.ptx("gradient", plan("float32", labels, 2, 1), HOPPER)
+
+
+def test_an_array_in_memory_is_found(tmp_path):
+    """The checks above bite: more scores than there are registers for."""
+    crowded = _gpu_kernels.Plan("float16", "uint8", 40, voxels=8)
+    log = Compiled("gradient", crowded, HOPPER, tmp_path).log
+    assert not ASSEMBLED_WELL.search(log)
+
+
+def test_numba_s_own_target_is_refused(monkeypatch):
+    monkeypatch.setattr(_gpu_compile.cuda, "implementation", "Built-in")
+    with pytest.raises(RuntimeError, match=r"deprecated; install NVIDIA's: pip install"):
+        _gpu_compile.compile("total", plan("float32", "uint8", 1, 1), HOPPER)
+
+
+def test_constants_that_two_files_know():
+    assert _gpu_intrinsics.WORD_BYTES == _gpu_kernels.WORD_BYTES
+    assert {name: real.bitwidth for name, real in _gpu_intrinsics.REAL.items()} == {
+        name: max(32, 8 * size) for name, size in _gpu_kernels.ITEMSIZE.items()
+    }
