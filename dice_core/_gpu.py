@@ -58,7 +58,7 @@ def unsupported(signature: Any) -> list[str]:
 
 def statistics(logits: Any, labels: Any, sums: Any, spec: Any, threads: int) -> int:
     """The sums, NaN for a sample with bad labels; 0."""
-    _total(_Job(logits, labels, spec), sums.address)
+    _total(logits, labels, spec, sums.address, NO_LOSS)
     return 0
 
 
@@ -68,19 +68,18 @@ def loss(
     """The value of a `losses.Dice`, its weights on the device or None, and, (3, N, C), the
     derivative of each sample's loss for its sums.
     """
-    job = _Job(logits, labels, spec)
-    share, start = 1.0 if weight else 1 / job.classes, 0.0
+    samples, classes = derivative.shape[1:]
+    share, start = 1.0 if weight else 1 / classes, 0.0
     if dice.reduction == "mean":
-        share, start = share / max(job.samples, 1), 0.0 if job.samples else math.nan
+        share, start = share / max(samples, 1), 0.0 if samples else math.nan
     of_num, of_den = dice.ratio.slopes.reshape(2, 3).tolist()
-    _total(
-        job,
-        None,
+    of_loss = (
         *(value.address, derivative.address, weight.address if weight else 0),
         *(int(dice.reduction == POOLED), int(dice.reduction == EACH), int(weight is not None)),
-        dice.ignore_channel if 0 <= dice.ignore_channel < job.classes else -1,
+        dice.ignore_channel if 0 <= dice.ignore_channel < classes else -1,
         *(share, start, dice.smooth, *of_num, *of_den),
     )
+    _total(logits, labels, spec, None, of_loss)
 
 
 def gradient(
@@ -95,14 +94,15 @@ def gradient(
     """The gradient for the cotangent, each sample's times its entry of `scale`, numbers () or (N,)
     of the loss's dtype; 0. Raises ValueError for strides of `grad` that it cannot write.
     """
-    job = _Job(logits, labels, spec, grad)
+    job, stream = _prepared(logits, labels, spec, grad)
     if job.samples and job.voxels:
-        steps = scale.strides if scale else ()
         job.launch(
             "gradient",
-            job.samples * job.runs,
+            stream,
+            job.blocks,
             *(logits.address, labels.address, grad.address, cotangent.address),
-            *(scale.address if scale else 0, steps[0] if steps else 0),
+            scale.address if scale else 0,
+            scale.strides[0] if scale and scale.shape else 0,
             *(*job.geometry, int(scale is not None), *job.ignored),
         )
     return 0
@@ -110,109 +110,121 @@ def gradient(
 
 def precompile(logits: Any, labels: Any, spec: Any) -> None:
     """Loads what calls with such arrays launch, compiled now if it never was."""
-    job = _Job(logits, labels, spec, logits)
+    job, _ = _prepared(logits, labels, spec)
     for kind in kernels.KINDS:
         job.kernel(kind)
 
 
-def _total(job: _Job, sums: int | None, *of_loss: Any) -> None:
-    """Sums and, given its arguments, a loss of them, in two launches."""
-    logits, labels, blocks = job.logits, job.labels, max(job.samples * job.runs, 1)
-    size = kernels.COUNTER_BYTES + blocks * job.plan.columns * kernels.ITEMSIZE[job.real]
-    size += -size % kernels.COUNTER_BYTES
-    scratch = logits.scratch(size if sums else size + 24 * job.samples * job.classes)
+def _total(logits: Any, labels: Any, spec: Any, sums: int | None, of_loss: Any) -> None:
+    """Sums to this address or, without one, the loss of them, in two launches."""
+    job, stream = _prepared(logits, labels, spec)
+    kind, size = ("total", 0) if of_loss is NO_LOSS else ("loss", job.sums)
+    scratch = logits.scratch(job.partials + size)
+    if sums is None:
+        sums = scratch.address + job.partials
     job.launch(
         "statistics",
-        blocks,
+        stream,
+        job.blocks,
         *(logits.address, labels.address, scratch.address, 0, 0, 0),
         *(*job.geometry, 0, *job.ignored),
     )
     groups = -(-3 * job.classes // kernels.WARP)
     job.launch(
-        "loss" if of_loss else "total",
+        kind,
+        stream,
         max(job.samples, 1) * groups,
-        *(scratch.address, sums or scratch.address + size),
-        *(job.samples, job.runs, job.classes, groups),
-        *(of_loss or NO_LOSS),
+        *(scratch.address, sums),
+        *(job.samples, job.runs, job.classes, groups, *of_loss),
     )
 
 
-class _Job:
-    """What the launches of a call have in common."""
+def _prepared(logits: Any, labels: Any, spec: Any, grad: Any = None) -> tuple[_Job, int]:
+    """What to launch, and on which stream: the logits', which then waits for the labels'."""
+    grad = grad or logits
+    offsets = tuple(b.address % kernels.WORD_BYTES for b in (logits, labels, grad))
+    job = _job(logits.layout, labels.layout, grad.layout, spec, offsets)
+    stream, other = logits.stream or 0, labels.stream or 0
+    if other != stream:
+        _gpu_driver.wait(job.device, stream, other)
+    return job, stream
 
-    def __init__(self, logits: Any, labels: Any, spec: Any, grad: Any = None) -> None:
-        grad = grad or logits
-        self.logits, self.labels = logits, labels
-        self.device = _index(logits.layout)
-        self.stream = logits.stream or 0
-        _gpu_driver.wait(self.device, self.stream, labels.stream or 0)
-        offsets = tuple(b.address % kernels.WORD_BYTES for b in (logits, labels, grad))
-        found = _job(logits.layout, labels.layout, grad.layout, spec, offsets)
-        self.plan, self.samples, self.runs, self.voxels, self.geometry, self.ignored = found
+
+class _Job:
+    """What calls with arrays that lie alike have in common, found out once.
+
+    `offsets`: how many bytes behind a whole word logits, labels and gradient begin.
+    """
+
+    def __init__(self, x: Any, y: Any, dx: Any, spec: Any, offsets: tuple[int, ...]) -> None:
+        self.device = _index(x)
+        self.samples, channels = x.shape[:2]
+        self.voxels = voxels = math.prod(x.shape[2:]) if self.samples else 0
+        x_v, y_v, dx_v = _voxel_step(x, 2), _voxel_step(y, 1), _voxel_step(dx, 2)
+        if dx_v is None:
+            raise ValueError(
+                f"out's voxels are not equally far apart (strides {dx.strides} bytes), "
+                f"which the cuda backend cannot write"
+            )
+        x_n, x_c, y_n, dx_n, dx_c = (
+            array.strides[axis] if array.shape[axis] > 1 else 0
+            for array, axis in ((x, 0), (x, 1), (y, 0), (dx, 0), (dx, 1))
+        )
+        side_by_side = 1
+        if (x_v, y_v, dx_v) == (x.itemsize, y.itemsize, dx.itemsize):
+            rows = (x_n, x_c), (y_n,), (dx_n, dx_c)
+            side_by_side = min(
+                _side_by_side(voxels, array.itemsize, offset, *steps)
+                for array, offset, steps in zip((x, y, dx), offsets, rows, strict=True)
+            )
+        self.plan = kernels.plan(x.dtype, y.dtype, channels, spec.power, side_by_side)
         self.classes = self.plan.classes
-        self.real = "float64" if self.plan.logits == "float64" else "float32"
+        run = self.plan.run(self.samples, voxels)
+        self.runs = max(1, -(-voxels // run))
+        self.blocks = max(1, self.samples * self.runs)
+        self.geometry = (
+            *(self.samples, self.runs, run, voxels),
+            *(x_n, x_c, x_v, y_n, y_v, dx_n, dx_c, dx_v),
+        )
+        self.ignored = _ignored(y.dtype, spec.ignore_label)
+        self.real = "float64" if x.dtype == "float64" else "float32"
+        partials = self.blocks * self.plan.columns * kernels.ITEMSIZE[self.real]
+        words = -(-(kernels.COUNTER_BYTES + partials) // kernels.WORD_BYTES)
+        self.partials = words * kernels.WORD_BYTES  # bytes, the counter included
+        self.sums = 24 * self.samples * self.classes  # bytes
+        self.kernels: dict[str, _gpu_driver.Kernel] = {}
 
     def kernel(self, kind: str) -> _gpu_driver.Kernel:
         """Of KINDS, compiled for the device."""
-        plan = self.plan if kind in kernels.OF_VOXELS else Plan(self.real, "uint8", 1)
-        return _kernel(kind, plan, _gpu_driver.capability(self.device))
+        if kind not in self.kernels:
+            plan = self.plan if kind in kernels.OF_VOXELS else Plan(self.real, "uint8", 1)
+            self.kernels[kind] = _kernel(kind, plan, _gpu_driver.capability(self.device))
+        return self.kernels[kind]
 
-    def launch(self, kind: str, blocks: int, *arguments: Any) -> None:
+    def launch(self, kind: str, stream: int, blocks: int, *arguments: Any) -> None:
         """Queues a kernel."""
-        kernel = self.kernel(kind)
-        kernel.launch(self.device, self.stream, blocks, kernels.THREADS, arguments)
+        self.kernel(kind).launch(self.device, stream, blocks, kernels.THREADS, *arguments)
 
 
+_job = functools.lru_cache(1024)(_Job)
 _lock = threading.Lock()
 
 
 @functools.cache
 def _kernel(kind: str, plan: Plan, capability: tuple[int, int]) -> _gpu_driver.Kernel:
     with _lock:  # compilers are not made for several threads
-        return _gpu_driver.load(_gpu_cache.cubin(kind, plan, capability), kernels.ENTRY)
+        cubin = _gpu_cache.cubin(kind, plan, capability)
+        return _gpu_driver.load(cubin, kernels.ENTRY, kernels.ARGUMENTS[kind])
 
 
-@functools.lru_cache(1024)
-def _job(x: Any, y: Any, dx: Any, spec: Any, offsets: tuple[int, ...]) -> tuple[Any, ...]:
-    """(plan, samples, runs of a sample, voxels, the kernels' geometry, which labels to ignore) for
-    arrays of these layouts, which lie so many bytes behind a whole word.
-    """
-    samples, channels = x.shape[:2]
-    voxels = math.prod(x.shape[2:]) if samples else 0
-    x_v, y_v, dx_v = _voxel_step(x, 2), _voxel_step(y, 1), _voxel_step(dx, 2)
-    if dx_v is None:
-        raise ValueError(
-            f"out's voxels are not equally far apart (strides {dx.strides} bytes), "
-            f"which the cuda backend cannot write"
-        )
-    x_n, x_c, dx_n, dx_c = (
-        array.strides[axis] if array.shape[axis] > 1 else 0 for array in (x, dx) for axis in (0, 1)
-    )
-    y_n = y.strides[0] if samples > 1 else 0
-
-    together = 1
-    if (x_v, y_v, dx_v) == (x.itemsize, y.itemsize, dx.itemsize):
-        together = kernels.WORD_BYTES // x.itemsize
-    odd = (
-        (x.itemsize, offsets[0], x_n, x_c),
-        (y.itemsize, offsets[1], y_n),
-        (dx.itemsize, offsets[2], dx_n, dx_c),
-    )
-    while together > 1 and (
-        voxels % together
-        or any(
-            byte % min(together * itemsize, kernels.WORD_BYTES)
-            for itemsize, *bytes_ in odd
-            for byte in bytes_
-        )
+def _side_by_side(voxels: int, itemsize: int, *bytes_apart: int) -> int:
+    """How many neighbouring voxels are whole words wherever a multiple of them begins."""
+    count = kernels.WORD_BYTES // min(kernels.ITEMSIZE.values())
+    while voxels % count or any(
+        step % min(count * itemsize, kernels.WORD_BYTES) for step in bytes_apart
     ):
-        together //= 2
-
-    plan = kernels.plan(x.dtype, y.dtype, channels, spec.power, together)
-    run = plan.run(samples, voxels)
-    runs = max(1, -(-voxels // run))
-    geometry = (samples, runs, run, voxels, x_n, x_c, x_v, y_n, y_v, dx_n, dx_c, dx_v)
-    return plan, samples, runs, voxels, geometry, _ignored(y.dtype, spec.ignore_label)
+        count //= 2
+    return count
 
 
 def _ignored(dtype: str, label: int | None) -> tuple[int, int]:

@@ -12,10 +12,7 @@ import functools
 import struct
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
-from dataclasses import dataclass
+from ctypes import addressof, byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from typing import Any
 
 LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
@@ -23,6 +20,8 @@ MAJOR, MINOR = 75, 76  # attributes of a device: its compute capability
 NO_TIMING = 2
 PARAMETERS, SIZE, END = 1, 2, 0  # of the arguments of a launch, packed
 LEGACY = 1  # a handle of the default stream, beside 0
+
+_Extra = c_void_p * 5
 
 # Names as the library has them; _v2 is today's version of what changed once.
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {
@@ -85,41 +84,41 @@ def name(device: int) -> str:
     return text.value.decode()
 
 
-@dataclass(frozen=True)
 class Kernel:
-    """A kernel of a loaded cubin, for every device of its capability."""
+    """A kernel of a loaded cubin, for every device of its capability.
 
-    handle: int
+    `arguments`: the types of its arguments, in order, as `struct` calls them.
+    """
 
-    def launch(
-        self, device: int, stream: int, blocks: int, threads: int, arguments: tuple[Any, ...]
-    ) -> None:
-        """Queues it. Arguments are ints and floats, 8 bytes each."""
-        numbers = _packer(arguments)(*arguments)
-        packed, size = c_char_p(numbers), c_size_t(len(numbers))
-        extra = (c_void_p * 5)(
-            PARAMETERS, ctypes.cast(packed, c_void_p), SIZE, ctypes.addressof(size), END
-        )
-        with _current(device):
+    def __init__(self, handle: int, arguments: str) -> None:
+        self.handle = handle
+        self.pack = struct.Struct(arguments).pack
+        self.size = c_size_t(struct.calcsize(arguments))
+
+    def launch(self, device: int, stream: int, blocks: int, threads: int, *arguments: Any) -> None:
+        """Queues it."""
+        packed = c_char_p(self.pack(*arguments))
+        extra = _Extra(PARAMETERS, ctypes.cast(packed, c_void_p), SIZE, addressof(self.size), END)
+        with _Current(device):
             _call(
                 "cuLaunchKernel", self.handle, blocks, 1, 1, threads, 1, 1, 0, stream, None, extra
             )
 
 
-def load(cubin: bytes, entry: str) -> Kernel:
+def load(cubin: bytes, entry: str, arguments: str) -> Kernel:
     """The kernel of that name; it stays loaded."""
     library, kernel = c_void_p(), c_void_p()
     _call("cuLibraryLoadData", byref(library), cubin, None, None, 0, None, None, 0)
     _call("cuLibraryGetKernel", byref(kernel), library, entry.encode())
     assert kernel.value is not None
-    return Kernel(kernel.value)
+    return Kernel(kernel.value, arguments)
 
 
 def wait(device: int, stream: int, other: int) -> None:
     """Lets what is queued from now on in `stream` wait for what `other` has queued."""
     if {stream, other} <= {0, LEGACY} or stream == other:
         return
-    with _current(device):
+    with _Current(device):
         event = c_void_p()
         _call("cuEventCreate", byref(event), NO_TIMING)
         try:
@@ -129,28 +128,22 @@ def wait(device: int, stream: int, other: int) -> None:
             _call("cuEventDestroy_v2", event)
 
 
-@functools.lru_cache(64)
-def _struct(formats: str) -> struct.Struct:
-    return struct.Struct(formats)
+class _Current:
+    """While it lasts the device's primary context is the current one."""
 
+    def __init__(self, device: int) -> None:
+        self.context = _context(device)
 
-def _packer(arguments: tuple[Any, ...]) -> Callable[..., bytes]:
-    return _struct("".join("d" if type(value) is float else "q" for value in arguments)).pack
+    def __enter__(self) -> None:
+        now = c_void_p()
+        _call("cuCtxGetCurrent", byref(now))
+        self.pushed = now.value != self.context
+        if self.pushed:
+            _call("cuCtxPushCurrent_v2", self.context)
 
-
-@contextmanager
-def _current(device: int) -> Iterator[None]:
-    """The device's primary context is the current one, as the caller's stream may be of it."""
-    context, now = _context(device), c_void_p()
-    _call("cuCtxGetCurrent", byref(now))
-    if now.value == context:
-        yield
-        return
-    _call("cuCtxPushCurrent_v2", context)
-    try:
-        yield
-    finally:
-        _call("cuCtxPopCurrent_v2", byref(now))
+    def __exit__(self, *error: Any) -> None:
+        if self.pushed:
+            _call("cuCtxPopCurrent_v2", byref(c_void_p()))
 
 
 @functools.cache

@@ -89,6 +89,8 @@ WORD_BYTES = 16  # of the widest load
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 OF_VOXELS, OF_TOTALS = ("statistics", "gradient"), ("total", "loss")
 KINDS = OF_VOXELS + OF_TOTALS
+# Of each kind, as `struct` calls them: 64 bits all, addresses, integers and flags q, numbers d.
+ARGUMENTS = dict.fromkeys(OF_VOXELS, "21q") | dict.fromkeys(OF_TOTALS, "13q9d")
 ENTRY = "kernel"  # the name of every one in its cubin
 
 

@@ -6,6 +6,7 @@ run in random order, results that depend on it. Uninitialised memory is NaN.
 """
 
 import ctypes
+import functools
 import weakref
 from functools import partial
 from types import SimpleNamespace
@@ -99,7 +100,7 @@ class Kernel:
     def __init__(self, kind, plan, capability):
         self.kind, self.plan = kind, plan
 
-    def launch(self, device, stream, blocks, threads, arguments):
+    def launch(self, device, stream, blocks, threads, *arguments):
         Kernel.launched += (self.kind,)
         simulator = Simulator(seed=len(Kernel.launched))
         kernel = _gpu_kernels.kernel(self.kind, self.plan, operations(self.plan, simulator))
@@ -111,7 +112,7 @@ def install(monkeypatch, kernel=Kernel, warps=2):
     """The simulator in the place of NVIDIA's driver, with small blocks, which take less time."""
     monkeypatch.setattr(_gpu_kernels, "WARPS", warps)
     monkeypatch.setattr(_gpu_kernels, "THREADS", warps * _gpu_kernels.WARP)
-    _gpu._job.cache_clear()
+    monkeypatch.setattr(_gpu, "_job", functools.lru_cache(_gpu._Job))
     Kernel.launched = ()
     monkeypatch.setattr(_gpu, "_kernel", kernel)
     monkeypatch.setattr(_gpu, "unavailable", list)

@@ -133,7 +133,9 @@ def test_voxels_are_read_together_as_far_as_they_lie_on_whole_words(
 ):
     x, y, _ = example(dtype, "uint8", 2, voxels)
     x, y = laid_out(x, y, offset=offset)
-    assert _gpu._Job((at := call(x, y, 1, None)).logits, at.labels, at.spec).plan.voxels == expected
+    at = call(x, y, 1, None)
+    job, _ = _gpu._prepared(at.logits, at.labels, at.spec)
+    assert job.plan.voxels == expected
 
 
 def test_same_bits_in_any_order_of_threads_and_blocks(monkeypatch):

@@ -61,9 +61,9 @@ def forget():
 @needs_compiler
 class TestLaunch:
     def test_grid_block_stream_and_arguments(self, driver):
-        kernel = _gpu_driver.load(b"\x7fELF and so on", "kernel")
+        kernel = _gpu_driver.load(b"\x7fELF and so on", "kernel", "2qd")
         assert driver() == ["cuInit 0", "cuLibraryLoadData 464c457f", "cuLibraryGetKernel 1"]
-        kernel.launch(1, 77, 2**31 - 1, 256, (2**63 - 1, -1, 0.5))
+        kernel.launch(1, 77, 2**31 - 1, 256, 2**63 - 1, -1, 0.5)
         half = struct.unpack("<Q", struct.pack("<d", 0.5))[0]
         assert driver() == [
             "cuDevicePrimaryCtxRetain 41",
@@ -74,14 +74,14 @@ class TestLaunch:
         ]
 
     def test_the_context_is_left_as_it_was(self, driver):
-        kernel = _gpu_driver.load(b"\x7fELF", "kernel")
-        with _gpu_driver._current(0):  # as in a process that uses torch
+        kernel = _gpu_driver.load(b"\x7fELF", "kernel", "")
+        with _gpu_driver._Current(0):  # as in a process that uses torch
             driver()
-            kernel.launch(0, 0, 1, 256, ())
+            kernel.launch(0, 0, 1, 256)
             assert [line.split()[0] for line in driver()] == ["cuLaunchKernel", "kernel"]
-            kernel.launch(1, 0, 1, 256, ())
+            kernel.launch(1, 0, 1, 256)
             assert "cuCtxPushCurrent_v2 1041" in driver()
-            kernel.launch(0, 0, 1, 256, ())
+            kernel.launch(0, 0, 1, 256)
             assert "context 1040" in driver()[1]
 
     def test_another_stream_is_waited_for(self, driver):
@@ -98,13 +98,13 @@ class TestLaunch:
         ]
 
     def test_an_error_has_its_name_and_the_context_is_put_back(self, driver, monkeypatch):
-        kernel = _gpu_driver.load(b"\x7fELF", "kernel")
+        kernel = _gpu_driver.load(b"\x7fELF", "kernel", "")
         monkeypatch.setenv("STUB_FAILS", "cuLaunchKernel")
         with pytest.raises(
             _gpu_driver.DriverError,
             match=r"cuLaunchKernel: CUDA_ERROR_ILLEGAL_ADDRESS: .* \(CUDA error 700\)",
         ):
-            kernel.launch(0, 0, 1, 256, ())
+            kernel.launch(0, 0, 1, 256)
         assert driver()[-1] == "cuCtxPopCurrent_v2"
 
 
@@ -305,4 +305,9 @@ def test_a_launch_has_as_many_arguments_as_its_kernel():
     compiled = pytest.importorskip("dice_core._gpu_compile", reason="needs the extra gpu")
     for kind in _gpu_kernels.KINDS:
         kernel = _gpu_kernels.kernel(kind, PLAN, compiled.operations(PLAN))
-        assert kernel.__code__.co_argcount == len(compiled.SIGNATURES[kind].args)
+        types = compiled.SIGNATURES[kind].args
+        assert kernel.__code__.co_argcount == len(types)
+        codes = "".join("d" if numba_type == compiled.float64 else "q" for numba_type in types)
+        packed = _gpu_kernels.ARGUMENTS[kind]
+        assert struct.Struct(codes).size == struct.calcsize(packed)
+        assert struct.pack(packed, *range(len(types))) == struct.pack(codes, *range(len(types)))
