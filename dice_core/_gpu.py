@@ -109,10 +109,10 @@ def gradient(
 
 
 def precompile(logits: Any, labels: Any, spec: Any) -> None:
-    """Loads what calls with such arrays launch, compiled now if it never was."""
+    """Makes ready what calls with such arrays launch, compiled now if it never was."""
     job, _ = _prepared(logits, labels, spec)
     for kind in kernels.KINDS:
-        job.kernel(kind)
+        job.kernel(kind).make_ready(job.device)
 
 
 def _total(logits: Any, labels: Any, spec: Any, sums: int | None, of_loss: Any) -> None:

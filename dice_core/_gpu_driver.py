@@ -38,6 +38,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuCtxPopCurrent_v2": (c_void_p,),
     "cuLibraryLoadData": (c_void_p, c_char_p, *[c_void_p] * 2, c_uint, *[c_void_p] * 2, c_uint),
     "cuLibraryGetKernel": (c_void_p, c_void_p, c_char_p),
+    "cuKernelGetFunction": (c_void_p, c_void_p),
     "cuLaunchKernel": (c_void_p, *[c_uint] * 7, c_void_p, c_void_p, c_void_p),
     "cuEventCreate": (c_void_p, c_uint),
     "cuEventRecord": (c_void_p, c_void_p),
@@ -94,6 +95,11 @@ class Kernel:
         self.handle = handle
         self.pack = struct.Struct(arguments).pack
         self.size = c_size_t(struct.calcsize(arguments))
+
+    def make_ready(self, device: int) -> None:
+        """Brings it to the device now, which its first launch would, even in a graph's capture."""
+        with _Current(device):
+            _call("cuKernelGetFunction", byref(c_void_p()), self.handle)
 
     def launch(self, device: int, stream: int, blocks: int, threads: int, *arguments: Any) -> None:
         """Queues it."""

@@ -100,6 +100,9 @@ class Kernel:
     def __init__(self, kind, plan, capability):
         self.kind, self.plan = kind, plan
 
+    def make_ready(self, device):
+        assert device == 0
+
     def launch(self, device, stream, blocks, threads, *arguments):
         Kernel.launched += (self.kind,)
         simulator = Simulator(seed=len(Kernel.launched))

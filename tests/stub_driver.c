@@ -38,6 +38,7 @@ Result cuCtxPushCurrent_v2(void *context) { CALL(" %lld", (uintptr_t)context, 0)
 Result cuCtxPopCurrent_v2(void **context) { CALL("", 0, 0); *context = (void *)stack[--depth]; return 0; }
 Result cuLibraryLoadData(void **library, const void *code, void *a, void *b, unsigned n, void *c, void *d, unsigned m) { CALL(" %llx", *(const uint32_t *)code, 0); *library = (void *)7; return 0; }
 Result cuLibraryGetKernel(void **kernel, void *library, const char *name) { CALL(" %lld", name && !strcmp(name, "kernel"), 0); *kernel = (void *)8; return 0; }
+Result cuKernelGetFunction(void **function, void *kernel) { CALL(" %lld", (uintptr_t)kernel, 0); *function = kernel; return 0; }
 Result cuEventCreate(void **event, unsigned flags) { CALL(" %lld", flags, 0); *event = (void *)9; return 0; }
 Result cuEventRecord(void *event, void *stream) { CALL(" %lld", (uintptr_t)stream, 0); return 0; }
 Result cuStreamWaitEvent(void *stream, void *event, unsigned flags) { CALL(" %lld", (uintptr_t)stream, 0); return 0; }

@@ -73,6 +73,16 @@ class TestLaunch:
             "cuCtxPopCurrent_v2",
         ]
 
+    def test_a_kernel_is_made_ready_in_its_context(self, driver):
+        kernel = _gpu_driver.load(b"\x7fELF", "kernel", "")
+        driver()
+        kernel.make_ready(1)
+        assert driver()[1:] == [
+            "cuCtxPushCurrent_v2 1041",
+            "cuKernelGetFunction 8",
+            "cuCtxPopCurrent_v2",
+        ]
+
     def test_the_context_is_left_as_it_was(self, driver):
         kernel = _gpu_driver.load(b"\x7fELF", "kernel", "")
         with _gpu_driver._Current(0):  # as in a process that uses torch
