@@ -9,7 +9,6 @@ keeps it and `_gpu_driver` launches it.
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import math
 import threading
 from typing import Any
@@ -27,10 +26,15 @@ NO_LOSS = (*[0] * 7, *[0.0] * 9)  # in place of its arguments
 def unavailable() -> list[str]:
     """Why it does not run on this machine; empty if it does."""
     reasons = _gpu_driver.unavailable()
-    try:
-        importlib.metadata.version("numba-cuda")
-    except importlib.metadata.PackageNotFoundError:
+    if _gpu_cache.version("numba-cuda") is None:
         reasons.append(f"needs numba-cuda, beside or instead of numba's own CUDA target: {INSTALL}")
+    linker = _gpu_cache.version("nvidia-nvjitlink")
+    if not reasons and linker and _gpu_driver.version() < int(linker.split(".")[0]):
+        reasons.append(
+            f"the NVIDIA driver is made for CUDA {_gpu_driver.version()}, the compiler "
+            f"(nvidia-nvjitlink {linker}) for a later one; update the driver, or install a "
+            f"compiler of its version: pip install numba-cuda[cu12]"
+        )
     return reasons
 
 
@@ -95,6 +99,9 @@ def gradient(
     of the loss's dtype; 0. Raises ValueError for strides of `grad` that it cannot write.
     """
     job, stream = _prepared(logits, labels, spec, grad)
+    for other in (grad, scale):
+        if other is not None:
+            _follow(job, stream, other)
     if job.samples and job.voxels:
         job.launch(
             "gradient",
@@ -113,6 +120,11 @@ def precompile(logits: Any, labels: Any, spec: Any) -> None:
     job, _ = _prepared(logits, labels, spec)
     for kind in kernels.KINDS:
         job.kernel(kind).make_ready(job.device)
+
+
+def wait(logits: Any) -> None:
+    """Waits until what was queued for such logits is done."""
+    _gpu_driver.synchronize(_index(logits.layout), logits.stream or 0)
 
 
 def _total(logits: Any, labels: Any, spec: Any, sums: int | None, of_loss: Any) -> None:
@@ -144,10 +156,15 @@ def _prepared(logits: Any, labels: Any, spec: Any, grad: Any = None) -> tuple[_J
     grad = grad or logits
     offsets = tuple(b.address % kernels.WORD_BYTES for b in (logits, labels, grad))
     job = _job(logits.layout, labels.layout, grad.layout, spec, offsets)
-    stream, other = logits.stream or 0, labels.stream or 0
-    if other != stream:
-        _gpu_driver.wait(job.device, stream, other)
+    stream = logits.stream or 0
+    _follow(job, stream, labels)
     return job, stream
+
+
+def _follow(job: _Job, stream: int, array: Any) -> None:
+    """What is queued from now on finds in the array what its own stream has written."""
+    if (array.stream or 0) != stream:
+        _gpu_driver.wait(job.device, stream, array.stream or 0)
 
 
 class _Job:
@@ -247,6 +264,8 @@ def _voxel_step(layout: Any, first: int) -> int | None:
     they are not equally far apart.
     """
     step, beyond = layout.itemsize, None
+    if 0 in layout.shape:
+        return step
     for n, stride in zip(
         layout.shape[: first - 1 : -1], layout.strides[: first - 1 : -1], strict=True
     ):

@@ -18,7 +18,15 @@ from ._gpu_kernels import Plan
 
 VARIABLE = "DICE_CORE_CACHE_DIR"
 SOURCES = ("_gpu_kernels.py", "_gpu_intrinsics.py", "_gpu_compile.py")
-COMPILERS = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-nvjitlink")
+COMPILERS = (
+    "numba",
+    "numba-cuda",
+    "llvmlite",
+    "nvidia-nvvm",
+    "nvidia-nvjitlink",
+    "nvidia-cuda-nvcc-cu12",
+    "nvidia-nvjitlink-cu12",
+)
 DIGEST_BYTES = 32
 
 
@@ -27,11 +35,10 @@ def cubin(kind: str, plan: Plan, capability: tuple[int, int]) -> bytes:
 
     A folder that cannot be written to is done without.
     """
-    path = folder() / f"{_key(kind, plan, capability)}.cubin"
-    try:
+    path, stored = None, b""
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: a user without a home
+        path = folder() / f"{_key(kind, plan, capability)}.cubin"
         stored = path.read_bytes()
-    except OSError:
-        stored = b""
     code = stored[DIGEST_BYTES:]
     if code and hashlib.sha256(code).digest() == stored[:DIGEST_BYTES]:
         return code
@@ -39,8 +46,9 @@ def cubin(kind: str, plan: Plan, capability: tuple[int, int]) -> bytes:
     from . import _gpu_compile  # numba takes a second to import
 
     code = _gpu_compile.compile(kind, plan, capability)
-    with contextlib.suppress(OSError):
-        _write(path, hashlib.sha256(code).digest() + code)
+    if path is not None:
+        with contextlib.suppress(OSError):
+            _write(path, hashlib.sha256(code).digest() + code)
     return code
 
 
@@ -64,14 +72,15 @@ def _origin() -> tuple[str, ...]:
     """What all kernels come from: the text of the sources and the compilers' versions."""
     here = Path(__file__).parent
     texts = [hashlib.sha256((here / name).read_bytes()).hexdigest() for name in SOURCES]
-    return (*texts, *map(_version, COMPILERS))
+    return (*texts, *(str(version(package)) for package in COMPILERS))
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str | None:
+    """Of an installed package; None if it is not, as where a compiler is the system's own."""
     try:
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # a system's own, not from an index
-        return "-"
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _write(path: Path, content: bytes) -> None:

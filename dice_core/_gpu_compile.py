@@ -1,7 +1,7 @@
 """Kernels to machine code: numba-cuda to PTX, NVIDIA's linker to a cubin. No GPU is needed.
 
-PTX is never given to the driver, which may be older than the compiler and refuse it; a cubin runs
-on every driver of the same major version.
+PTX is never given to the driver, which may be older than the compiler and refuse it; a cubin is
+compatible with drivers of the same major version of CUDA.
 """
 
 from __future__ import annotations
@@ -102,7 +102,6 @@ def operations(plan: Plan) -> Any:
         reciprocal=intrinsics.reciprocal,
         label=intrinsics.label_type(plan.labels),
         larger=intrinsics.larger,
-        at_most_zero=intrinsics.at_most_zero,
         shuffle=cuda.shfl_xor_sync,
         largest=LARGEST[real],
         size=real.bitwidth // 8,

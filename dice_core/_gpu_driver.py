@@ -1,8 +1,8 @@
 """NVIDIA's driver library: devices, loading a cubin, launching its kernel.
 
 Called through ctypes, since a launch through numba-cuda costs ten times as much. Nothing here
-waits for a device or allocates its memory. Kernels run in a device's primary context, the one that
-torch, CuPy and numba share.
+allocates a device's memory, and nothing but `synchronize` waits for it. Kernels run in a device's
+primary context, the one that torch, CuPy and numba share.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuInit": (c_uint,),
     "cuGetErrorName": (c_int, c_void_p),
     "cuGetErrorString": (c_int, c_void_p),
+    "cuDriverGetVersion": (c_void_p,),
     "cuDeviceGetCount": (c_void_p,),
     "cuDeviceGet": (c_void_p, c_int),
     "cuDeviceGetName": (c_char_p, c_int, c_int),
@@ -40,6 +41,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuLibraryGetKernel": (c_void_p, c_void_p, c_char_p),
     "cuKernelGetFunction": (c_void_p, c_void_p),
     "cuLaunchKernel": (c_void_p, *[c_uint] * 7, c_void_p, c_void_p, c_void_p),
+    "cuStreamSynchronize": (c_void_p,),
     "cuEventCreate": (c_void_p, c_uint),
     "cuEventRecord": (c_void_p, c_void_p),
     "cuStreamWaitEvent": (c_void_p, c_void_p, c_uint),
@@ -66,6 +68,13 @@ def unavailable() -> list[str]:
     except DriverError as error:
         return [str(error)]
     return [] if count.value else ["the NVIDIA driver sees no GPU (see CUDA_VISIBLE_DEVICES)"]
+
+
+def version() -> int:
+    """The major version of CUDA that the driver is made for."""
+    number = c_int()
+    _call("cuDriverGetVersion", byref(number))
+    return number.value // 1000
 
 
 @functools.cache
@@ -118,6 +127,12 @@ def load(cubin: bytes, entry: str, arguments: str) -> Kernel:
     _call("cuLibraryGetKernel", byref(kernel), library, entry.encode())
     assert kernel.value is not None
     return Kernel(kernel.value, arguments)
+
+
+def synchronize(device: int, stream: int) -> None:
+    """Waits until what `stream` has queued is done."""
+    with _Current(device):
+        _call("cuStreamSynchronize", stream)
 
 
 def wait(device: int, stream: int, other: int) -> None:

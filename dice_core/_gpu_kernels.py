@@ -10,7 +10,7 @@ Design
    in float32 (float64 logits: float64).
 4. Sums: a thread's in registers, a warp's by shuffles, a block's in shared memory in the order of
    its warps, one partial per block; the blocks' in float64, in order, by `total_kernel`, whose last
-   block may go on to the loss. No floating-point atomics: the same bits on every run and GPU.
+   block may go on to the loss. No floating-point atomics: the same bits on every run.
 5. Ignored voxels and bad labels are selected away, never multiplied by zero. Bad labels are counted
    beside the sums, and make their sample's sums NaN.
 6. Offsets are bytes, of 64 bits.
@@ -30,8 +30,9 @@ from typing import Any
 THREADS = 256
 WARP = 32
 WARPS = THREADS // WARP
-ROUNDS = 16  # of loads that a thread makes at most,
-BLOCKS = 1024  # fewer if there are not so many blocks
+ROUNDS = 64  # of loads that a thread makes at most, so that its sums stay exact enough,
+BLOCKS = 1024  # fewer if there are not so many blocks,
+RUN = 256  # but as many as make a block's sums small beside its logits
 TABLE_BYTES = 40960  # of shared memory for a block's sums
 BAD = 1  # columns of a partial beside I, P and Y: how many bad labels
 COUNTER_BYTES = 16  # before the partials: how many blocks of `total_kernel` are done
@@ -78,7 +79,7 @@ class Plan:
     def run(self, samples: int, voxels: int) -> int:
         """Voxels of a block, of so many samples of so many voxels."""
         rounds = samples * voxels // (self.step * BLOCKS)
-        return self.step * max(1, min(rounds, ROUNDS))
+        return self.step * max(1, min(rounds, ROUNDS), RUN // self.step)
 
 
 LANE_CLASSES, MORE = 16, 20  # that a lane has at most; from so many lanes on a few more
@@ -233,7 +234,6 @@ def voxel_kernel(made_for: Plan, gradient: bool, ops: Any) -> Callable[..., None
                         far = score[c * V + j] - real(LARGEST)
                         score[c * V + j] = real(0) if far > real(0) else far
                     top = real(0)
-                top = larger(top, real(-LARGEST))  # finite: -inf scores 0
                 total = real(-0.0)  # to which the first is added by doing nothing
                 for c in range(SHARE):
                     e = exp(score[c * V + j] - top)
@@ -271,7 +271,7 @@ def voxel_kernel(made_for: Plan, gradient: bool, ops: Any) -> Callable[..., None
                             intersection[c] += s
                             target_sum[c] += real(1)
                         pred_sum[c] += power(s)
-                elif inside and not known and label != harmless and own == int32(0):
+                elif inside and not known and label != harmless:
                     bad += int32(1)
 
             if GRADIENT and inside:

@@ -216,9 +216,12 @@ class Statistics:
         ):
             if mine != theirs:
                 raise ValueError(f"statistics of different calls do not add: {mine} and {theirs}")
-        return Statistics(
-            self.sums + other.sums, self.spec, self.dtype, self.backend, self.num_threads
-        )
+        if hasattr(self.sums, "__add__"):
+            sums = self.sums + other.sums
+        else:  # numba's arrays have no arithmetic
+            mine, theirs = (buffers.of(each, "sums") for each in (self.sums, other.sums))
+            sums = buffers.from_host(buffers.to_host(mine) + buffers.to_host(theirs), mine)
+        return Statistics(sums, self.spec, self.dtype, self.backend, self.num_threads)
 
     def __repr__(self) -> str:
         samples, classes = self.sums.shape[1:]
@@ -297,6 +300,7 @@ def _sums(at: spec.Call, kernels: Any, count: int, check_labels: bool | None) ->
     else:
         sums = np.empty(at.sums_shape)
     backends.statistics(kernels, at, buffers.of(sums, "sums"), count, check_labels)
+    _settle(at, kernels)
     return sums
 
 
@@ -311,7 +315,14 @@ def _device_loss(
         weight = buffers.of(buffers.from_host(dice.weight, at.logits), "weight")
     filled = buffers.of(value, "loss"), buffers.of(derivative, "derivative")
     backends.loss(kernels, at, *filled, dice, weight, check_labels)
+    _settle(at, kernels)
     return value, derivative
+
+
+def _settle(at: spec.Call, kernels: Any) -> None:
+    """Waits for a device where the arrays' library would not know that it has to."""
+    if _on_device(at) and not buffers.is_ordered(at.logits):
+        kernels.wait(at.logits)
 
 
 def _gradient_buffer(x: Any, out: Any, at: spec.Call) -> tuple[buffers.Buffer, Any]:
@@ -343,6 +354,7 @@ def _gradient(
             derivative = upstream[..., None] * derivative
         derivative = np.ascontiguousarray(derivative)
     backends.gradient(kernels, at, buffers.of(derivative, "cotangent"), grad, count, scale)
+    _settle(at, kernels)
 
 
 def _upstream(grad_loss: Any, dice: losses.Dice, at: spec.Call) -> Array | None:

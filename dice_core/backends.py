@@ -19,7 +19,8 @@ numbers back means waiting for a device it has more:
   (C,) float64 or None;
 - ``gradient(..., scale=None)`` multiplies each sample's cotangent by scale, () or (N,), in the
   loss's dtype;
-- ``precompile(logits, labels, spec)`` makes ready what calls with such arrays need.
+- ``precompile(logits, labels, spec)`` makes ready what calls with such arrays need;
+- ``wait(logits)`` waits until what was queued for such logits is done.
 """
 
 from __future__ import annotations
@@ -70,11 +71,10 @@ class Backend:
 
     def unsupported(self, signature: Signature) -> list[str]:
         """Why it does not take such calls; empty if it does."""
-        reasons = self.unavailable()
         device = signature.logits.device
-        if self.device not in (None, device.partition(":")[0]):
-            reasons.insert(0, f"reads {self.device} memory, and the logits are on {device}")
-        return reasons or list(self.load().unsupported(signature))
+        if self.device not in (None, device.partition(":")[0]):  # and a driver is not even asked
+            return [f"reads {self.device} memory, and the logits are on {device}"]
+        return self.unavailable() or list(self.load().unsupported(signature))
 
 
 BUILT_IN = (

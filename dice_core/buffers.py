@@ -184,6 +184,13 @@ def from_host(array: np.ndarray[Any, Any], near: Buffer) -> Any:
     raise TypeError(f"no array like a {type(owner).__name__} can be made; {_REMEDY}")
 
 
+def is_ordered(buffer: Buffer) -> bool:
+    """Whether its library orders its own work on the device after what is queued on
+    `buffer.stream`, also where it gives memory to somebody else.
+    """
+    return _library(buffer)[0] in ("numpy", "torch", "cupy", "numba")
+
+
 def is_on_host(array: Any) -> bool:
     """Whether it lies in the host's memory, or is no array."""
     if hasattr(array, "__cuda_array_interface__"):

@@ -9,6 +9,7 @@ Between forward and backward only x, y and numbers of that size are kept.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -75,10 +76,7 @@ def dice_loss(
     """
     options = _options(x, y, ignore_label, p, backend, num_threads, check_labels)
     spec.check_shapes(x.shape, y.shape)
-    if isinstance(weight, Tensor):
-        weight = weight.to(x.device, torch.float64)
-    elif weight is not None:
-        weight = torch.as_tensor(spec.weights(weight), device=x.device)
+    weight = _weight(weight, x)
     dice = losses.dice(spec.classes(x.shape[1]), weight, ignore_channel, smooth, reduction)
     if _plain(x, y, weight) and not (weight is not None and weight.requires_grad):
         if x.requires_grad and torch.is_grad_enabled():
@@ -143,6 +141,26 @@ class DiceLoss(torch.nn.Module):
             f"ignore_label={self.ignore_label}, smooth={self.smooth:g}, "
             f"p={self.p}, reduction={self.reduction!r}"
         )
+
+
+def _weight(weight: Any, x: Tensor) -> Tensor | None:
+    """In float64 and where x is; the host's numbers are copied to a GPU once, not at every call."""
+    if weight is None:
+        return None
+    if isinstance(weight, Tensor):
+        if not (weight.is_cpu and x.is_cuda and _plain(weight) and not weight.requires_grad):
+            return weight.to(x.device, torch.float64)
+        weight = weight.double().numpy()
+    numbers = spec.weights(weight)
+    assert numbers is not None
+    if x.is_cuda and _plain(x):
+        return _copied(numbers.tobytes(), numbers.shape, x.device)
+    return torch.as_tensor(numbers, device=x.device)
+
+
+@functools.lru_cache(64)
+def _copied(numbers: bytes, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.frombuffer(numbers).reshape(shape).copy()).to(device)
 
 
 _Options = tuple[int, int | None, str | None, int | None, bool | None]

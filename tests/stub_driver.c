@@ -28,10 +28,12 @@ static int devices(void) { const char *n = getenv("STUB_DEVICES"); return n ? at
 Result cuInit(unsigned flags) { CALL(" %lld", flags, 0); return devices() < 0 ? 100 : 0; }
 Result cuGetErrorName(int code, const char **text) { *text = code == 100 ? "CUDA_ERROR_NO_DEVICE" : "CUDA_ERROR_ILLEGAL_ADDRESS"; return 0; }
 Result cuGetErrorString(int code, const char **text) { *text = code == 100 ? "no CUDA-capable device is detected" : "an illegal memory access was encountered"; return 0; }
+Result cuDriverGetVersion(int *version) { const char *v = getenv("STUB_VERSION"); *version = v ? atoi(v) : 13020; return 0; }
+Result cuStreamSynchronize(void *stream) { CALL(" %lld", (uintptr_t)stream, 0); return 0; }
 Result cuDeviceGetCount(int *count) { *count = devices(); return 0; }
 Result cuDeviceGet(int *device, int ordinal) { *device = 40 + ordinal; return 0; }
 Result cuDeviceGetName(char *name, int size, int device) { snprintf(name, size, "Stub %d", device); return 0; }
-Result cuDeviceGetAttribute(int *value, int attribute, int device) { *value = attribute == 75 ? 9 : 0; return 0; }
+Result cuDeviceGetAttribute(int *value, int attribute, int device) { *value = attribute != 75 ? 0 : device == 40 ? 9 : 12; return 0; }
 Result cuDevicePrimaryCtxRetain(void **context, int device) { CALL(" %lld", device, 0); *context = (void *)(uintptr_t)(1000 + device); return 0; }
 Result cuCtxGetCurrent(void **context) { *context = depth ? (void *)stack[depth - 1] : NULL; return 0; }
 Result cuCtxPushCurrent_v2(void *context) { CALL(" %lld", (uintptr_t)context, 0); stack[depth++] = (uintptr_t)context; return 0; }

@@ -8,6 +8,7 @@ from compare import assert_close
 from gpu_simulator import DeviceArray, Kernel
 
 import dice_core
+import dice_core.torch
 from dice_core import _gpu, backends, buffers
 from dice_core.torch import dice_loss
 
@@ -178,6 +179,17 @@ class TestRefusals:
         assert "takes up to 1024 channels" in self.refusal(x, DeviceArray.holding(y))
 
 
+@pytest.mark.parametrize("ordered", [False, True])
+def test_a_library_that_orders_nothing_is_waited_for(monkeypatch, ordered):
+    waits = []
+    monkeypatch.setattr(Kernel, "waited", staticmethod(lambda: waits.append(Kernel.launched[-1])))
+    monkeypatch.setattr(buffers, "is_ordered", lambda buffer: ordered)
+    x, y = map(DeviceArray.holding, example(2, 3, 4, 8))
+    dice_core.loss_and_grad(x, y)
+    dice_core.statistics(x, y)
+    assert waits == ([] if ordered else ["loss", "gradient", "total"])
+
+
 def test_precompile_loads_what_is_launched(monkeypatch):
     loaded = set()
 
@@ -239,6 +251,14 @@ def test_torch_takes_two_launches_forward_and_one_backward(torch_gpu, options, d
     assert_close(value.detach().numpy(), np.asarray(expected), rtol=1e-6, atol=0)
     assert logits.grad.dtype == logits.dtype
     assert_close(logits.grad.numpy(), grad, rtol=tolerance, atol=tolerance)
+
+
+def test_torch_copies_weights_to_the_gpu_once(torch_gpu):
+    x, y = map(torch.from_numpy, example(2, 3, 5, 8))
+    dice_core.torch._copied.cache_clear()
+    for _ in range(3):
+        dice_loss(x, y, weight=[1, 2, 3])
+    assert dice_core.torch._copied.cache_info().misses == 1
 
 
 def test_torch_by_the_general_path(torch_gpu):

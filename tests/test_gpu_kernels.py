@@ -149,10 +149,47 @@ def test_same_bits_in_any_order_of_threads_and_blocks(monkeypatch):
     assert_same_bits(other_grad, grad)
 
 
-@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("what", ["gradient", "labels"])
+def test_arrays_between_others_are_read_and_written_as_they_lie(what):
+    x, y, cotangent = example("float16", "uint8", 4, 1024)
+    wide = np.zeros((2, 4, 1028), np.float16), np.zeros((2, 1027), np.uint8)
+    at, grad = call(x, y, 1, None), on_gpu(np.full_like(x, np.nan))
+    if what == "gradient":
+        grad = buffers.of(DeviceArray.holding(wide[0])[..., 1:1025], "out")
+    else:
+        labels = DeviceArray.holding(wide[1])[:, :1024]
+        labels.host[...] = y
+        at = spec.call(at.logits, buffers.of(labels, "y"), p=1, ignore_label=None)
+    _gpu.gradient(at.logits, at.labels, on_gpu(cotangent), grad, at.spec, 1)
+    _, true_grad = expected(x, y, cotangent, 1, None)
+    atol = GRAD["float16"] * np.abs(true_grad).max()
+    got = grad.owner.host.astype(np.float64)
+    assert_close(got, true_grad, rtol=GRAD["float16"], atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("channels", "voxels", "blocks"),
+    [(4, 512**3, 1024), (4, 2**24, 1024), (4, 4096, 2), (1000, 16384, 64)],
+)
+def test_how_many_blocks_there_are(monkeypatch, channels, voxels, blocks):
+    for name, value in (("THREADS", 256), ("ROUNDS", 64), ("BLOCKS", 1024)):
+        monkeypatch.setattr(_gpu_kernels, name, value)
+    plan = _gpu_kernels.plan("float16", "uint8", channels, 1, 8)
+    assert -(-voxels // plan.run(1, voxels)) == blocks
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 0, 5), (2, 3, 4, 5, 0), (2, 3, 0, 5, 4)])
+def test_no_strides_of_nothing_are_refused(shape):
+    layout = on_gpu(np.zeros(shape, np.float32)).layout
+    assert _gpu._voxel_step(layout, 2) == 4
+
+
+@pytest.mark.parametrize("each", [False, True, "alike"])
 def test_a_scale_multiplies_the_cotangent(each):
     x, y, cotangent = example("float16", "uint8", 3, 520)
     scale = np.array([3, -0.25] if each else 1024, np.float32)
+    if each == "alike":
+        scale = np.broadcast_to(np.float32(7), 2)
     _, grad = run(x, y, cotangent, scale=scale)
     _, true_grad = expected(x, y, cotangent * scale[..., None], 1, None)
     atol = GRAD["float16"] * np.abs(true_grad).max()

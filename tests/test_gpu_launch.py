@@ -1,5 +1,6 @@
 """What reaches NVIDIA's driver, played by a stub that writes it down; how kernels are kept."""
 
+import functools
 import json
 import os
 import shutil
@@ -9,9 +10,11 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from dice_core import _gpu, _gpu_cache, _gpu_driver, _gpu_kernels
+import dice_core
+from dice_core import _gpu, _gpu_cache, _gpu_driver, _gpu_kernels, backends, buffers, spec
 from dice_core._gpu_kernels import Plan
 
 STUB = Path(__file__).parent / "stub_driver.c"
@@ -118,6 +121,38 @@ class TestLaunch:
         assert driver()[-1] == "cuCtxPopCurrent_v2"
 
 
+@needs_compiler
+def test_a_call_in_host_memory_leaves_the_driver_alone(driver):
+    for found in (backends._unavailable, backends._first):
+        found.cache_clear()
+    dice_core.loss(np.zeros((1, 2, 3), np.float32), np.zeros((1, 3), np.uint8))
+    assert driver() == []
+
+
+@needs_compiler
+def test_a_kernel_is_of_its_device_and_follows_the_streams_of_what_it_reads(driver, monkeypatch):
+    made = []
+    monkeypatch.setattr(_gpu_cache, "cubin", lambda *of: made.append(of) or b"\x7fELF")
+    monkeypatch.setattr(_gpu, "_job", functools.lru_cache(_gpu._Job))
+
+    def array(shape, dtype, stream, owner=None):
+        host = np.zeros(shape, dtype)
+        layout = buffers.Layout(shape, host.strides, dtype, host.itemsize, "cuda:1")
+        return buffers.Buffer(4096, layout, owner, stream=stream)
+
+    x, y = array((1, 2, 8), "float32", 5), array((1, 8), "uint8", 6)
+    cotangent, scale = array((3, 1, 2), "float64", 5), array((), "float32", 7)
+    at = spec.call(x, y, p=1, ignore_label=None)
+    _gpu.gradient(at.logits, at.labels, cotangent, x, at.spec, 1, scale)
+    calls = driver()
+    assert [line for line in calls if "Event" in line and "stroy" not in line] == [
+        *("cuEventCreate 2", "cuEventRecord 6", "cuStreamWaitEvent 5"),
+        *("cuEventCreate 2", "cuEventRecord 7", "cuStreamWaitEvent 5"),
+    ]
+    assert "context 1041 stream 5:" in calls[-2]
+    assert [capability for _, _, capability in made] == [(12, 0)]
+
+
 class TestUnavailable:
     def test_without_a_driver(self, monkeypatch):
         monkeypatch.setattr(_gpu_driver, "LIBRARY", "libnothing.so.1")
@@ -139,18 +174,25 @@ class TestUnavailable:
 
     @needs_compiler
     def test_without_numba_cuda(self, driver, monkeypatch):
-        def nothing(package):
-            raise _gpu.importlib.metadata.PackageNotFoundError
-
-        monkeypatch.setattr(_gpu.importlib.metadata, "version", nothing)
+        monkeypatch.setattr(_gpu_cache, "version", lambda package: None)
         (reason,) = _gpu.unavailable()
         assert "needs numba-cuda" in reason
         assert 'pip install "dice_core[gpu]"' in reason
 
     @needs_compiler
-    def test_with_all(self, driver):
+    def test_with_a_driver_older_than_the_compiler(self, driver, monkeypatch):
+        monkeypatch.setenv("STUB_VERSION", "12080")
+        monkeypatch.setattr(_gpu_cache, "version", lambda package: "13.5.37")
+        (reason,) = _gpu.unavailable()
+        assert "made for CUDA 12, the compiler (nvidia-nvjitlink 13.5.37) for a later" in reason
+        assert "update the driver" in reason
+
+    @needs_compiler
+    def test_with_all(self, driver, monkeypatch):
+        monkeypatch.setattr(_gpu_cache, "version", lambda package: "13.5.37")
         assert _gpu.unavailable() == []
-        assert _gpu_driver.capability(1) == (9, 0)
+        assert _gpu_driver.capability(0) == (9, 0)
+        assert _gpu_driver.capability(1) == (12, 0)
         assert _gpu_driver.name(1) == "Stub 41"
 
 
@@ -189,11 +231,11 @@ class TestCache:
         assert _gpu_cache.cubin(*other) != code
         assert len(self.files()) == 2
 
-    @pytest.mark.parametrize("what", ["_version", "SOURCES"])
+    @pytest.mark.parametrize("what", ["version", "SOURCES"])
     def test_other_versions_are_other_files(self, compiled, monkeypatch, what):
         _gpu_cache.cubin("total", PLAN, (9, 0))
         _gpu_cache._origin.cache_clear()
-        value = (lambda package: "999") if what == "_version" else ("_gpu_driver.py",)
+        value = (lambda package: "999") if what == "version" else ("_gpu_driver.py",)
         monkeypatch.setattr(_gpu_cache, what, value)
         _gpu_cache.cubin("total", PLAN, (9, 0))
         _gpu_cache._origin.cache_clear()
@@ -215,6 +257,15 @@ class TestCache:
         assert _gpu_cache.cubin("total", PLAN, (9, 0))
         assert _gpu_cache.cubin("total", PLAN, (9, 0))
         assert len(compiled) == 2
+
+    def test_a_user_without_a_home_does_without(self, compiled, monkeypatch):
+        def no_home():
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.delenv(_gpu_cache.VARIABLE)
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(_gpu_cache.Path, "home", no_home)
+        assert _gpu_cache.cubin("total", PLAN, (9, 0))
 
     def test_threads_that_write_at_once_leave_one_whole_file(self, compiled):
         codes = []

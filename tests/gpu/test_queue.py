@@ -131,10 +131,13 @@ def test_nothing_waits_for_the_device():
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_torch_sees_no_synchronisation():
     x, y = Volume(4, (64, 65)).tensors()
-    step(x, y, weight=[1.0, 2.0, 3.0, 4.0])
+    weight = [1.0, 2.0, 3.0, 4.0]
+    step(x, y, weight=weight)  # which is copied to the device once
     torch.cuda.set_sync_debug_mode("error")
     try:
         step(x, y)
+        step(x, y, weight=weight)
+        step(x, y, weight=torch.tensor(weight))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

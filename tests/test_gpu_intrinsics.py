@@ -1,0 +1,161 @@
+"""What the CUDA kernels are written in, on the host's processor where it has the instructions."""
+
+import ctypes
+import itertools
+import re
+
+import numpy as np
+import pytest
+from gpu_simulator import dtype_of
+
+numba = pytest.importorskip("numba", reason="needs the extra gpu")
+from numba import types  # noqa: E402
+
+from dice_core import _gpu_compile, _gpu_intrinsics, _gpu_kernels  # noqa: E402
+
+POINTER, LONG = _gpu_intrinsics.POINTER, types.int64
+COUNTS = (1, 2, 4, 8)
+
+
+def on_host(function, *argument_types):
+    """The function compiled for the host, taking addresses and integers."""
+    made = numba.cfunc(types.void(*argument_types))(function)
+    kinds = [ctypes.c_int64 if kind == LONG else ctypes.c_void_p for kind in argument_types]
+    call = ctypes.CFUNCTYPE(None, *kinds)(made.address)
+    return lambda *arguments, keep=made: call(*arguments)
+
+
+def aligned(count, dtype):
+    """Random bits that begin on a whole word."""
+    dtype = np.dtype(dtype)
+    memory = np.random.default_rng(1).integers(0, 120, count * dtype.itemsize + 64, np.uint8)
+    first = -memory.ctypes.data % 16
+    return memory[first : first + count * dtype.itemsize].view(dtype)
+
+
+FLOATS = [
+    (dtype, count)
+    for dtype, count in itertools.product(_gpu_intrinsics.REAL, COUNTS)
+    if dtype_of(dtype).itemsize * count <= 16
+]
+
+
+@pytest.mark.parametrize(("dtype", "count"), FLOATS)
+def test_numbers_are_read(dtype, count):
+    load = _gpu_intrinsics.load_numbers(dtype, count)
+    real = _gpu_intrinsics.REAL[dtype]
+
+    def read(pointer, offset, to):
+        numbers = load(pointer, offset)
+        for i in range(count):
+            to[i] = numbers[i]
+
+    source, to = aligned(4 * count, dtype_of(dtype)), np.zeros(count, real.name)
+    read = on_host(read, POINTER, LONG, types.CPointer(real))
+    read(source.ctypes.data, count * source.itemsize, to.ctypes.data)
+    np.testing.assert_array_equal(to, source[count : 2 * count].astype(real.name))
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize(
+    "dtype", ["bool", *(f"{u}int{bits}" for u in ("", "u") for bits in (8, 16, 32, 64))]
+)
+def test_labels_are_read(dtype, count):
+    load, kind = _gpu_intrinsics.load_labels(dtype, count), _gpu_intrinsics.label_type(dtype)
+
+    def read(pointer, offset, to):
+        labels = load(pointer, offset)
+        for i in range(count):
+            to[i] = labels[i]
+
+    source, to = aligned(4 * count, dtype_of(dtype)), np.zeros(count, kind.name)
+    if dtype != "bool":
+        source[count] = np.iinfo(dtype).max
+        source[2 * count - 1] = np.iinfo(dtype).min
+    read = on_host(read, POINTER, LONG, types.CPointer(kind))
+    read(source.ctypes.data, count * source.itemsize, to.ctypes.data)
+    np.testing.assert_array_equal(to, source[count : 2 * count].astype(kind.name))
+
+
+@pytest.mark.parametrize(("dtype", "count"), [x for x in FLOATS if x[0] != "bfloat16"])
+def test_numbers_are_written_rounded_and_nothing_beside_them(dtype, count):
+    store, real = _gpu_intrinsics.store_numbers(dtype, count), _gpu_intrinsics.REAL[dtype]
+
+    def write(pointer, offset, source):
+        numbers = np.empty(2 * count, real)
+        for i in range(2 * count):
+            numbers[i] = source[i]
+        store(pointer, offset, numbers, count)
+
+    numbers = np.random.default_rng(2).standard_normal(2 * count).astype(real.name)
+    to = aligned(4 * count, dtype)
+    to[:] = 7
+    write = on_host(write, POINTER, LONG, types.CPointer(real))
+    write(to.ctypes.data, count * to.itemsize, numbers.ctypes.data)
+    np.testing.assert_array_equal(to[count : 2 * count], numbers[count:].astype(dtype))
+    assert (np.delete(to, range(count, 2 * count)) == 7).all()
+
+
+@pytest.mark.parametrize(("factor", "exponent"), [(1, 0), (1, 1), (3, 2), (1, 7), (5, 4), (8, 7)])
+def test_powers(factor, exponent):
+    power = _gpu_intrinsics.times_power(factor, exponent)
+
+    def apply(to):
+        to[0] = power(to[0])
+
+    number = np.array([1.25])
+    on_host(apply, types.CPointer(types.float64))(number.ctypes.data)
+    assert number[0] == factor * 1.25**exponent
+
+
+def test_the_counter_says_what_it_was():
+    count_up = _gpu_intrinsics.count_up
+
+    def apply(pointer, to):
+        to[0] = count_up(pointer)
+
+    counter, before = np.array([41], np.int32), np.array([0], np.int32)
+    apply = on_host(apply, POINTER, types.CPointer(types.int32))
+    apply(counter.ctypes.data, before.ctypes.data)
+    assert (counter[0], before[0]) == (42, 41)
+
+
+def ptx(kind, logits, channels=2, p=1):
+    made_for = _gpu_kernels.plan(logits, "uint8", channels, p, 8)
+    return _gpu_compile.ptx(kind, made_for, (9, 0))
+
+
+class TestInstructionsOfTheGpuAlone:
+    """Which no host can run: that they are there, in the right order."""
+
+    def test_of_a_pair_of_bfloat16_the_upper_one_comes_first(self):
+        cuda, store = _gpu_compile.cuda, _gpu_intrinsics.store_numbers("bfloat16", 2)
+
+        def write(pointer, low, high):
+            numbers = cuda.local.array(2, types.float32)
+            numbers[0] = low
+            numbers[1] = high
+            store(pointer, 0, numbers, 0)
+
+        signature = types.void(POINTER, types.float32, types.float32)
+        text, _ = cuda.compile(write, signature, device=False, abi="numba", cc=(9, 0))
+        loads = re.findall(r"ld\.param\.\S+\s+(%\w+), \[\w+_param_(\d)\]", text)
+        number = {name: int(where) for name, where in loads}
+        ((upper, lower),) = re.findall(r"cvt\.rn\.bf16x2\.f32 %\w+, (%\w+), (%\w+)", text)
+        assert (number[upper], number[lower]) == (2, 1)
+
+    def test_the_exponential_and_the_reciprocal(self):
+        text = ptx("statistics", "float32")
+        assert len(re.findall(r"ex2\.approx\.ftz\.f32 ", text)) == 8
+        assert len(re.findall(r"rcp\.approx\.ftz\.f32 ", text)) == 4
+        assert "max.f32" in text
+
+    def test_the_last_block_sees_what_the_others_wrote(self):
+        text = _gpu_compile.ptx("loss", _gpu_kernels.Plan("float32", "uint8", 1), (9, 0))
+        order = [
+            re.search(pattern, text).start()
+            for pattern in (r"membar\.gl|fence\.", r"atom\.\S*add", r"ld\.relaxed\.gpu\.f64")
+        ]
+        assert order == sorted(order)
+        between = text[order[0] : order[1]]
+        assert re.search(r"bar\.sync|barrier\.sync", between)
