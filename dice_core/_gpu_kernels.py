@@ -341,8 +341,9 @@ def total_kernel(loss: bool, ops: Any) -> Callable[..., None]:
     cuda, int32, int64, float64 = ops.cuda, ops.int32, ops.int64, ops.float64
     load_real, store_real, load_fresh = ops.load_real, ops.store_real, ops.load_fresh
     load_double, store_double, count_up = ops.load_double, ops.store_double, ops.count_up
-    divide, real, SIZE, LOSS = ops.divide, ops.real, ops.size, loss
+    divide, real, shuffle, SIZE, LOSS = ops.divide, ops.real, ops.shuffle, ops.size, loss
     NAN, INFINITY = float("nan"), float("inf")
+    MASK, WARP_SHUFFLES = 0xFFFFFFFF, WARP.bit_length() - 1
 
     def kernel(  # type: ignore[no-untyped-def]
         partials,
@@ -405,22 +406,28 @@ def total_kernel(loss: bool, ops: Any) -> Callable[..., None]:
             cuda.syncthreads()
             if flags[0] == int32(cuda.gridDim.x) - int32(1):  # all other blocks' sums are there
                 cuda.threadfence()
-                own = float64(0)
-                n = int64(0)
-                rows = int64(1) if pooled != int64(0) else samples
+                # Where each sample has a loss a warp takes it, else the block takes all terms.
                 step = samples * classes
-                while n < rows:
-                    beyond = samples if pooled != int64(0) else n + int64(1)
-                    c = int64(thread)
-                    while c < classes:
+                rows, width, first, stride = int64(1), step, int64(thread), int64(THREADS)
+                if pooled != int64(0):
+                    width = classes
+                if each != int64(0):
+                    rows, width, first, stride = samples, classes, int64(lane), int64(WARP)
+                row, sum_of_terms = int64(0), float64(0)
+                while row < rows:
+                    n = row + int64(warp) if each != int64(0) else row
+                    term = first if n < rows else width
+                    while term < width:
+                        m = n + term // classes
+                        c = term - term // classes * classes
+                        beyond = (samples if pooled != int64(0) else m + int64(1)) * classes
                         of_i, of_p, of_y = float64(0), float64(0), float64(0)
-                        m = n
-                        while m < beyond:
-                            entry = m * classes + c
+                        entry = m * classes + c
+                        while entry < beyond:
                             of_i += load_fresh(sums, entry * int64(8))
-                            of_p += load_fresh(sums, (step + entry) * int64(8))
-                            of_y += load_fresh(sums, (int64(2) * step + entry) * int64(8))
-                            m += int64(1)
+                            of_p += load_fresh(sums, (entry + step) * int64(8))
+                            of_y += load_fresh(sums, (entry + step + step) * int64(8))
+                            entry += classes
                         num = num_i * of_i + num_p * of_p + num_y * of_y
                         den = den_i * of_i + den_p * of_p + den_y * of_y + smooth
                         if den == float64(0):
@@ -431,42 +438,37 @@ def total_kernel(loss: bool, ops: Any) -> Callable[..., None]:
                             counts *= load_double(weights, c * int64(8))[0]
                         if c == left_out:
                             counts = float64(0)
-                        own += quotient * counts
+                        sum_of_terms += quotient * counts
                         slope = divide(counts, den)
-                        m = n
-                        while m < beyond:
-                            entry = m * classes + c
-                            store_double(
-                                derivative, entry * int64(8), (num_i - quotient * den_i) * slope
-                            )
-                            store_double(
-                                derivative,
-                                (step + entry) * int64(8),
-                                (num_p - quotient * den_p) * slope,
-                            )
-                            store_double(
-                                derivative,
-                                (int64(2) * step + entry) * int64(8),
-                                (num_y - quotient * den_y) * slope,
-                            )
-                            m += int64(1)
-                        c += int64(THREADS)
-                    n += int64(1)
-                    if each != int64(0) or n == rows:
-                        numbers[thread] = own
-                        cuda.syncthreads()
-                        if thread == int32(0):
-                            total = start
-                            k = int32(0)
-                            while k < int32(THREADS) and int64(k) < classes:
-                                total += numbers[k]
-                                k += int32(1)
-                            at = n - int64(1) if each != int64(0) else int64(0)
-                            store_real(value, at * int64(SIZE), real(total))
-                        cuda.syncthreads()
-                        own = float64(0)
-                if rows == int64(0) and each == int64(0) and thread == int32(0):
-                    store_real(value, int64(0), real(start))
+                        of_i = (num_i - quotient * den_i) * slope
+                        of_p = (num_p - quotient * den_p) * slope
+                        of_y = (num_y - quotient * den_y) * slope
+                        entry = m * classes + c
+                        while entry < beyond:
+                            store_double(derivative, entry * int64(8), of_i)
+                            store_double(derivative, (entry + step) * int64(8), of_p)
+                            store_double(derivative, (entry + step + step) * int64(8), of_y)
+                            entry += classes
+                        term += stride
+                    if each != int64(0):
+                        for k in range(WARP_SHUFFLES):
+                            sum_of_terms += shuffle(MASK, sum_of_terms, 1 << k)
+                        if lane == int32(0) and n < rows:
+                            store_real(value, n * int64(SIZE), real(start + sum_of_terms))
+                        sum_of_terms = float64(0)
+                        row += int64(WARPS)
+                    else:
+                        row += int64(1)
+                if each == int64(0):
+                    numbers[thread] = sum_of_terms
+                    cuda.syncthreads()
+                    if thread == int32(0):
+                        total = start
+                        k = int32(0)
+                        while k < int32(THREADS) and int64(k) < width:
+                            total += numbers[k]
+                            k += int32(1)
+                        store_real(value, int64(0), real(total))
 
     return kernel
 
