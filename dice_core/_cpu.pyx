@@ -1075,6 +1075,8 @@ def unsupported(signature):
         reasons.append(f"takes at most {MAX_AXES} axes, not {len(shape)}")
     if shape[1] > MAX_CLASSES:
         reasons.append(f"takes at most {MAX_CLASSES} classes, not {shape[1]}")
+    if signature.spec.gamma is not None:
+        reasons.append("does not sum the cross-entropy")
     return reasons
 
 

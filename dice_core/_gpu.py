@@ -57,6 +57,8 @@ def unsupported(signature: Any) -> list[str]:
             )
     if signature.logits.shape[1] > kernels.MAX_CHANNELS:
         reasons.append(f"takes up to {kernels.MAX_CHANNELS} channels")
+    if signature.spec.gamma is not None:
+        reasons.append("does not sum the cross-entropy")
     return reasons
 
 

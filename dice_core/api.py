@@ -146,31 +146,42 @@ def statistics(
     *,
     ignore_label: int | None = -1,
     p: int = 1,
+    gamma: float | None = None,
     backend: str | None = None,
     num_threads: int | None = None,
     check_labels: bool | None = None,
 ) -> Statistics:
     """The sums over voxels that a Dice loss needs; see `loss` for the arguments.
 
+    With gamma >= 0 also the cross-entropy of each class's voxels, sum (1 - s)**gamma * -log(s):
+    plain for 0, else focal (Lin et al., Focal Loss, 2017).
+
     For volumes that do not fit in memory: take the statistics of every tile and add them, take the
     loss of the total, then ask the total for each tile's gradient.
     """
-    at = _call(x, y, p, ignore_label)
+    at = _call(x, y, p, ignore_label, gamma)
     kernels, count = backends.select(at.signature, backend), threads.resolve(num_threads)
     sums = _sums(at, kernels, count, check_labels)
     return Statistics(sums, at.spec, at.logits.dtype, backend, num_threads)
 
 
 def precompile(
-    x: Any, y: Any, *, ignore_label: int | None = -1, p: int = 1, backend: str | None = None
+    x: Any,
+    y: Any,
+    *,
+    ignore_label: int | None = -1,
+    p: int = 1,
+    gamma: float | None = None,
+    backend: str | None = None,
 ) -> None:
     """Makes ready what the loss of such arrays and its gradient need, on a GPU: of their dtypes,
     number of channels, layout and device.
 
     Else the first call does so, which takes seconds where nobody on this machine has called for the
-    same before, and must not happen while a CUDA graph is captured. See `loss` for the arguments.
+    same before, and must not happen while a CUDA graph is captured. See `statistics` for the
+    arguments.
     """
-    at = _call(x, y, p, ignore_label)
+    at = _call(x, y, p, ignore_label, gamma)
     kernels = backends.select(at.signature, backend)
     if _on_device(at):
         kernels.precompile(at.logits, at.labels, at.spec)
@@ -178,13 +189,14 @@ def precompile(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Statistics:
-    """Sums over voxels, per sample and class: `intersection`, `pred_sum`, `target_sum`.
+    """Sums over voxels, per sample and class: `intersection`, `pred_sum`, `target_sum`, and
+    `cross_entropy_sum` if it was asked for.
 
     Made by `statistics`; two of the same kind add up with `+`. Those of arrays on a GPU are arrays
     there; a loss or gradient of them waits for it.
     """
 
-    sums: Array  # (3, N, C) float64
+    sums: Array  # (K, N, C) float64
     spec: spec.Spec
     dtype: str  # of the logits
     backend: str | None
@@ -204,6 +216,15 @@ class Statistics:
     def target_sum(self) -> Array:
         """(N, C): Y = how many voxels have the class's label."""
         return self.sums[2]
+
+    @property
+    def cross_entropy_sum(self) -> Array:
+        """(N, C): H = sum of (1 - score)**gamma * -log(score) over the class's own voxels. Raises
+        ValueError if it was not summed.
+        """
+        if self.spec.gamma is None:
+            raise ValueError("the cross-entropy was not summed; ask for it with gamma=0")
+        return self.sums[3]
 
     def __add__(self, other: Statistics) -> Statistics:
         """The statistics of both sets of voxels. Raises ValueError unless both sum the same."""
@@ -240,7 +261,7 @@ class Statistics:
             self.sums.shape[2], spec.weights(weight), ignore_channel, smooth, reduction
         )
         at = buffers.of(self.sums, "sums")
-        value = _real(dice(buffers.to_host(at)), self.dtype)
+        value = _real(dice(buffers.to_host(at)[:3]), self.dtype)
         return value[()] if at.device == "cpu" else buffers.from_host(value, at)
 
     def gradient(
@@ -261,7 +282,7 @@ class Statistics:
         See `dice_core.loss_and_grad` for arguments, result and errors. The labels were checked when
         the statistics were taken: other labels that are bad raise only after `out` was written.
         """
-        at = _call(x, y, self.spec.power, self.spec.ignore_label)
+        at = _call(x, y, self.spec.power, self.spec.ignore_label, self.spec.gamma)
         tile, mine = (
             f"{at.sums_shape}, {at.spec}, {at.logits.dtype}",
             f"{self.sums.shape}, {self.spec}, {self.dtype}",
@@ -276,18 +297,21 @@ class Statistics:
         kernels = backends.select(at.signature, self.backend)
         count = threads.resolve(self.num_threads)
         grad, out = _gradient_buffer(x, out, at)
-        _, derivative = dice.with_derivative(buffers.to_host(buffers.of(self.sums, "sums")))
+        derivative = np.zeros(self.sums.shape)
+        _, derivative[:3] = dice.with_derivative(buffers.to_host(buffers.of(self.sums, "sums"))[:3])
         _gradient(at, derivative, upstream, grad, kernels, count)
         return out
 
 
-def _call(x: Any, y: Any, p: Any, ignore_label: Any) -> spec.Call:
+def _call(x: Any, y: Any, p: Any, ignore_label: Any, gamma: Any = None) -> spec.Call:
     if getattr(x, "requires_grad", False):
         raise TypeError(
             "x requires grad, and dice_core.loss and its like give plain values: "
             "use dice_core.torch.dice_loss, or pass x.detach()"
         )
-    return spec.call(buffers.of(x, "x"), buffers.of(y, "y"), p=p, ignore_label=ignore_label)
+    return spec.call(
+        buffers.of(x, "x"), buffers.of(y, "y"), p=p, ignore_label=ignore_label, gamma=gamma
+    )
 
 
 def _on_device(at: spec.Call) -> bool:

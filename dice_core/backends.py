@@ -8,7 +8,7 @@ A backend is a module with three functions:
 - ``unsupported(signature) -> list[str]`` says why it does not take such calls; empty if it does.
 
 Arrays are Buffers, logits (N, C, *), labels (N, *), (K, N, C) contiguous float64 in the order of
-spec.STATISTICS. The integers count labels that are neither a class nor the ignore label.
+``spec.statistics``. The integers count labels that are neither a class nor the ignore label.
 
 It may have ``unavailable() -> list[str]``, why it does not run on this machine. Where reading
 numbers back means waiting for a device it has more:

@@ -14,7 +14,8 @@ import numpy as np
 from . import buffers
 from .buffers import Buffer, Layout
 
-STATISTICS = ("intersection", "pred_sum", "target_sum")  # the order of the K axis
+STATISTICS = ("intersection", "pred_sum", "target_sum")  # the order of the K axis,
+CROSS_ENTROPY = "cross_entropy_sum"  # which has this one last, if it is asked for
 REDUCTIONS = ("none", "mean", "sum", "batch")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 INTEGERS = ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
@@ -28,14 +29,23 @@ class Spec:
       score 1 - sigmoid (background) and sigmoid (foreground).
     - power: P sums score**power.
     - ignore_label: voxels so labelled contribute to nothing; None for no such label.
+    - gamma: H sums (1 - score)**gamma (-log score) of each voxel's own class, cross-entropy for 0
+      and focal loss above; None for no such sum.
     """
 
     activation: str
     power: int = 1
     ignore_label: int | None = None
+    gamma: float | None = None
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """The names of the sums, in the order of the K axis."""
+        return STATISTICS if self.gamma is None else (*STATISTICS, CROSS_ENTROPY)
 
     def __str__(self) -> str:
-        return f"{self.activation}, p = {self.power}, ignore_label = {self.ignore_label}"
+        focal = "" if self.gamma is None else f", gamma = {self.gamma:g}"
+        return f"{self.activation}, p = {self.power}, ignore_label = {self.ignore_label}{focal}"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -74,7 +84,7 @@ class Call:
     @property
     def sums_shape(self) -> tuple[int, int, int]:
         """(K, N, C) of the statistics."""
-        return sums_shape(self.logits.shape)
+        return sums_shape(self.logits.shape, self.spec)
 
 
 def classes(channels: int) -> int:
@@ -82,21 +92,24 @@ def classes(channels: int) -> int:
     return max(2, channels)
 
 
-def sums_shape(x: Sequence[int]) -> tuple[int, int, int]:
+def sums_shape(x: Sequence[int], spec: Spec) -> tuple[int, int, int]:
     """(K, N, C) of the statistics of logits (N, channels, *)."""
-    return len(STATISTICS), x[0], classes(x[1])
+    return len(spec.statistics), x[0], classes(x[1])
 
 
-def call(logits: Buffer, labels: Buffer, *, p: Any, ignore_label: Any) -> Call:
+def call(logits: Buffer, labels: Buffer, *, p: Any, ignore_label: Any, gamma: Any = None) -> Call:
     """The checked request. Raises TypeError or ValueError naming what does not fit."""
-    seen = signature(logits.layout, labels.layout, power(p), label(ignore_label))
+    numbers = power(p), label(ignore_label), None if gamma is None else focusing(gamma)
+    seen = signature(logits.layout, labels.layout, *numbers)
     if labels.layout is not seen.labels:
         labels = replace(labels, layout=seen.labels)
     return Call(logits, labels, seen)
 
 
 @functools.lru_cache(1024)
-def signature(logits: Layout, labels: Layout, power: int, ignore_label: int | None) -> Signature:
+def signature(
+    logits: Layout, labels: Layout, power: int, ignore_label: int | None, gamma: float | None
+) -> Signature:
     """Of checked numbers; the rest is checked here."""
     check_shapes(logits.shape, labels.shape)
     if logits.dtype not in FLOATS:
@@ -110,8 +123,12 @@ def signature(logits: Layout, labels: Layout, power: int, ignore_label: int | No
         raise ValueError(f"x is on {logits.device} but y is on {labels.device}")
     if len(labels.shape) == len(logits.shape):
         labels = labels.without_axis(1)
-    activation = "sigmoid" if logits.shape[1] == 1 else "softmax"
-    return Signature(logits, labels, Spec(activation, power, ignore_label))
+    return Signature(logits, labels, of_channels(logits.shape[1], power, ignore_label, gamma))
+
+
+def of_channels(channels: int, *numbers: Any) -> Spec:
+    """What to sum of logits of so many channels, given the numbers of a Spec."""
+    return Spec("sigmoid" if channels == 1 else "softmax", *numbers)
 
 
 def check_shapes(x: Sequence[int], y: Sequence[int]) -> None:
@@ -201,15 +218,12 @@ def channel(ignore_channel: Any) -> int:
 
 def smoothing(smooth: Any) -> float:
     """A finite number >= 0."""
-    if isinstance(smooth, (str, bytes, bool)) or not hasattr(smooth, "__float__"):
-        raise TypeError(f"smooth must be a number, got {type(smooth).__name__}")
-    try:
-        value = float(smooth)
-    except OverflowError:  # an int beyond any float
-        value = math.inf
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"smooth must be finite and at least 0, got {value}")
-    return value
+    return _number(smooth, "smooth")
+
+
+def focusing(gamma: Any) -> float:
+    """The finite gamma >= 0 of a focal loss."""
+    return _number(gamma, "gamma")
 
 
 def reduction(name: Any) -> str:
@@ -264,6 +278,18 @@ def check_upstream(grad_loss: Buffer, shape: tuple[int, ...], dtype: str, at: Ca
     ):
         if got != expected:
             raise ValueError(f"grad_loss must have the loss's {what} {expected}, got {got}")
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, (str, bytes, bool)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond any float
+        number = math.inf
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{name} must be finite and at least 0, got {number}")
+    return number
 
 
 def _integer(value: Any, name: str) -> int:

@@ -29,29 +29,42 @@ class Statistics(NamedTuple):
     target_sum: Tensor
 
 
+class FocalStatistics(NamedTuple):
+    """As `Statistics`, and the cross-entropy."""
+
+    intersection: Tensor
+    pred_sum: Tensor
+    target_sum: Tensor
+    cross_entropy_sum: Tensor
+
+
 def statistics(
     x: Tensor,
     y: Tensor,
     *,
     ignore_label: int | None = -1,
     p: int = 1,
+    gamma: float | None = None,
     backend: str | None = None,
     num_threads: int | None = None,
     check_labels: bool | None = None,
-) -> Statistics:
-    """Intersection, pred_sum and target_sum of logits and labels, differentiable in x.
+) -> Statistics | FocalStatistics:
+    """Intersection, pred_sum and target_sum of logits and labels, differentiable in x; with gamma
+    >= 0 cross_entropy_sum too.
 
     Replaces, without allocating anything of x's size::
 
         s = x.softmax(1)
         t = one_hot(y, C).movedim(-1, 1)
         (s * t).sum(spatial), (s**p).sum(spatial), t.sum(spatial)
+        (t * (1 - s) ** gamma * -s.log()).sum(spatial)
 
-    Any differentiable function of the three is a loss whose backward pass is one pass over x. For
-    the arguments see `dice_core.loss`; `num_threads` is by default torch's own setting.
+    Any differentiable function of them is a loss whose backward pass is one pass over x. For the
+    arguments see `dice_core.statistics`; `num_threads` is by default torch's own setting.
     """
-    options = _options(x, y, ignore_label, p, backend, num_threads, check_labels)
-    return Statistics(*torch.ops.dice_core.statistics(x, y, *options))
+    options = _options(x, y, ignore_label, p, gamma, backend, num_threads, check_labels)
+    kind = Statistics if gamma is None else FocalStatistics
+    return kind(*torch.ops.dice_core.statistics(x, y, *options))
 
 
 def dice_loss(
@@ -74,7 +87,7 @@ def dice_loss(
     Gradients reach x, in its dtype, memory format and device, and `weight` if it is a tensor that
     requires grad; y has none. `num_threads` is by default torch's own setting.
     """
-    options = _options(x, y, ignore_label, p, backend, num_threads, check_labels)
+    options = _options(x, y, ignore_label, p, None, backend, num_threads, check_labels)
     spec.check_shapes(x.shape, y.shape)
     weight = _weight(weight, x)
     dice = losses.dice(spec.classes(x.shape[1]), weight, ignore_channel, smooth, reduction)
@@ -163,7 +176,7 @@ def _copied(numbers: bytes, shape: tuple[int, ...], device: torch.device) -> Ten
     return torch.from_numpy(np.frombuffer(numbers).reshape(shape).copy()).to(device)
 
 
-_Options = tuple[int, int | None, str | None, int | None, bool | None]
+_Options = tuple[int, int | None, float | None, str | None, int | None, bool | None]
 
 
 def _options(
@@ -171,6 +184,7 @@ def _options(
     y: Tensor,
     ignore_label: Any,
     p: Any,
+    gamma: Any,
     backend: str | None,
     num_threads: int | None,
     check_labels: bool | None,
@@ -189,7 +203,8 @@ def _options(
         raise ValueError(f"ignore_label must fit in torch's int64, got {ignore_label}")
     if num_threads is not None:
         num_threads = threads.resolve(num_threads)
-    return spec.power(p), ignore_label, backend, num_threads, check_labels
+    gamma = None if gamma is None else spec.focusing(gamma)
+    return spec.power(p), ignore_label, gamma, backend, num_threads, check_labels
 
 
 def _plain(x: Tensor, *others: Tensor | None) -> bool:
@@ -257,8 +272,8 @@ def _value(x: Tensor, y: Tensor, dice: losses.Dice, options: _Options) -> tuple[
             dice = replace(dice, weight=weight.numpy())
         value, derivative = dice.with_derivative(_statistics(x, y, *options).numpy())
         return torch.from_numpy(np.asarray(value, _NUMPY[dtype])), derivative
-    p, ignore_label, backend, _, check_labels = options
-    at = spec.call(buffers.of(x, "x"), buffers.of(y, "y"), p=p, ignore_label=ignore_label)
+    p, ignore_label, _, backend, _, check_labels = options
+    at = _call(x, y, p, ignore_label, None)
     value = x.new_empty(x.shape[:1] if dice.reduction == "none" else (), dtype=dtype)
     derivative = x.new_empty(at.sums_shape, dtype=torch.float64)
     backends.loss(
@@ -276,7 +291,9 @@ def _value(x: Tensor, y: Tensor, dice: losses.Dice, options: _Options) -> tuple[
 # The operators, defined through torch.library so that torch.compile and export see them whole.
 
 _library = torch.library.Library("dice_core", "DEF")
-_OPTIONS = "int p, int? ignore_label, str? backend, int? num_threads, bool? check_labels"
+_OPTIONS = (
+    "int p, int? ignore_label, float? gamma, str? backend, int? num_threads, bool? check_labels"
+)
 _library.define(f"statistics(Tensor x, Tensor y, {_OPTIONS}) -> Tensor")
 _library.define(f"statistics_grad(Tensor x, Tensor y, Tensor cotangent, {_OPTIONS}) -> Tensor")
 
@@ -286,12 +303,13 @@ def _statistics(
     y: Tensor,
     p: int,
     ignore_label: int | None,
+    gamma: float | None,
     backend: str | None,
     num_threads: int | None,
     check_labels: bool | None,
 ) -> Tensor:
     """(K, N, C) float64 on x's device."""
-    at = spec.call(buffers.of(x, "x"), buffers.of(y, "y"), p=p, ignore_label=ignore_label)
+    at = _call(x, y, p, ignore_label, gamma)
     sums = x.new_empty(at.sums_shape, dtype=torch.float64)
     count = num_threads or torch.get_num_threads()
     kernels = backends.select(at.signature, backend)
@@ -305,6 +323,7 @@ def _statistics_grad(
     cotangent: Any,
     p: int,
     ignore_label: int | None,
+    gamma: float | None,
     backend: str | None,
     num_threads: int | None,
     check_labels: bool | None,
@@ -316,7 +335,7 @@ def _statistics_grad(
     """
     if isinstance(cotangent, Tensor):
         cotangent = cotangent.contiguous()
-    at = spec.call(buffers.of(x, "x"), buffers.of(y, "y"), p=p, ignore_label=ignore_label)
+    at = _call(x, y, p, ignore_label, gamma)
     grad: Tensor = buffers.empty_like(x, "x")
     backends.gradient(
         backends.select(at.signature, backend),
@@ -329,9 +348,18 @@ def _statistics_grad(
     return grad
 
 
-def _fake_statistics(x: Tensor, y: Tensor, *options: Any) -> Tensor:
+def _call(x: Tensor, y: Tensor, p: int, ignore_label: int | None, gamma: float | None) -> spec.Call:
+    return spec.call(
+        buffers.of(x, "x"), buffers.of(y, "y"), p=p, ignore_label=ignore_label, gamma=gamma
+    )
+
+
+def _fake_statistics(
+    x: Tensor, y: Tensor, p: int, ignore_label: int | None, gamma: float | None, *_: Any
+) -> Tensor:
     spec.check_shapes(x.shape, y.shape)
-    return x.new_empty(spec.sums_shape(x.shape), dtype=torch.float64)
+    summed = spec.of_channels(x.shape[1], p, ignore_label, gamma)
+    return x.new_empty(spec.sums_shape(x.shape, summed), dtype=torch.float64)
 
 
 def _fake_statistics_grad(x: Tensor, y: Tensor, cotangent: Tensor, *options: Any) -> Tensor:

@@ -5,8 +5,8 @@ import math
 import torch
 
 
-def statistics(x, y, *, ignore_label=-1, p=1):
-    """I, P, Y, each (N, classes)."""
+def statistics(x, y, *, ignore_label=-1, p=1, gamma=None):
+    """I, P, Y and, unless gamma is None, H, each (N, classes)."""
     voxels = math.prod(x.shape[2:])
     x, y = x.reshape(*x.shape[:2], voxels), y.reshape(x.shape[0], voxels)
     binary = x.shape[1] == 1
@@ -16,7 +16,12 @@ def statistics(x, y, *, ignore_label=-1, p=1):
     counted = counted[:, None]
     s = torch.where(counted, s, torch.zeros_like(s))
     t = (t & counted).to(s)
-    return (s * t).sum(2), (s**p).sum(2), t.sum(2)
+    sums = (s * t).sum(2), (s**p).sum(2), t.sum(2)
+    if gamma is None:
+        return sums
+    x = torch.cat([torch.zeros_like(x), x], 1) if binary else x
+    log_s = torch.where(counted, x, torch.zeros_like(x)).log_softmax(1)
+    return *sums, (t * (1 - s) ** gamma * -log_s).sum(2)
 
 
 def dice_loss(x, y, *, ignore_label=-1, p=1, **options):

@@ -56,7 +56,7 @@ def recorder(name, real, ran):
 
 
 def signature(x=X, y=Y):
-    return spec.signature(buffers.of(x, "x").layout, buffers.of(y, "y").layout, 1, -1)
+    return spec.signature(buffers.of(x, "x").layout, buffers.of(y, "y").layout, 1, -1, None)
 
 
 def cuda_array(shape, typestr):

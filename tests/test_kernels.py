@@ -3,8 +3,10 @@
 import itertools
 
 import ml_dtypes
+import naive
 import numpy as np
 import pytest
+import torch
 from compare import assert_close, assert_same_bits, kernel_rows
 from layouts import LAYOUTS
 
@@ -34,9 +36,11 @@ def example(shape, dtype, *, labels="int64", scale=3.0, seed=0):
     return x, y.astype(labels)
 
 
-def run(kernels, x, y, *, p=1, ignore_label=None, threads=1, out=None, seed=1):
+def run(kernels, x, y, *, p=1, ignore_label=None, gamma=None, threads=1, out=None, seed=1):
     """(sums, gradient for random cotangents) of one backend."""
-    at = spec.call(buffers.of(x, "x"), buffers.of(y, "y"), p=p, ignore_label=ignore_label)
+    at = spec.call(
+        buffers.of(x, "x"), buffers.of(y, "y"), p=p, ignore_label=ignore_label, gamma=gamma
+    )
     sums = np.full(at.sums_shape, np.nan)
     bad = kernels.statistics(at.logits, at.labels, buffers.of(sums, "sums"), at.spec, threads)
     cotangent = np.random.default_rng(seed).standard_normal(at.sums_shape)
@@ -63,6 +67,25 @@ def check(kernels, x, y, **options):
     # s (t - t.s) cancels: its error is that of a score times a cotangent, here about 1.
     rounding = 1.01 * ROUNDING[x.dtype.name]
     assert_close(grad, expected_grad, rtol=tolerance + rounding, atol=tolerance, what="gradient")
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+@pytest.mark.parametrize("p", [1, 3])
+@pytest.mark.parametrize("gamma", [None, 0, 0.5, 2])
+@pytest.mark.parametrize("ignore_label", [None, 1])
+def test_the_oracle_is_the_naive_code(channels, p, gamma, ignore_label):
+    x, y = example((2, channels, 6, 7), "float64")
+    at = spec.call(
+        buffers.of(x, "x"), buffers.of(y, "y"), p=p, ignore_label=ignore_label, gamma=gamma
+    )
+    sums, grad = run(_reference, x, y, p=p, ignore_label=ignore_label, gamma=gamma)
+    tensor = torch.tensor(x, requires_grad=True)
+    options = {"p": p, "ignore_label": ignore_label, "gamma": gamma}
+    theirs = torch.stack(naive.statistics(tensor, torch.tensor(y), **options))
+    assert_close(sums, theirs.detach(), rtol=1e-13)
+    cotangent = np.random.default_rng(1).standard_normal(at.sums_shape)
+    (theirs * torch.tensor(cotangent)).sum().backward()
+    assert_close(grad, tensor.grad, rtol=1e-11, atol=1e-14)
 
 
 @backend

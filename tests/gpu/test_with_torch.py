@@ -20,7 +20,14 @@ from dice_core.torch import DiceLoss, dice_loss, statistics
 
 pytestmark = pytest.mark.gpu
 
-OPTIONS = (1, -1, None, None, None)  # p, ignore_label, backend, num_threads, check_labels
+OPTIONS = (
+    1,
+    -1,
+    None,
+    None,
+    None,
+    None,
+)  # p, ignore_label, gamma, backend, num_threads, check_labels
 
 
 # ---- autograd ----------------------------------------------------------------------------------
