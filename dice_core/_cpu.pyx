@@ -4,9 +4,9 @@
 
 Design
 ------
-1. Summed, per sample and class over the counted voxels: I = sum s_c [y=c], P = sum s_c^p, Y = sum [y=c] with
-   s = softmax(x); one channel scores two classes, (1 - sigmoid(x), sigmoid(x)). The gradient is the vector-Jacobian
-   product of the sums.
+1. Summed, per sample and class over the counted voxels: I = sum s_c [y=c], P = sum s_c^p, Y = sum [y=c] and, if it is
+   asked for, H = sum [y=c] (1 - s_c)^gamma (-log s_c) with s = softmax(x); one channel scores two classes,
+   (1 - sigmoid(x), sigmoid(x)). The gradient is the vector-Jacobian product of the sums.
 2. Precision: voxel arithmetic in float32 (float64 logits: in float64), the sums of one tile, at most 1024 voxels, too;
    all else in float64. 16-bit logits are converted as they are loaded, their gradient is rounded as it is stored.
 3. A chunk is a fixed run of a sample's voxels, its length a function of shape alone; a thread owns whole chunks.
@@ -19,7 +19,7 @@ Design
    side, logits are read and gradients written in place, else through scratch, in their own type.
 8. Voxels are read whole before their gradient is written, so the gradient may overwrite the logits.
 9. Ignored voxels are cleared in scratch, never multiplied by zero: their NaN and infinities cannot leak.
-10. Never allocated: anything of image size. Scratch is one block per thread, partial sums are 3 C numbers per chunk.
+10. Never allocated: anything of image size. Scratch is one block per thread, partial sums are 3 C or 4 C numbers per chunk.
 """
 
 from cython.parallel cimport prange, threadid
@@ -74,6 +74,9 @@ cdef extern from *:
     static int is_mapped(const void *memory, size_t size) { return (void)memory, (void)size, 0; }
     #endif
 
+    /* Scores below it may come of exponentials that are not as exact as a number. */
+    #define FAINT 1e-30
+
     #if defined(_OPENMP)
     #include <omp.h>
     #define DICE_OPENMP _OPENMP
@@ -93,6 +96,7 @@ cdef extern from *:
     int processor_has(int) noexcept
     bint is_mapped(const void *, size_t) noexcept
     const char *openmp_library() noexcept
+    const double FAINT
     const char *DICE_LEVEL
     int DICE_OPENMP
 
@@ -106,6 +110,7 @@ cdef enum:
     BLOCK_SCORES = 4096  # scores of a block in scratch, so that they stay in the first cache level
     MANY_VOXELS = 64  # of many classes are read at a time,
     MANY_SCORES = 16384  # as long as their scores stay in the second
+    MAX_POWER = 16  # of a whole gamma that is multiplied out
     AHEAD = 256  # bytes: how early rows are asked for that are more than the processor foresees by itself
     CHUNK_SCORES = 65536
     THREAD_SCORES = 32768  # for less no thread is woken
@@ -150,6 +155,11 @@ cdef struct Problem:
     bint has_ignore
     uint64_t ignore  # bits
     Py_ssize_t power
+    Py_ssize_t sums  # of a class: I, P, Y and maybe H,
+    bint entropy  # if this says so,
+    bint focal  # with a gamma above 0
+    double gamma
+    Py_ssize_t whole_gamma  # or 0
     bint past_caches  # the gradient is stored so: it will not be read soon, and no page is made by the way
     Py_ssize_t line, block  # voxels of a line, of a block
     Py_ssize_t chunk, chunks  # voxels of a chunk, chunks of a sample
@@ -159,9 +169,10 @@ cdef struct Scratch:
     char *staged  # (channels, block) logits, or their gradient, as they are stored
     char *scores  # (classes, block)
     char *scale  # (block,)
+    char *entropy  # (block,): what a voxel adds to H, or what a focal loss's cotangent of H is multiplied by
     char *label  # (TILE,): class, -1 where ignored, -2 where bad
-    char *sums  # (3, classes) vectors
-    char *factors  # (2, classes): of I and of P
+    char *sums  # (3 or 4, classes) vectors
+    char *factors  # (3, classes): of I, of P and of H
 
 
 # ---- labels ----------------------------------------------------------------------------------------------------------
@@ -509,14 +520,104 @@ cdef void score_many(
         scale += VECTORS
 
 
+# ---- cross-entropy ---------------------------------------------------------------------------------------------------
+
+cdef vec entropy_far(const logit *x, Py_ssize_t row, Py_ssize_t channels, vec label) noexcept nogil:
+    """`entropy_of` from the logits, however far apart they are."""
+    cdef vec top, bound, nought, lowest, which, own, total, v, endless
+    cdef Py_ssize_t c
+    zero(&nought)
+    largest(&bound)
+    lowest_exp(&lowest)
+    load(&top, x)
+    for c in range(channels):
+        load(&v, x + c * row)
+        top = maximum(v, top)
+    if channels == 1:
+        top = maximum(nought, top)
+    endless = less(bound, top)
+    top = maximum(nought - bound, minimum(bound, top))
+    own = total = which = nought
+    if channels == 1:
+        total = exp(maximum(lowest, nought - top))
+        which = which + 1
+    for c in range(channels):
+        load(&v, x + c * row)
+        own = own + where(equal(label, which), v)
+        total = total + exp(minimum(nought, maximum(lowest, v - top)))
+        which = which + 1
+    # A class beside one of +inf has -log s = inf.
+    v = where(endless, less(own, bound + bound))
+    v = minimum(nought, own - top) - where(v, bound + bound)
+    return log(total, nought + 1 - total) + total * 0 - v  # NaN of NaN
+
+
+cdef inline vec entropy_of(
+    vec own, vec rest, vec label, const logit *x, Py_ssize_t row, Py_ssize_t channels
+) noexcept nogil:
+    """-log of `own`, the scores of the voxels' own classes, the others' being `rest`; of logits `row` apart. Anything
+    where there is none.
+    """
+    cdef vec nought
+    zero(&nought)
+    own = own + where(less(label, nought), nought + 1)
+    if any_above(nought - own, -FAINT):
+        return entropy_far(x, row, channels, label)
+    return nought - log(own, rest)
+
+
+cdef inline vec focus(const Problem *q, vec rest) noexcept nogil:
+    """rest^gamma, for rest from 0 to 1 and gamma > 0."""
+    cdef vec nought, lowest
+    if q.whole_gamma:
+        return power(rest, q.whole_gamma)
+    zero(&nought)
+    lowest_exp(&lowest)
+    return exp(minimum(nought, maximum(lowest, number(&lowest, q.gamma) * log(rest, nought + 1 - rest))))
+
+
+cdef void entropy_lines(
+    const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label, const vec *e,
+    const vec *scale, vec *entropy,
+) noexcept nogil:
+    """What each voxel of scored lines adds to H: r^gamma (-log s), r = 1 - s; or, for the gradient, what its
+    derivative for the logits is besides s - [y=c]: r^gamma (1 + gamma s (-log s) / r).
+    """
+    cdef vec own, rest, which, mask, nought, bound, h
+    cdef Py_ssize_t c, i, e_row = q.block // lanes(scale)
+    zero(&nought)
+    largest(&bound)
+    for i in range(lines * VECTORS):
+        own = rest = which = nought
+        for c in range(q.classes):
+            mask = equal(label[i], which)
+            own = own + where(mask, e[c * e_row + i])
+            rest = rest + unless(mask, e[c * e_row + i])
+            which = which + 1
+        own = own * scale[i]
+        rest = rest * scale[i]
+        h = entropy_of(own, rest, label[i], x + i * lanes(scale), row, q.channels)
+        if q.focal:
+            if q.grad == NULL:
+                h = h * focus(q, rest)
+            else:
+                h = minimum(bound, h) * own / maximum(number(&h, FAINT), rest)
+                h = (number(&h, q.gamma) * h + 1) * focus(q, rest)
+        entropy[i] = h
+
+
 # ---- lines of voxels -------------------------------------------------------------------------------------------------
 
 cdef inline void sum_lines(
-    const Problem *q, Py_ssize_t lines, const vec *label, const vec *e, const vec *scale, vec *sums, bint linear
+    const Problem *q, Py_ssize_t lines, const vec *label, const vec *e, const vec *scale, const vec *entropy, vec *sums,
+    bint linear, bint entropies,
 ) noexcept nogil:
-    """Adds I, P and Y of scored lines to sums, (3, classes); `linear`, a constant, says that p is 1."""
+    """Adds I, P, Y and H of scored lines to sums, (3 or 4, classes). Constants: `linear` says that p is 1, `entropies`
+    whether there is an H.
+    """
     cdef vec intersection[VECTORS]
     cdef vec pred_sum[VECTORS]
+    cdef vec cross_entropy[VECTORS]
     cdef vec target_sum, which, mask, s
     cdef Py_ssize_t c, i, at
     cdef int k
@@ -525,6 +626,7 @@ cdef inline void sum_lines(
         for k in range(VECTORS):
             zero(&intersection[k])
             zero(&pred_sum[k])
+            zero(&cross_entropy[k])
         target_sum = sums[2 * q.classes + c]
         for i in range(lines):
             for k in range(VECTORS):
@@ -534,23 +636,28 @@ cdef inline void sum_lines(
                 target_sum = tally(target_sum, mask)
                 intersection[k] = intersection[k] + where(mask, s)
                 pred_sum[k] = pred_sum[k] + (s if linear else power(s, q.power))
+                if entropies:
+                    cross_entropy[k] = cross_entropy[k] + where(mask, entropy[at])
         for k in range(VECTORS):
             sums[c] = sums[c] + intersection[k]
             sums[q.classes + c] = sums[q.classes + c] + pred_sum[k]
+            if entropies:
+                sums[3 * q.classes + c] = sums[3 * q.classes + c] + cross_entropy[k]
         sums[2 * q.classes + c] = target_sum
         which = which + 1
         e += q.block // lanes(&s)
 
 
 cdef inline void grad_lines(
-    const Problem *q, Py_ssize_t lines, const vec *label, const vec *e, const vec *scale, const char *factors,
-    logit *grad, Py_ssize_t row, bint linear, bint past_caches,
+    const Problem *q, Py_ssize_t lines, const vec *label, const vec *e, const vec *scale, const vec *entropy,
+    const char *factors, logit *grad, Py_ssize_t row, bint linear, bint entropies, bint past_caches,
 ) noexcept nogil:
     """The gradient of scored lines, rows `row` apart; it may lie over e. Constants: `linear` says that p is 1,
-    `past_caches` how to store.
+    `entropies` whether there is an H, `past_caches` how to store.
     """
     cdef vec dot[VECTORS]
-    cdef vec s, slope, a, b, which
+    cdef vec of_own[VECTORS]  # the factor of s - [y=c]
+    cdef vec s, slope, mask, a, b, h, which
     cdef Py_ssize_t c, e_row = q.block // lanes(&s)
     cdef const vec *at
     cdef logit *to
@@ -558,18 +665,28 @@ cdef inline void grad_lines(
     for _ in range(lines):
         for k in range(VECTORS):
             zero(&dot[k])
+            zero(&of_own[k])
         zero(&which)
         at = e
         for c in range(q.classes):
             spread(&a, factors, c)
             spread(&b, factors, q.classes + c)
+            if entropies:
+                spread(&h, factors, 2 * q.classes + c)
             for k in range(VECTORS):
+                mask = equal(label[k], which)
                 slope = b if linear else b * power(at[k] * scale[k], q.power - 1)
-                dot[k] = dot[k] + at[k] * (where(equal(label[k], which), a) + slope)
+                dot[k] = dot[k] + at[k] * (where(mask, a) + slope)
+                if entropies:
+                    of_own[k] = of_own[k] + where(mask, h)
             which = which + 1
             at += e_row
         for k in range(VECTORS):
             dot[k] = dot[k] * scale[k]
+            if entropies:
+                if q.focal:
+                    of_own[k] = of_own[k] * entropy[k]
+                dot[k] = dot[k] - of_own[k]
         zero(&which)
         at = e
         to = grad
@@ -579,8 +696,11 @@ cdef inline void grad_lines(
                 spread(&b, factors, q.classes + c)
                 for k in range(VECTORS):
                     s = at[k] * scale[k]
+                    mask = equal(label[k], which)
                     slope = b if linear else b * power(s, q.power - 1)
-                    s = s * (where(equal(label[k], which), a) + (slope - dot[k]))
+                    s = s * (where(mask, a) + (slope - dot[k]))
+                    if entropies:
+                        s = s - where(mask, of_own[k])
                     if past_caches:
                         stream(to + k * lanes(&s), s)
                     else:
@@ -591,33 +711,40 @@ cdef inline void grad_lines(
         e += VECTORS
         label += VECTORS
         scale += VECTORS
+        entropy += VECTORS
         grad += VECTORS * lanes(&s)
 
 
 cdef inline void two_classes(
     const Problem *q, const Scratch *t, const logit *x, Py_ssize_t x_row, Py_ssize_t lines, const vec *label,
-    logit *grad, Py_ssize_t row, int channels, bint sums, bint past_caches,
+    logit *grad, Py_ssize_t row, int channels, bint sums, bint entropies, bint past_caches,
 ) noexcept nogil:
-    """All of the above in registers, for two classes and p = 1. The last three are constants.
+    """All of the above in registers, for two classes, p = 1 and gamma = 0. The last four are constants.
 
-    With t_c = a_c [y=c] + b_c the gradient of class 1 is s_0 s_1 (t_1 - t_0), that of class 0 its negative.
+    With t_c = a_c [y=c] + b_c the gradient of class 1 is s_0 s_1 (t_1 - t_0) + h_0 [y=0] s_1 - h_1 [y=1] s_0, that of
+    class 0 its negative.
     """
     cdef vec s[2]
     cdef vec a[2]
     cdef vec b[2]
+    cdef vec h[2]
+    cdef vec mask[2]
     cdef vec intersection[2]
     cdef vec pred_sum[2]
     cdef vec target_sum[2]
-    cdef vec nought, first, v, total, scale, mask
+    cdef vec cross_entropy[2]
+    cdef vec nought, first, v, total, scale
     cdef vec *out = <vec *>t.sums
     cdef Py_ssize_t i
     cdef int c
     zero(&nought)
     for c in range(2):
-        intersection[c] = pred_sum[c] = nought
+        intersection[c] = pred_sum[c] = cross_entropy[c] = nought
         target_sum[c] = out[4 + c]
         spread(&a[c], t.factors, c)
         spread(&b[c], t.factors, 2 + c)
+        if entropies:
+            spread(&h[c], t.factors, 4 + c)
     for i in range(lines * VECTORS):
         first = nought
         if channels == 2:
@@ -633,17 +760,26 @@ cdef inline void two_classes(
         v = b[1] - b[0]
         for c in range(2):
             s[c] = s[c] * scale
-            mask = equal(label[i], nought + 1 if c else nought)
+            mask[c] = equal(label[i], nought + 1 if c else nought)
             if sums:
-                intersection[c] = intersection[c] + where(mask, s[c])
+                intersection[c] = intersection[c] + where(mask[c], s[c])
                 pred_sum[c] = pred_sum[c] + s[c]
-                target_sum[c] = tally(target_sum[c], mask)
+                target_sum[c] = tally(target_sum[c], mask[c])
             elif c == 0:
-                v = v - where(mask, a[c])
+                v = v - where(mask[c], a[c])
             else:
-                v = v + where(mask, a[c])
+                v = v + where(mask[c], a[c])
+        if sums and entropies:
+            v = entropy_of(
+                where(mask[0], s[0]) + where(mask[1], s[1]), unless(mask[0], s[0]) + unless(mask[1], s[1]), label[i],
+                x, x_row, channels,
+            )
+            for c in range(2):
+                cross_entropy[c] = cross_entropy[c] + where(mask[c], v)
         if not sums:
             v = v * (s[0] * s[1])
+            if entropies:
+                v = v + (where(mask[0], h[0] * s[1]) - where(mask[1], h[1] * s[0]))
             if channels == 2:
                 if past_caches:
                     stream(grad, nought - v)
@@ -660,6 +796,8 @@ cdef inline void two_classes(
             out[c] = out[c] + intersection[c]
             out[2 + c] = out[2 + c] + pred_sum[c]
             out[4 + c] = target_sum[c]
+            if entropies:
+                out[6 + c] = out[6 + c] + cross_entropy[c]
 
 
 cdef inline void run_two_classes(
@@ -667,11 +805,19 @@ cdef inline void run_two_classes(
     logit *grad, Py_ssize_t grad_row, int channels, bint past_caches,
 ) noexcept nogil:
     if q.grad == NULL:
-        two_classes(q, t, x, x_row, lines, label, grad, grad_row, channels, True, False)
+        if q.entropy:
+            two_classes(q, t, x, x_row, lines, label, grad, grad_row, channels, True, True, False)
+        else:
+            two_classes(q, t, x, x_row, lines, label, grad, grad_row, channels, True, False, False)
+    elif q.entropy:
+        if past_caches:
+            two_classes(q, t, x, x_row, lines, label, grad, grad_row, channels, False, True, True)
+        else:
+            two_classes(q, t, x, x_row, lines, label, grad, grad_row, channels, False, True, False)
     elif past_caches:
-        two_classes(q, t, x, x_row, lines, label, grad, grad_row, channels, False, True)
+        two_classes(q, t, x, x_row, lines, label, grad, grad_row, channels, False, False, True)
     else:
-        two_classes(q, t, x, x_row, lines, label, grad, grad_row, channels, False, False)
+        two_classes(q, t, x, x_row, lines, label, grad, grad_row, channels, False, False, False)
 
 
 cdef void run_lines(
@@ -680,7 +826,8 @@ cdef void run_lines(
 ) noexcept nogil:
     """Adds the statistics of whole lines of voxels to t.sums, or writes their gradient."""
     cdef vec *scale = <vec *>t.scale
-    if q.classes == 2 and q.power == 1:
+    cdef vec *entropy = <vec *>t.entropy
+    if q.classes == 2 and q.power == 1 and not q.focal:
         if q.channels == 1:
             run_two_classes(q, t, x, x_row, lines, label, grad, grad_row, 1, past_caches)
         else:
@@ -702,17 +849,31 @@ cdef void run_lines(
         score_few(q, x, x_row, lines, label, e, scale, 8)
     else:
         score_many(q, x, x_row, lines, label, e, scale)
+    if q.entropy and (q.grad == NULL or q.focal):
+        entropy_lines(q, x, x_row, lines, label, e, scale, entropy)
     if q.grad == NULL:
-        if q.power == 1:
-            sum_lines(q, lines, label, e, scale, <vec *>t.sums, True)
+        if q.entropy:
+            if q.power == 1:
+                sum_lines(q, lines, label, e, scale, entropy, <vec *>t.sums, True, True)
+            else:
+                sum_lines(q, lines, label, e, scale, entropy, <vec *>t.sums, False, True)
+        elif q.power == 1:
+            sum_lines(q, lines, label, e, scale, entropy, <vec *>t.sums, True, False)
         else:
-            sum_lines(q, lines, label, e, scale, <vec *>t.sums, False)
+            sum_lines(q, lines, label, e, scale, entropy, <vec *>t.sums, False, False)
+    elif q.entropy:
+        if q.power != 1:
+            grad_lines(q, lines, label, e, scale, entropy, t.factors, grad, grad_row, False, True, False)
+        elif past_caches:
+            grad_lines(q, lines, label, e, scale, entropy, t.factors, grad, grad_row, True, True, True)
+        else:
+            grad_lines(q, lines, label, e, scale, entropy, t.factors, grad, grad_row, True, True, False)
     elif q.power != 1:
-        grad_lines(q, lines, label, e, scale, t.factors, grad, grad_row, False, False)
+        grad_lines(q, lines, label, e, scale, entropy, t.factors, grad, grad_row, False, False, False)
     elif past_caches:
-        grad_lines(q, lines, label, e, scale, t.factors, grad, grad_row, True, True)
+        grad_lines(q, lines, label, e, scale, entropy, t.factors, grad, grad_row, True, False, True)
     else:
-        grad_lines(q, lines, label, e, scale, t.factors, grad, grad_row, True, False)
+        grad_lines(q, lines, label, e, scale, entropy, t.factors, grad, grad_row, True, False, False)
 
 
 cdef void run_staged(
@@ -741,9 +902,9 @@ cdef void flush(const Problem *q, vec *sums, real *numbers, double *out) noexcep
     """Adds the lanes of a tile's sums to out, and clears them. `numbers` are the sums' lanes."""
     cdef Py_ssize_t i
     cdef int k, width = lanes(sums)
-    for i in range(3 * q.classes):
+    for i in range(q.sums * q.classes):
         for k in range(width):
-            if i < 2 * q.classes:
+            if not 2 * q.classes <= i < 3 * q.classes:
                 out[i] += numbers[i * width + k]
             elif real is double:
                 out[i] += (<int64_t *>numbers)[i * width + k]
@@ -755,7 +916,7 @@ cdef void flush(const Problem *q, vec *sums, real *numbers, double *out) noexcep
 cdef Py_ssize_t run_chunk(
     const Problem *q, Py_ssize_t index, const Scratch *t, const double *cotangent, double *sums, logit *kind
 ) noexcept nogil:
-    """Adds the statistics of one chunk to its sums, or writes its gradient for the cotangents, (3, samples, classes).
+    """Adds the statistics of one chunk to its sums, or writes its gradient for the cotangents, (3 or 4, samples, classes).
 
     `kind` is the logits' type. Returns how many bad labels.
     """
@@ -771,7 +932,7 @@ cdef Py_ssize_t run_chunk(
     cdef char *label
     cdef Place at
     if q.grad == NULL:
-        sums += index * 3 * q.classes
+        sums += index * q.sums * q.classes
     else:
         load_factors(q, cotangent + sample * q.classes, t.factors)
     while first < stop:
@@ -831,18 +992,20 @@ cdef Py_ssize_t run_chunk(
 
 
 cdef void load_factors(const Problem *q, const double *cotangent, char *factors) noexcept nogil:
-    """The cotangents of I and p times those of P, as numbers."""
-    cdef Py_ssize_t c
-    cdef double of_intersection, of_pred_sum
+    """The cotangents of I, p times those of P, and those of H, as numbers."""
+    cdef Py_ssize_t c, row = q.samples * q.classes
     for c in range(q.classes):
-        of_intersection = cotangent[c]
-        of_pred_sum = q.power * cotangent[q.samples * q.classes + c]
-        if q.number == sizeof(double):
-            (<double *>factors)[c] = of_intersection
-            (<double *>factors)[q.classes + c] = of_pred_sum
-        else:
-            (<float *>factors)[c] = <float>of_intersection
-            (<float *>factors)[q.classes + c] = <float>of_pred_sum
+        load_factor(q, factors, c, cotangent[c])
+        load_factor(q, factors, q.classes + c, q.power * cotangent[row + c])
+        if q.entropy:
+            load_factor(q, factors, 2 * q.classes + c, cotangent[3 * row + c])
+
+
+cdef inline void load_factor(const Problem *q, char *factors, Py_ssize_t i, double factor) noexcept nogil:
+    if q.number == sizeof(double):
+        (<double *>factors)[i] = factor
+    else:
+        (<float *>factors)[i] = <float>factor
 
 
 # ---- the whole problem -----------------------------------------------------------------------------------------------
@@ -876,9 +1039,9 @@ cdef class Workspace:
         cdef Py_ssize_t staged = scores
         cdef Py_ssize_t scale = cache_lines(q.block * q.number)
         cdef Py_ssize_t label = cache_lines(TILE * q.number)
-        cdef Py_ssize_t sums = cache_lines(3 * q.classes * vector_size(q))
-        cdef Py_ssize_t factors = cache_lines(2 * q.classes * q.number)
-        cdef Py_ssize_t size = staged + scores + scale + label + sums + factors
+        cdef Py_ssize_t sums = cache_lines(q.sums * q.classes * vector_size(q))
+        cdef Py_ssize_t factors = cache_lines(3 * q.classes * q.number)
+        cdef Py_ssize_t size = staged + scores + 2 * scale + label + sums + factors
         cdef Py_ssize_t i
         cdef char *at
         self.memory = <char *>malloc(threads * size + CACHE_LINE)
@@ -890,9 +1053,10 @@ cdef class Workspace:
             self.of_thread[i].staged = at
             self.of_thread[i].scores = at + staged
             self.of_thread[i].scale = at + staged + scores
-            self.of_thread[i].label = at + staged + scores + scale
-            self.of_thread[i].sums = at + staged + scores + scale + label
-            self.of_thread[i].factors = at + staged + scores + scale + label + sums
+            self.of_thread[i].entropy = at + staged + scores + scale
+            self.of_thread[i].label = at + staged + scores + 2 * scale
+            self.of_thread[i].sums = at + staged + scores + 2 * scale + label
+            self.of_thread[i].factors = at + staged + scores + 2 * scale + label + sums
             memset(self.of_thread[i].sums, 0, sums)
             at += size
         return 0
@@ -954,6 +1118,11 @@ cdef int describe(Problem *q, logits_buffer, labels_buffer, grad_buffer, spec) e
     q.labels_n = labels_strides[0]
     q.grad_n, q.grad_c = grad_strides[:2]
     q.power = spec.power
+    q.sums = len(spec.statistics)
+    q.entropy = spec.gamma is not None
+    q.gamma = spec.gamma or 0
+    q.focal = q.gamma > 0
+    q.whole_gamma = <Py_ssize_t>q.gamma if q.gamma <= MAX_POWER and q.gamma == <Py_ssize_t>q.gamma else 0
     low, high = _LABELS[labels.dtype]
     ignore = spec.ignore_label
     q.label_size = labels.itemsize
@@ -993,7 +1162,7 @@ cdef int team(const Problem *q, threads) except -1:
 cdef Py_ssize_t run_chunks(
     const Problem *q, const Scratch *of_thread, int workers, const double *cotangent, double *sums
 ) noexcept nogil:
-    """Every chunk of every sample; sums are (samples, chunks, 3, classes). Returns how many bad labels."""
+    """Every chunk of every sample; sums are (samples, chunks, 3 or 4, classes). Returns how many bad labels."""
     cdef Py_ssize_t i, bad = 0
     cdef const Scratch *t
     for i in prange(q.samples * q.chunks, num_threads=workers, schedule="static"):
@@ -1010,10 +1179,10 @@ cdef Py_ssize_t run_chunks(
 
 
 def statistics(logits, labels, sums, spec, threads):
-    """Fills sums, (3, N, C) contiguous float64, with I, P and Y. Returns how many labels were out of range."""
+    """Fills sums, (K, N, C) contiguous float64, with I, P, Y and maybe H. Returns how many labels were out of range."""
     cdef Problem q
     describe(&q, logits, labels, None, spec)
-    cdef Py_ssize_t width = 3 * q.classes
+    cdef Py_ssize_t width = q.sums * q.classes
     cdef Py_ssize_t j, k, n, c, bad
     cdef int workers = team(&q, threads)
     cdef double *out = <double *><uintptr_t>sums.address
@@ -1025,7 +1194,7 @@ def statistics(logits, labels, sums, spec, threads):
         raise MemoryError
     with nogil:
         bad = run_chunks(&q, workspace.of_thread, workers, NULL, partial)
-        for k in range(3):
+        for k in range(q.sums):
             for n in range(q.samples):
                 for c in range(q.classes):
                     total = 0
@@ -1037,7 +1206,7 @@ def statistics(logits, labels, sums, spec, threads):
 
 
 def gradient(logits, labels, cotangent, grad, spec, threads):
-    """Fills grad, the logits' shape and dtype, for cotangents (3, N, C) contiguous float64. Returns the bad labels."""
+    """Fills grad, the logits' shape and dtype, for cotangents (K, N, C) contiguous float64. Returns the bad labels."""
     cdef Problem q
     describe(&q, logits, labels, grad, spec)
     cdef Py_ssize_t bad
@@ -1050,21 +1219,24 @@ def gradient(logits, labels, cotangent, grad, spec, threads):
     return bad
 
 
-def exponential(x, out):
-    """Fills out with exp(x) as the kernels have it, for their tests: float32 or float64, a multiple of 64 numbers."""
+def elementwise(name, x, out):
+    """Fills out with exp or log of x as the kernels have it, for their tests: float32 or float64, a multiple of 64
+    numbers.
+    """
     cdef Py_ssize_t i
     cdef const char *numbers = <const char *><uintptr_t>x.address
     cdef char *to = <char *><uintptr_t>out.address
     cdef f32 v
     cdef f64 w
+    cdef bint exponential = name == "exp"
     if x.dtype == "float32":
         for i in range(x.shape[0] // lanes(&v)):
             load(&v, <const float *>(numbers + i * sizeof(f32)))
-            store(<float *>(to + i * sizeof(f32)), exp(v))
+            store(<float *>(to + i * sizeof(f32)), exp(v) if exponential else log(v, number(&v, 1) - v))
     else:
         for i in range(x.shape[0] // lanes(&w)):
             load(&w, <const double *>(numbers + i * sizeof(f64)))
-            store(<double *>(to + i * sizeof(f64)), exp(w))
+            store(<double *>(to + i * sizeof(f64)), exp(w) if exponential else log(w, number(&w, 1) - w))
 
 
 def unsupported(signature):
@@ -1075,8 +1247,6 @@ def unsupported(signature):
         reasons.append(f"takes at most {MAX_AXES} axes, not {len(shape)}")
     if shape[1] > MAX_CLASSES:
         reasons.append(f"takes at most {MAX_CLASSES} classes, not {shape[1]}")
-    if signature.spec.gamma is not None:
-        reasons.append("does not sum the cross-entropy")
     return reasons
 
 

@@ -74,8 +74,11 @@ def _voxels(logits: Any, labels: Any, spec: Any) -> tuple[Any, Any, Any, Any, in
         top = x.max(1, keepdims=True)
         below = np.minimum(x - np.clip(top, -largest, largest), 0)
         below = np.where((top == np.inf) & (x < np.inf), -np.inf, below)
-        total = np.exp(below).sum(1, keepdims=True)
-        score, entropy = np.exp(below) / total, np.log(total) - below
+        score = np.exp(below)
+        others = score.copy()  # than the largest, which is 1
+        np.put_along_axis(others, x.argmax(1, keepdims=True), 0, axis=1)
+        entropy = np.log1p(others.sum(1, keepdims=True)) - below
+        score = score / score.sum(1, keepdims=True)
     bad = int(counted.size - (counted | ignored).sum())
     score, entropy = (np.where(counted, numbers, 0) for numbers in (score, entropy))
     return score, entropy, onehot.astype(np.float64), counted, bad

@@ -94,6 +94,13 @@ INLINE doubles min_doubles(doubles a, doubles b) { return vminq_f64(a, b); }
     INLINE vec magnitude_##vec(vec v) {                                                                                \
         return vec_of_##bits((bits)((unsigned_bits)bits_of_##vec(v) << 1 >> 1));                                       \
     }                                                                                                                  \
+    /* The n of v = m 2^n, sqrt(1/2) <= m < sqrt(2), v > 0, as a number: added to the bits of one whose unit is 1. */  \
+    INLINE vec split_##vec(vec v, vec *m) {                                                                            \
+        const number unit = 3LL << (mantissa_bits - 1);                                                                \
+        bits n = (bits_of_##vec(v) - bits_of_##vec(spread_##vec((number)0.7071067811865476))) >> mantissa_bits;        \
+        *m = vec_of_##bits((bits)((unsigned_bits)bits_of_##vec(v) - ((unsigned_bits)n << mantissa_bits)));             \
+        return vec_of_##bits(n + bits_of_##vec(spread_##vec(unit))) - unit;                                            \
+    }                                                                                                                  \
     /* The count is an integer in the vector's bits. */                                                                \
     INLINE vec tally_##vec(vec count, vec mask) { return vec_of_##bits(bits_of_##vec(count) - bits_of_##vec(mask)); }
 

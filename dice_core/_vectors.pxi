@@ -49,6 +49,8 @@ cdef extern from "_vectors.h":
     bint any_above_doubles(f64, double) noexcept nogil
     f32 exponent_floats(f32) noexcept nogil
     f64 exponent_doubles(f64) noexcept nogil
+    f32 split_floats(f32, f32 *) noexcept nogil
+    f64 split_doubles(f64, f64 *) noexcept nogil
     f32 tally_floats(f32, f32) noexcept nogil
     f64 tally_doubles(f64, f64) noexcept nogil
 
@@ -127,6 +129,14 @@ cdef inline void spread(vec *v, const char *table, Py_ssize_t i) noexcept nogil:
         v[0] = spread_doubles((<const double *>table)[i])
     else:
         v[0] = spread_floats((<const float *>table)[i])
+
+
+cdef inline vec number(const vec *like, double x) noexcept nogil:
+    """The number in every lane."""
+    if vec is f64:
+        return spread_doubles(x)
+    else:
+        return spread_floats(<float>x)
 
 
 cdef inline vec maximum(vec a, vec b) noexcept nogil:
@@ -260,6 +270,40 @@ cdef inline vec exp(vec x) noexcept nogil:
         x = x * r + <float>0.9999997019767761
         x = x * r + <float>1.0
     return x * exponent(y)
+
+
+cdef inline vec log(vec x, vec rest) noexcept nogil:
+    """log(x) of normal numbers, within 2 ulp however near to 1 as long as `rest`, 1 - x, is exact."""
+    cdef vec n, m, r, f, w, y, near
+    if vec is f64:
+        n = split_doubles(x, &m)
+    else:
+        n = split_floats(x, &m)
+    near = equal(n, n - n)
+    r = unless(near, m - 1) - where(near, rest)  # of x = (1 + r) 2^n
+    if vec is f64:
+        f = r / (r + 2)  # log(1 + r) = 2 artanh(f)
+        w = f * f
+        y = w * (1.0 / 21) + 1.0 / 19
+        y = y * w + 1.0 / 17
+        y = y * w + 1.0 / 15
+        y = y * w + 1.0 / 13
+        y = y * w + 1.0 / 11
+        y = y * w + 1.0 / 9
+        y = y * w + 1.0 / 7
+        y = y * w + 1.0 / 5
+        y = y * w + 1.0 / 3
+        y = n * 4.7493250390316726e-07 + (f + f) * (y * w)
+        return n * 0.6931467056274414 + ((f + f) + y)
+    else:
+        y = r * <float>0.0870037079 - <float>0.142674923
+        y = y * r + <float>0.149147913
+        y = y * r - <float>0.165775836
+        y = y * r + <float>0.199630618
+        y = y * r - <float>0.250013381
+        y = y * r + <float>0.333339095
+        y = n * LN2_REST + (r * r) * (y * r - <float>0.5)
+        return n * LN2 + (r + y)
 
 
 cdef vec power(vec s, Py_ssize_t p) noexcept nogil:

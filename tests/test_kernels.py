@@ -61,7 +61,8 @@ def check(kernels, x, y, **options):
     """One backend's sums and gradient against the oracle's."""
     expected_sums, expected_grad = run(_reference, x.astype(np.float64), y, **options)
     sums, grad = run(kernels, x, y, **options)
-    tolerance = ARITHMETIC[x.dtype.name] * options.get("p", 1)  # of s^p
+    exponent = max(options.get("p", 1), options.get("gamma") or 0)  # of s, of 1 - s
+    tolerance = ARITHMETIC[x.dtype.name] * exponent
     tiny = np.finfo("float64" if x.dtype == "float64" else "float32").tiny  # scores below are 0
     assert_close(sums, expected_sums, rtol=tolerance, atol=tiny * sums.size, what="sums")
     # s (t - t.s) cancels: its error is that of a score times a cotangent, here about 1.
@@ -94,6 +95,16 @@ def test_the_oracle_is_the_naive_code(channels, p, gamma, ignore_label):
 @pytest.mark.parametrize("p", [1, 2, 3, 8])
 def test_channels_and_powers(kernels, dtype, channels, p):
     check(kernels, *example((2, channels, 11, 13), dtype), p=p)
+
+
+@backend
+@floats
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("gamma", [0, 0.5, 1, 2, 3.7, 40])
+def test_cross_entropy(kernels, dtype, channels, gamma):
+    check(kernels, *example((2, channels, 11, 13), dtype), gamma=gamma)
+    x, y = example((2, channels, 300), dtype)
+    check(kernels, LAYOUTS["channels-last"](x), y, gamma=gamma, p=2, ignore_label=0)
 
 
 @backend
@@ -157,8 +168,8 @@ def test_gradient_goes_into_any_strides(kernels, layout):
 @backend
 @floats
 @pytest.mark.parametrize("channels", [1, 5, 40])
-@pytest.mark.parametrize("p", [1, 2])
-def test_gradient_into_aligned_memory(kernels, dtype, channels, p):
+@pytest.mark.parametrize("options", [{}, {"p": 2}, {"gamma": 0}, {"gamma": 1.5}], ids=str)
+def test_gradient_into_aligned_memory(kernels, dtype, channels, options):
     """Memory in use that begins a cache line with every row may be written past the caches."""
     x, y = example((2, channels, 64, 48), dtype)
     memory = np.ones(x.nbytes + 128, np.uint8)
@@ -167,20 +178,21 @@ def test_gradient_into_aligned_memory(kernels, dtype, channels, p):
         memory[at : at + x.nbytes].view(x.dtype).reshape(x.shape)
         for at in (start, start + x.itemsize)
     )
-    _, grad = run(kernels, x, y, p=p, out=aligned)
+    _, grad = run(kernels, x, y, **options, out=aligned)
     grad = grad.copy()
-    assert_same_bits(grad, run(kernels, x, y, p=p, out=other)[1])
+    assert_same_bits(grad, run(kernels, x, y, **options, out=other)[1])
 
 
 @backend
 @floats
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("channels", [1, 3, 40])
-def test_gradient_over_the_logits(kernels, dtype, layout, channels):
+@pytest.mark.parametrize("gamma", [None, 2])
+def test_gradient_over_the_logits(kernels, dtype, layout, channels, gamma):
     x, y = example((2, channels, 9, 30, 11), dtype)
     x = LAYOUTS[layout](x)
-    _, expected = run(kernels, x, y)
-    _, grad = run(kernels, x, y, out=x)
+    _, expected = run(kernels, x, y, gamma=gamma)
+    _, grad = run(kernels, x, y, gamma=gamma, out=x)
     assert grad is x
     assert_same_bits(np.ascontiguousarray(x), np.ascontiguousarray(expected))
 
@@ -190,11 +202,12 @@ def test_gradient_over_the_logits(kernels, dtype, layout, channels):
 @pytest.mark.parametrize(
     "shape", [(2, 3, 40_001), (1, 1, 70_000), (3, 20, 9000), (1, 150, 5000)], ids=str
 )
-def test_same_bits_for_any_number_of_threads(kernels, dtype, shape):
+@pytest.mark.parametrize("gamma", [None, 1.5])
+def test_same_bits_for_any_number_of_threads(kernels, dtype, shape, gamma):
     x, y = example(shape, dtype)
-    sums, grad = run(kernels, x, y, threads=1)
+    sums, grad = run(kernels, x, y, gamma=gamma, threads=1)
     for threads in (1, 2, 3, 7):
-        other_sums, other_grad = run(kernels, x, y, threads=threads)
+        other_sums, other_grad = run(kernels, x, y, gamma=gamma, threads=threads)
         assert_same_bits(other_sums, sums, what=f"sums with {threads} threads")
         assert_same_bits(other_grad, grad, what=f"gradient with {threads} threads")
 
@@ -202,14 +215,15 @@ def test_same_bits_for_any_number_of_threads(kernels, dtype, shape):
 @backend
 @floats
 @pytest.mark.parametrize("channels", [1, 4])
-def test_ignored_voxels_leak_nothing(kernels, dtype, channels):
+@pytest.mark.parametrize("gamma", [None, 0, 2])
+def test_ignored_voxels_leak_nothing(kernels, dtype, channels, gamma):
     x, y = example((2, channels, 500), dtype)
     ignored = np.random.default_rng(2).random(y.shape) < 0.3
     y[ignored] = 99
-    clean, clean_grad = run(kernels, x, y, ignore_label=99)
+    clean, clean_grad = run(kernels, x, y, ignore_label=99, gamma=gamma)
     for poison in (np.nan, np.inf, -np.inf, 6e4):
         x[np.broadcast_to(ignored[:, None], x.shape)] = poison
-        sums, grad = run(kernels, x, y, ignore_label=99)
+        sums, grad = run(kernels, x, y, ignore_label=99, gamma=gamma)
         assert_same_bits(sums, clean)
         assert_close(grad, clean_grad, rtol=0)
         assert not grad[np.broadcast_to(ignored[:, None], x.shape)].any()
@@ -217,12 +231,14 @@ def test_ignored_voxels_leak_nothing(kernels, dtype, channels):
 
 @backend
 @floats
-def test_nan_in_a_counted_voxel_is_nan_there(kernels, dtype):
+@pytest.mark.parametrize("gamma", [None, 0, 2])
+def test_nan_in_a_counted_voxel_is_nan_there(kernels, dtype, gamma):
     x, y = example((2, 3, 100), dtype)
     x[1, 2, 50] = np.nan
-    sums, grad = run(kernels, x, y)
+    sums, grad = run(kernels, x, y, gamma=gamma)
     assert np.isfinite(sums[:, 0]).all()
-    assert np.isnan(sums[:2, 1][:, [0, 1, 2]]).any()
+    for k in range(len(sums)):
+        assert np.isnan(sums[k, 1]).any() == (k != 2)  # Y counts labels
     assert np.isnan(grad[1, :, 50]).all()
     assert np.isfinite(np.delete(grad, 50, axis=2)).all()
 
@@ -232,20 +248,25 @@ def test_nan_in_a_counted_voxel_is_nan_there(kernels, dtype):
 @pytest.mark.parametrize("scale", [1e-30, 20.0, 90.0, 1e4, 1e30])
 @pytest.mark.parametrize("channels", [1, 2, 7, 20])
 @pytest.mark.parametrize("layout", ["contiguous", "stride-2"])
-def test_logits_of_any_size(kernels, dtype, scale, channels, layout):
+@pytest.mark.parametrize("gamma", [None, 0, 2])
+def test_logits_of_any_size(kernels, dtype, scale, channels, layout, gamma):
     x, y = example((2, channels, 400), dtype, scale=scale)
-    check(kernels, LAYOUTS[layout](x), y)
+    check(kernels, LAYOUTS[layout](x), y, gamma=gamma)
 
 
 @backend
 @floats
 @pytest.mark.parametrize("infinity", [np.inf, -np.inf])
 @pytest.mark.parametrize("channels", [1, 2, 7, 20])
-def test_infinite_logits(kernels, dtype, infinity, channels):
+@pytest.mark.parametrize("gamma", [None, 0, 2])
+def test_infinite_logits(kernels, dtype, infinity, channels, gamma):
     x, y = example((2, channels, 400), dtype)
     x[:, 0, ::3] = infinity
-    check(kernels, x, y)
-    assert np.isfinite(run(kernels, x, y)[1]).all()
+    check(kernels, x, y, gamma=gamma)
+    assert np.isfinite(run(kernels, x, y, gamma=gamma)[1]).all()
+    if gamma is not None and channels > 1:
+        sums, _ = run(kernels, x, np.full_like(y, 0 if infinity > 0 else 1), gamma=gamma)
+        assert np.isfinite(sums).all()  # infinitely sure, and right
 
 
 @backend
@@ -255,10 +276,23 @@ def test_infinite_logits(kernels, dtype, infinity, channels):
 def test_worst_ulp_of_the_exponential(kernels, dtype, lowest, highest):
     x = np.linspace(lowest, highest, 4_000_000).astype(dtype)
     actual = np.empty_like(x)
-    kernels.exponential(buffers.of(x, "x"), buffers.of(actual, "out"))
+    kernels.elementwise("exp", buffers.of(x, "x"), buffers.of(actual, "out"))
     expected = np.exp(x.astype(np.longdouble))
     ulp = np.spacing(expected.astype(dtype)).astype(np.longdouble)
     assert (np.abs(actual - expected) / ulp).max() < (5.5 if dtype == "float32" else 1.2)
+
+
+@backend
+@pytest.mark.parametrize(("dtype", "lowest"), [("float32", -87.0), ("float64", -708.0)])
+def test_worst_ulp_of_the_logarithm(kernels, dtype, lowest):
+    x = np.exp(np.linspace(lowest, 0, 2_000_000)).astype(dtype)
+    x[-64:] = 1 - np.arange(64)[::-1] * np.finfo(dtype).epsneg
+    actual = np.empty_like(x)
+    kernels.elementwise("log", buffers.of(x, "x"), buffers.of(actual, "out"))
+    expected = np.log(x.astype(np.longdouble))
+    ulp = np.spacing(np.abs(expected).astype(dtype)).astype(np.longdouble)
+    assert (np.abs(actual - expected) / ulp).max() < 2
+    assert actual[-1] == 0
 
 
 @backend
@@ -298,6 +332,24 @@ def test_counts_beyond_float32(kernels):
 @backend
 def test_a_thousand_classes(kernels):
     check(kernels, *example((1, 1000, 700), "float32", labels="int16"))
+
+
+@backend
+@floats
+@pytest.mark.parametrize("margin", [2.0, 8.0, 14.0, 25.0])
+@pytest.mark.parametrize("gamma", [0, 2])
+@pytest.mark.parametrize("channels", [1, 2, 5, 20])
+def test_cross_entropy_near_zero_is_exact(kernels, dtype, margin, gamma, channels):
+    """Of a network that is nearly sure and right 1 - s is tiny, and lost where s is rounded."""
+    x, y = example((1, channels, 1000), dtype)
+    if channels == 1:
+        x[:, 0] += margin * (2 * y - 1).astype(x.dtype)
+    else:
+        own = np.take_along_axis(x, y[:, None], 1)
+        np.put_along_axis(x, y[:, None], own + x.dtype.type(margin), axis=1)
+    true, _ = run(_reference, x.astype(np.float64), y, gamma=gamma)
+    sums, _ = run(kernels, x, y, gamma=gamma)
+    assert_close(sums[3], true[3], rtol=ARITHMETIC[x.dtype.name] * (1 + gamma))
 
 
 @backend
