@@ -1,13 +1,14 @@
-"""dice_core: the Dice loss on the fly.
+"""dice_core: the Dice loss and its family on the fly.
 
 `loss`, `loss_and_grad` and `statistics` take NumPy arrays and whatever shares their memory (torch
-tensors, DLPack), or arrays on a GPU (CuPy, numba); `dice_core.torch` has the same loss with
-autograd, as functions and as an `nn.Module`.
+tensors, DLPack), or arrays on a GPU (CuPy, numba); `dice_core.torch` has the same losses with
+autograd, as functions and as an `nn.Module`. Which losses there are is in `dice_core.losses`.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import losses
 from .api import Statistics, loss, loss_and_grad, precompile, statistics
 from .backends import BackendError
 
@@ -20,6 +21,7 @@ __all__ = [
     "Statistics",
     "loss",
     "loss_and_grad",
+    "losses",
     "precompile",
     "statistics",
     "torch",

@@ -19,7 +19,8 @@ Design
    side, logits are read and gradients written in place, else through scratch, in their own type.
 8. Voxels are read whole before their gradient is written, so the gradient may overwrite the logits.
 9. Ignored voxels are cleared in scratch, never multiplied by zero: their NaN and infinities cannot leak.
-10. Never allocated: anything of image size. Scratch is one block per thread, partial sums are 3 C or 4 C numbers per chunk.
+10. Never allocated: anything of image size. Scratch is one block per thread, partial sums are 3 or 4 numbers per class
+    and chunk.
 """
 
 from cython.parallel cimport prange, threadid
@@ -916,7 +917,7 @@ cdef void flush(const Problem *q, vec *sums, real *numbers, double *out) noexcep
 cdef Py_ssize_t run_chunk(
     const Problem *q, Py_ssize_t index, const Scratch *t, const double *cotangent, double *sums, logit *kind
 ) noexcept nogil:
-    """Adds the statistics of one chunk to its sums, or writes its gradient for the cotangents, (3 or 4, samples, classes).
+    """Adds the statistics of one chunk to its sums, or writes its gradient for the cotangents, (K, samples, classes).
 
     `kind` is the logits' type. Returns how many bad labels.
     """

@@ -19,7 +19,6 @@ from ._gpu_kernels import Plan
 
 CAPABILITY = (8, 0)  # the least, which converts to bfloat16
 INSTALL = 'pip install "dice_core[gpu]"'
-POOLED, EACH = "batch", "none"  # reductions
 NO_LOSS = (*[0] * 7, *[0.0] * 9)  # in place of its arguments
 
 
@@ -69,21 +68,15 @@ def statistics(logits: Any, labels: Any, sums: Any, spec: Any, threads: int) -> 
 
 
 def loss(
-    logits: Any, labels: Any, value: Any, derivative: Any, spec: Any, dice: Any, weight: Any
+    logits: Any, labels: Any, value: Any, derivative: Any, spec: Any, ratio: Any, weight: Any
 ) -> None:
-    """The value of a `losses.Dice`, its weights on the device or None, and, (3, N, C), the
+    """The value of a `losses.Ratio`, its weights on the device or None, and, (3, N, C), the
     derivative of each sample's loss for its sums.
     """
-    samples, classes = derivative.shape[1:]
-    share, start = 1.0 if weight else 1 / classes, 0.0
-    if dice.reduction == "mean":
-        share, start = share / max(samples, 1), 0.0 if samples else math.nan
-    of_num, of_den = dice.ratio.slopes.reshape(2, 3).tolist()
     of_loss = (
         *(value.address, derivative.address, weight.address if weight else 0),
-        *(int(dice.reduction == POOLED), int(dice.reduction == EACH), int(weight is not None)),
-        dice.ignore_channel if 0 <= dice.ignore_channel < classes else -1,
-        *(share, start, dice.smooth, *of_num, *of_den),
+        *(int(ratio.pooled), int(ratio.each), int(weight is not None)),
+        *(ratio.left_out, ratio.share, ratio.start, ratio.smooth, *ratio.num, *ratio.den),
     )
     _total(logits, labels, spec, None, of_loss)
 

@@ -16,6 +16,7 @@ def loss(
     x: Any,
     y: Any,
     *,
+    loss: losses.Term | None = None,
     weight: Any = None,
     ignore_channel: int = -1,
     ignore_label: int | None = -1,
@@ -26,7 +27,8 @@ def loss(
     num_threads: int | None = None,
     check_labels: bool | None = None,
 ) -> Any:
-    """The Dice loss of logits and labels, softmax and one-hot included.
+    """The Dice loss of logits and labels, softmax and one-hot included, or another of
+    `dice_core.losses`.
 
     Replaces, without allocating anything of x's size::
 
@@ -46,6 +48,9 @@ def loss(
         0 up. C = 1 is a two-class problem: foreground sigmoid(x), background 1 - sigmoid(x).
     y : array (N, d1, d2, ...) or (N, 1, d1, d2, ...)
         Class labels, any integer dtype or bool, read in place.
+    loss : a term of `dice_core.losses`, optional
+        What to compute in place of Dice, `Dice(smooth=1) + 0.5 * CrossEntropy()` for example; it
+        then has its own weight, ignore_channel, smooth, p and reduction.
     weight : (C,) numbers, optional
         The classes are combined as sum_c weight_c loss_c; None stands for 1/C each. C = 1 takes two
         numbers.
@@ -76,8 +81,9 @@ def loss(
 
     Returns
     -------
-    A NumPy scalar, or an array (N,) for reduction "none"; float64 for float64 logits, else float32.
-    For arrays on a GPU an array of their kind, () or (N,), there.
+    A NumPy scalar, or an array (N,) for reduction "none", (N, C) for a term's "classes"; float64
+    for float64 logits, else float32. For arrays on a GPU an array of their kind there; losses that
+    are more than a ratio of sums wait for it.
 
     Raises
     ------
@@ -87,18 +93,21 @@ def loss(
     BackendError
         If no backend takes the call, with each one's reasons.
     """
-    at = _call(x, y, p, ignore_label)
-    dice = losses.dice(at.classes, spec.weights(weight), ignore_channel, smooth, reduction)
+    term = _term(
+        loss, weight=weight, ignore_channel=ignore_channel, smooth=smooth, p=p, reduction=reduction
+    )
+    at = _call(x, y, ignore_label, term)
     kernels, count = backends.select(at.signature, backend), threads.resolve(num_threads)
     if _on_device(at):
-        return _device_loss(at, dice, kernels, check_labels)[0]
-    return _rounded(dice(_sums(at, kernels, count, check_labels)), at)
+        return _device_loss(at, term, kernels, check_labels)[0]
+    return _rounded(term(_sums(at, kernels, count, check_labels), at.spec.statistics), at)
 
 
 def loss_and_grad(
     x: Any,
     y: Any,
     *,
+    loss: losses.Term | None = None,
     weight: Any = None,
     ignore_channel: int = -1,
     ignore_label: int | None = -1,
@@ -126,15 +135,18 @@ def loss_and_grad(
     (loss, dx), dx in x's dtype; `out` if it was given, else a new array of x's kind (NumPy for host
     memory of other kinds than torch's) with x's strides where x is dense.
     """
-    at = _call(x, y, p, ignore_label)
-    dice = losses.dice(at.classes, spec.weights(weight), ignore_channel, smooth, reduction)
-    upstream = _upstream(grad_loss, dice, at)
+    term = _term(
+        loss, weight=weight, ignore_channel=ignore_channel, smooth=smooth, p=p, reduction=reduction
+    )
+    at = _call(x, y, ignore_label, term)
+    upstream = _upstream(grad_loss, term, at)
     kernels, count = backends.select(at.signature, backend), threads.resolve(num_threads)
     grad, out = _gradient_buffer(x, out, at)
     if _on_device(at):
-        value, derivative = _device_loss(at, dice, kernels, check_labels)
+        value, derivative = _device_loss(at, term, kernels, check_labels)
     else:
-        value, derivative = dice.with_derivative(_sums(at, kernels, count, check_labels))
+        sums = _sums(at, kernels, count, check_labels)
+        value, derivative = term.with_derivative(sums, at.spec.statistics)
         value = _rounded(value, at)
     _gradient(at, derivative, upstream, grad, kernels, count)
     return value, out
@@ -159,7 +171,7 @@ def statistics(
     For volumes that do not fit in memory: take the statistics of every tile and add them, take the
     loss of the total, then ask the total for each tile's gradient.
     """
-    at = _call(x, y, p, ignore_label, gamma)
+    at = _summed(x, y, p=p, ignore_label=ignore_label, gamma=gamma)
     kernels, count = backends.select(at.signature, backend), threads.resolve(num_threads)
     sums = _sums(at, kernels, count, check_labels)
     return Statistics(sums, at.spec, at.logits.dtype, backend, num_threads)
@@ -169,19 +181,19 @@ def precompile(
     x: Any,
     y: Any,
     *,
+    loss: losses.Term | None = None,
     ignore_label: int | None = -1,
     p: int = 1,
-    gamma: float | None = None,
     backend: str | None = None,
 ) -> None:
     """Makes ready what the loss of such arrays and its gradient need, on a GPU: of their dtypes,
     number of channels, layout and device.
 
     Else the first call does so, which takes seconds where nobody on this machine has called for the
-    same before, and must not happen while a CUDA graph is captured. See `statistics` for the
-    arguments.
+    same before, and must not happen while a CUDA graph is captured. See `loss` for the arguments.
     """
-    at = _call(x, y, p, ignore_label, gamma)
+    options = {**losses.UNASKED, "p": p}
+    at = _call(x, y, ignore_label, _term(loss, **options))
     kernels = backends.select(at.signature, backend)
     if _on_device(at):
         kernels.precompile(at.logits, at.labels, at.spec)
@@ -251,17 +263,20 @@ class Statistics:
     def loss(
         self,
         *,
+        loss: losses.Term | None = None,
         weight: Any = None,
         ignore_channel: int = -1,
         smooth: float = 0.0,
         reduction: str = "mean",
     ) -> Any:
-        """The Dice loss of these sums; see `dice_core.loss` for arguments and result."""
-        dice = losses.dice(
-            self.sums.shape[2], spec.weights(weight), ignore_channel, smooth, reduction
+        """The loss of these sums, Dice unless a term is given; see `dice_core.loss` for arguments
+        and result.
+        """
+        term = self._term(
+            loss, weight=weight, ignore_channel=ignore_channel, smooth=smooth, reduction=reduction
         )
         at = buffers.of(self.sums, "sums")
-        value = _real(dice(buffers.to_host(at)[:3]), self.dtype)
+        value = _real(term(buffers.to_host(at), self.spec.statistics), self.dtype)
         return value[()] if at.device == "cpu" else buffers.from_host(value, at)
 
     def gradient(
@@ -269,6 +284,7 @@ class Statistics:
         x: Any,
         y: Any,
         *,
+        loss: losses.Term | None = None,
         weight: Any = None,
         ignore_channel: int = -1,
         smooth: float = 0.0,
@@ -282,7 +298,9 @@ class Statistics:
         See `dice_core.loss_and_grad` for arguments, result and errors. The labels were checked when
         the statistics were taken: other labels that are bad raise only after `out` was written.
         """
-        at = _call(x, y, self.spec.power, self.spec.ignore_label, self.spec.gamma)
+        at = _summed(
+            x, y, p=self.spec.power, ignore_label=self.spec.ignore_label, gamma=self.spec.gamma
+        )
         tile, mine = (
             f"{at.sums_shape}, {at.spec}, {at.logits.dtype}",
             f"{self.sums.shape}, {self.spec}, {self.dtype}",
@@ -292,26 +310,51 @@ class Statistics:
                 f"x is not a tile of these statistics: "
                 f"(K, N, C), sums and dtype are {tile}, not {mine}"
             )
-        dice = losses.dice(at.classes, spec.weights(weight), ignore_channel, smooth, reduction)
-        upstream = _upstream(grad_loss, dice, at)
+        term = self._term(
+            loss, weight=weight, ignore_channel=ignore_channel, smooth=smooth, reduction=reduction
+        )
+        upstream = _upstream(grad_loss, term, at)
         kernels = backends.select(at.signature, self.backend)
         count = threads.resolve(self.num_threads)
         grad, out = _gradient_buffer(x, out, at)
-        derivative = np.zeros(self.sums.shape)
-        _, derivative[:3] = dice.with_derivative(buffers.to_host(buffers.of(self.sums, "sums"))[:3])
+        sums = buffers.to_host(buffers.of(self.sums, "sums"))
+        _, derivative = term.with_derivative(sums, self.spec.statistics)
         _gradient(at, derivative, upstream, grad, kernels, count)
         return out
 
+    def _term(self, loss: Any, **options: Any) -> losses.Term:
+        term = _term(loss, p=1 if loss is not None else self.spec.power, **options)
+        for field, needed in term.needs.items():
+            there = getattr(self.spec, field)
+            if there != needed:
+                name = spec.OPTIONS[field]
+                raise ValueError(
+                    f"{term.name} needs sums with {name} = {needed}, and these have {there}; "
+                    f"take the statistics with {name}={needed}"
+                )
+        term.check(self.sums.shape[2])
+        return term
 
-def _call(x: Any, y: Any, p: Any, ignore_label: Any, gamma: Any = None) -> spec.Call:
+
+def _term(loss: Any, **options: Any) -> losses.Term:
+    """What is asked for, Dice if nothing is."""
+    return losses.dice(**options) if loss is None else losses.term(loss, **options)
+
+
+def _call(x: Any, y: Any, ignore_label: Any, term: losses.Term) -> spec.Call:
+    options = {spec.OPTIONS[field]: value for field, value in term.needs.items()}
+    at = _summed(x, y, ignore_label=ignore_label, **options)
+    term.check(at.classes)
+    return at
+
+
+def _summed(x: Any, y: Any, **options: Any) -> spec.Call:
     if getattr(x, "requires_grad", False):
         raise TypeError(
             "x requires grad, and dice_core.loss and its like give plain values: "
             "use dice_core.torch.dice_loss, or pass x.detach()"
         )
-    return spec.call(
-        buffers.of(x, "x"), buffers.of(y, "y"), p=p, ignore_label=ignore_label, gamma=gamma
-    )
+    return spec.call(buffers.of(x, "x"), buffers.of(y, "y"), **options)
 
 
 def _on_device(at: spec.Call) -> bool:
@@ -329,16 +372,23 @@ def _sums(at: spec.Call, kernels: Any, count: int, check_labels: bool | None) ->
 
 
 def _device_loss(
-    at: spec.Call, dice: losses.Dice, kernels: Any, check_labels: bool | None
+    at: spec.Call, term: losses.Term, kernels: Any, check_labels: bool | None
 ) -> tuple[Array, Array]:
-    """The loss and its derivative for the sums, neither of them waited for."""
-    value = buffers.empty(at.logits, _loss_shape(dice, at), _loss_dtype(at.logits.dtype))
+    """The loss and its derivative for the sums, neither of them waited for if it is a ratio."""
+    dtype = _loss_dtype(at.logits.dtype)
+    ratio = term.ratio(at.logits.shape[0], at.classes)
+    if ratio is None:
+        sums = buffers.to_host(buffers.of(_sums(at, kernels, 1, check_labels), "sums"))
+        value, derivative = term.with_derivative(sums, at.spec.statistics)
+        value = buffers.from_host(np.asarray(value).astype(dtype), at.logits)
+        return value, buffers.from_host(derivative, at.logits)
+    value = buffers.empty(at.logits, term.shape(*at.sums_shape[1:]), dtype)
     derivative = buffers.empty(at.logits, at.sums_shape, "float64")
     weight = None
-    if dice.weight is not None:
-        weight = buffers.of(buffers.from_host(dice.weight, at.logits), "weight")
+    if term.weights:
+        weight = buffers.of(buffers.from_host(term.weights[0], at.logits), "weight")
     filled = buffers.of(value, "loss"), buffers.of(derivative, "derivative")
-    backends.loss(kernels, at, *filled, dice, weight, check_labels)
+    backends.loss(kernels, at, *filled, ratio, weight, check_labels)
     _settle(at, kernels)
     return value, derivative
 
@@ -369,23 +419,28 @@ def _gradient(
     """Of the derivative, on the device or not, times the incoming gradient of that kind."""
     scale = None
     if _on_device(at):
+        if upstream is not None and len(upstream.shape) == 2:  # one for each sample and class
+            each, derivative = (
+                buffers.to_host(buffers.of(a, "grad_loss")) for a in (upstream, derivative)
+            )
+            derivative, upstream = losses.times(each, derivative), None
         if isinstance(derivative, np.ndarray):
             derivative = buffers.from_host(derivative, at.logits)
         if upstream is not None:
             scale = buffers.of(upstream, "grad_loss")
     else:
         if upstream is not None:
-            derivative = upstream[..., None] * derivative
+            derivative = losses.times(upstream, derivative)
         derivative = np.ascontiguousarray(derivative)
     backends.gradient(kernels, at, buffers.of(derivative, "cotangent"), grad, count, scale)
     _settle(at, kernels)
 
 
-def _upstream(grad_loss: Any, dice: losses.Dice, at: spec.Call) -> Array | None:
+def _upstream(grad_loss: Any, term: losses.Term, at: spec.Call) -> Array | None:
     """None stands for ones."""
     if grad_loss is None:
         return None
-    shape = _loss_shape(dice, at)
+    shape = term.shape(*at.sums_shape[1:])
     if not _on_device(at):
         return spec.upstream(grad_loss, shape)
     dtype = _loss_dtype(at.logits.dtype)
@@ -393,10 +448,6 @@ def _upstream(grad_loss: Any, dice: losses.Dice, at: spec.Call) -> Array | None:
         return buffers.from_host(spec.upstream(grad_loss, shape).astype(dtype), at.logits)
     spec.check_upstream(buffers.of(grad_loss, "grad_loss"), shape, dtype, at)
     return grad_loss
-
-
-def _loss_shape(dice: losses.Dice, at: spec.Call) -> tuple[int, ...]:
-    return at.logits.shape[:1] if dice.reduction == "none" else ()
 
 
 def _loss_dtype(logits_dtype: str) -> str:

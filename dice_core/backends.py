@@ -14,9 +14,9 @@ It may have ``unavailable() -> list[str]``, why it does not run on this machine.
 numbers back means waiting for a device it has more:
 
 - bad labels are not counted, they make their sample's sums NaN;
-- ``loss(logits, labels, value, derivative, spec, dice, weight)`` fills the value of a losses.Dice,
-  () or (N,), in the loss's dtype, and its derivative for the sums, (K, N, C), the weights being in
-  (C,) float64 or None;
+- ``loss(logits, labels, value, derivative, spec, ratio, weight)`` fills the value of a
+  losses.Ratio, () or (N,), in the loss's dtype, and its derivative for the sums, (K, N, C), the
+  weights being in (C,) float64 or None;
 - ``gradient(..., scale=None)`` multiplies each sample's cotangent by scale, () or (N,), in the
   loss's dtype;
 - ``precompile(logits, labels, spec)`` makes ready what calls with such arrays need;
@@ -154,16 +154,16 @@ def loss(
     call: Call,
     value: Buffer,
     derivative: Buffer,
-    dice: Any,
+    ratio: Any,
     weight: Buffer | None,
     check_labels: bool | None,
 ) -> None:
-    """Fills a loss and its derivative for the sums, on a device.
+    """Fills a loss, of a losses.Ratio, and its derivative for the sums, on a device.
 
     `check_labels` (None: as DICE_CORE_CHECK says) waits for it and raises ValueError for bad
     labels.
     """
-    kernels.loss(call.logits, call.labels, value, derivative, call.spec, dice, weight)
+    kernels.loss(call.logits, call.labels, value, derivative, call.spec, ratio, weight)
     if _is_to_check(call, check_labels, derivative):
         spec.check_labels(call)
 

@@ -16,6 +16,7 @@ from .buffers import Buffer, Layout
 
 STATISTICS = ("intersection", "pred_sum", "target_sum")  # the order of the K axis,
 CROSS_ENTROPY = "cross_entropy_sum"  # which has this one last, if it is asked for
+OPTIONS = {"power": "p", "gamma": "gamma"}  # a Spec's fields, as callers call them
 REDUCTIONS = ("none", "mean", "sum", "batch")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 INTEGERS = ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
@@ -97,7 +98,9 @@ def sums_shape(x: Sequence[int], spec: Spec) -> tuple[int, int, int]:
     return len(spec.statistics), x[0], classes(x[1])
 
 
-def call(logits: Buffer, labels: Buffer, *, p: Any, ignore_label: Any, gamma: Any = None) -> Call:
+def call(
+    logits: Buffer, labels: Buffer, *, p: Any = 1, ignore_label: Any, gamma: Any = None
+) -> Call:
     """The checked request. Raises TypeError or ValueError naming what does not fit."""
     numbers = power(p), label(ignore_label), None if gamma is None else focusing(gamma)
     seen = signature(logits.layout, labels.layout, *numbers)
@@ -218,21 +221,37 @@ def channel(ignore_channel: Any) -> int:
 
 def smoothing(smooth: Any) -> float:
     """A finite number >= 0."""
-    return _number(smooth, "smooth")
+    return number(smooth, "smooth")
 
 
 def focusing(gamma: Any) -> float:
     """The finite gamma >= 0 of a focal loss."""
-    return _number(gamma, "gamma")
+    return number(gamma, "gamma")
+
+
+def number(value: Any, name: str) -> float:
+    """A finite number >= 0."""
+    if isinstance(value, (str, bytes, bool)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    try:
+        result = float(value)
+    except OverflowError:  # an int beyond any float
+        result = math.inf
+    if not (math.isfinite(result) and result >= 0):
+        raise ValueError(f"{name} must be finite and at least 0, got {result}")
+    return result
+
+
+def one_of(value: Any, name: str, allowed: Sequence[str]) -> None:
+    """Raises ValueError if it is not."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
 def reduction(name: Any) -> str:
     """One of REDUCTIONS."""
-    if not isinstance(name, str) or name not in REDUCTIONS:
-        raise ValueError(
-            f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {name!r}"
-        )
-    return name
+    one_of(name, "reduction", REDUCTIONS)
+    return str(name)
 
 
 def weights(weight: Any) -> np.ndarray[Any, np.dtype[np.float64]] | None:
@@ -278,18 +297,6 @@ def check_upstream(grad_loss: Buffer, shape: tuple[int, ...], dtype: str, at: Ca
     ):
         if got != expected:
             raise ValueError(f"grad_loss must have the loss's {what} {expected}, got {got}")
-
-
-def _number(value: Any, name: str) -> float:
-    if isinstance(value, (str, bytes, bool)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    try:
-        number = float(value)
-    except OverflowError:  # an int beyond any float
-        number = math.inf
-    if not (math.isfinite(number) and number >= 0):
-        raise ValueError(f"{name} must be finite and at least 0, got {number}")
-    return number
 
 
 def _integer(value: Any, name: str) -> int:

@@ -10,7 +10,7 @@ Between forward and backward only x, y and numbers of that size are kept.
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,6 +67,37 @@ def statistics(
     return kind(*torch.ops.dice_core.statistics(x, y, *options))
 
 
+def loss(
+    x: Tensor,
+    y: Tensor,
+    term: losses.Term,
+    *,
+    ignore_label: int | None = -1,
+    backend: str | None = None,
+    num_threads: int | None = None,
+    check_labels: bool | None = None,
+) -> Tensor:
+    """A term of `dice_core.losses`, or a sum of terms, of logits and labels, with autograd.
+
+    Its weights may be tensors, on any device; gradients reach x and those that require grad. For
+    the other arguments see `dice_core.loss`.
+    """
+    p, gamma = term.needs.get("power", 1), term.needs.get("gamma")
+    options = _options(x, y, ignore_label, p, gamma, backend, num_threads, check_labels)
+    spec.check_shapes(x.shape, y.shape)
+    samples, classes = x.shape[0], spec.classes(x.shape[1])
+    term = term.with_weights(functools.partial(_weight, x=x))
+    term.check(classes)
+    plain = _plain(x, y, *term.weights) and not any(w.requires_grad for w in term.weights)
+    if plain and (x.is_cpu or term.ratio(samples, classes)):
+        if x.requires_grad and torch.is_grad_enabled():
+            return _Loss.apply(x, y, term, options)  # type: ignore[no-untyped-call]
+        return _value(x, y, term, options)[0]
+    names = spec.of_channels(x.shape[1], p, ignore_label, gamma).statistics
+    value: Tensor = term(torch.ops.dice_core.statistics(x, y, *options), names)
+    return value if x.dtype == torch.float64 else value.float()
+
+
 def dice_loss(
     x: Tensor,
     y: Tensor,
@@ -87,19 +118,53 @@ def dice_loss(
     Gradients reach x, in its dtype, memory format and device, and `weight` if it is a tensor that
     requires grad; y has none. `num_threads` is by default torch's own setting.
     """
-    options = _options(x, y, ignore_label, p, None, backend, num_threads, check_labels)
-    spec.check_shapes(x.shape, y.shape)
-    weight = _weight(weight, x)
-    dice = losses.dice(spec.classes(x.shape[1]), weight, ignore_channel, smooth, reduction)
-    if _plain(x, y, weight) and not (weight is not None and weight.requires_grad):
-        if x.requires_grad and torch.is_grad_enabled():
-            return _Dice.apply(x, y, dice, options)  # type: ignore[no-untyped-call]
-        return _value(x, y, dice, options)[0]
-    value: Tensor = dice(torch.ops.dice_core.statistics(x, y, *options))
-    return value if x.dtype == torch.float64 else value.float()
+    return loss(
+        x,
+        y,
+        losses.dice(weight, ignore_channel, smooth, p, reduction),
+        ignore_label=ignore_label,
+        backend=backend,
+        num_threads=num_threads,
+        check_labels=check_labels,
+    )
 
 
-class DiceLoss(torch.nn.Module):
+class Loss(torch.nn.Module):
+    """`loss` of a term as a module; the weights of its classes are buffers.
+
+    >>> import torch, dice_core.torch
+    >>> from dice_core.losses import CrossEntropy, Dice
+    >>> criterion = dice_core.torch.Loss(Dice(smooth=1) + 0.5 * CrossEntropy())
+    >>> x = torch.zeros(1, 2, 8, 8, requires_grad=True)
+    >>> y = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    >>> criterion(x, y)
+    tensor(0.9964, grad_fn=<_LossBackward>)
+    """
+
+    def __init__(self, term: losses.Term, ignore_label: int | None = -1) -> None:
+        super().__init__()
+        self.term = losses.term(term)
+        self.ignore_label = spec.label(ignore_label)
+        self._names = [f"weight{i}" if i else "weight" for i in range(len(self.term.weights))]
+        for name, weight in zip(self._names, self.term.weights, strict=True):
+            if isinstance(weight, Tensor):
+                spec.weights(weight.detach().double().cpu())
+            self.register_buffer(name, torch.as_tensor(weight))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Logits (N, C, *) and labels (N, *) or (N, 1, *) -> the loss."""
+        return loss(x, y, self._weighted(), ignore_label=self.ignore_label)
+
+    def extra_repr(self) -> str:
+        """The term, its settings and the weights that the buffers hold."""
+        return f"{self._weighted()!r}, ignore_label={self.ignore_label}"
+
+    def _weighted(self) -> losses.Term:
+        weights = iter([getattr(self, name) for name in self._names])
+        return self.term.with_weights(lambda _: next(weights))
+
+
+class DiceLoss(Loss):
     """`dice_loss` as a module; `weight` is a buffer.
 
     >>> import torch, dice_core.torch
@@ -107,10 +172,8 @@ class DiceLoss(torch.nn.Module):
     >>> x = torch.zeros(1, 2, 8, 8, requires_grad=True)
     >>> y = torch.zeros(1, 8, 8, dtype=torch.uint8)
     >>> criterion(x, y)
-    tensor(0.6498, grad_fn=<_DiceBackward>)
+    tensor(0.6498, grad_fn=<_LossBackward>)
     """
-
-    weight: Tensor | None
 
     def __init__(
         self,
@@ -121,54 +184,165 @@ class DiceLoss(torch.nn.Module):
         p: int = 1,
         reduction: str = "mean",
     ) -> None:
+        super().__init__(
+            losses.dice(weight, ignore_channel, smooth, p, reduction), ignore_label=ignore_label
+        )
+
+
+class JaccardLoss(Loss):
+    """`dice_core.losses.Jaccard`, whose settings it takes, as a module."""
+
+    def __init__(self, *, ignore_label: int | None = -1, **settings: Any) -> None:
+        super().__init__(losses.Jaccard(**settings), ignore_label)
+
+
+class TverskyLoss(Loss):
+    """`dice_core.losses.Tversky`, whose settings it takes, as a module."""
+
+    def __init__(
+        self,
+        alpha: float = 0.5,
+        beta: float = 0.5,
+        *,
+        ignore_label: int | None = -1,
+        **settings: Any,
+    ) -> None:
+        super().__init__(losses.Tversky(alpha=alpha, beta=beta, **settings), ignore_label)
+
+
+class FocalTverskyLoss(Loss):
+    """`dice_core.losses.FocalTversky`, whose settings it takes, as a module."""
+
+    def __init__(
+        self,
+        alpha: float = 0.3,
+        beta: float = 0.7,
+        gamma: float = 0.75,
+        *,
+        ignore_label: int | None = -1,
+        **settings: Any,
+    ) -> None:
+        term = losses.FocalTversky(alpha=alpha, beta=beta, gamma=gamma, **settings)
+        super().__init__(term, ignore_label)
+
+
+class GeneralizedDiceLoss(Loss):
+    """`dice_core.losses.GeneralizedDice`, whose settings it takes, as a module."""
+
+    def __init__(
+        self, weighting: str = "square", *, ignore_label: int | None = -1, **settings: Any
+    ) -> None:
+        super().__init__(losses.GeneralizedDice(weighting=weighting, **settings), ignore_label)
+
+
+class DiceCELoss(Loss):
+    """lambda_dice Dice + lambda_ce CrossEntropy as a module, in one pass over the voxels.
+
+    `weight`, (C,) numbers, weighs the classes of both, whose means it normalises; the other
+    settings are those of `dice_core.losses.Dice`.
+    """
+
+    def __init__(
+        self,
+        lambda_dice: float = 1.0,
+        lambda_ce: float = 1.0,
+        *,
+        weight: Any = None,
+        ignore_label: int | None = -1,
+        **settings: Any,
+    ) -> None:
+        entropy = losses.CrossEntropy(weight=weight)
+        super().__init__(
+            lambda_dice * _weighted_dice(weight, settings) + lambda_ce * entropy, ignore_label
+        )
+
+
+class DiceFocalLoss(Loss):
+    """lambda_dice Dice + lambda_focal Focal(gamma) as a module, in one pass over the voxels.
+
+    `weight`, (C,) numbers, weighs the classes of both; the other settings are those of
+    `dice_core.losses.Dice`.
+    """
+
+    def __init__(
+        self,
+        lambda_dice: float = 1.0,
+        lambda_focal: float = 1.0,
+        gamma: float = 2.0,
+        *,
+        weight: Any = None,
+        ignore_label: int | None = -1,
+        **settings: Any,
+    ) -> None:
+        focal = losses.Focal(gamma=gamma, weight=weight)
+        super().__init__(
+            lambda_dice * _weighted_dice(weight, settings) + lambda_focal * focal, ignore_label
+        )
+
+
+def _weighted_dice(weight: Any, settings: dict[str, Any]) -> losses.Dice:
+    if weight is not None:
+        settings = {"divisor": "weights", **settings}
+    return losses.Dice(weight=weight, **settings)
+
+
+class DeepSupervision(torch.nn.Module):
+    """A loss summed over the outputs of several resolutions, finest first, times their weights.
+
+    Labels of a lower resolution are strided views of the labels, every second voxel for example: no
+    copies. `weights` is a number for each output; None halves from output to output and sums to 1.
+
+    >>> import torch, dice_core.torch
+    >>> criterion = dice_core.torch.DeepSupervision(dice_core.torch.DiceLoss(smooth=1))
+    >>> outputs = [torch.zeros(1, 2, 8, 8), torch.zeros(1, 2, 4, 4)]
+    >>> criterion(outputs, torch.zeros(1, 8, 8, dtype=torch.uint8))
+    tensor(0.6347)
+    """
+
+    def __init__(self, loss: torch.nn.Module, weights: Sequence[float] | None = None) -> None:
         super().__init__()
-        if isinstance(weight, Tensor):
-            spec.weights(weight.detach().double().cpu())
-        elif weight is not None:
-            weight = torch.as_tensor(spec.weights(weight))
-        self.register_buffer("weight", weight)
-        self.ignore_channel = spec.channel(ignore_channel)
-        self.ignore_label = spec.label(ignore_label)
-        self.smooth = spec.smoothing(smooth)
-        self.p = spec.power(p)
-        self.reduction = spec.reduction(reduction)
+        self.loss = loss
+        self.weights = None if weights is None else [float(weight) for weight in weights]
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Logits (N, C, *) and labels (N, *) or (N, 1, *) -> the loss."""
-        return dice_loss(
-            x,
-            y,
-            weight=self.weight,
-            ignore_channel=self.ignore_channel,
-            ignore_label=self.ignore_label,
-            smooth=self.smooth,
-            p=self.p,
-            reduction=self.reduction,
+    def forward(self, outputs: Sequence[Tensor], y: Tensor) -> Tensor:
+        """Logits (N, C, *) of each resolution and labels (N, *) or (N, 1, *) -> the loss.
+
+        Raises ValueError where the labels' sides are not whole multiples of an output's.
+        """
+        if isinstance(outputs, Tensor) or not outputs:
+            raise ValueError("outputs must be a sequence of logits, one for each resolution")
+        weights = self.weights
+        if weights is None:
+            weights = [2.0**-i / (2 - 2.0 ** (1 - len(outputs))) for i in range(len(outputs))]
+        if len(weights) != len(outputs):
+            raise ValueError(f"there are {len(weights)} weights for {len(outputs)} outputs")
+        pairs = zip(weights, outputs, strict=True)
+        terms = [weight * self.loss(x, _nearest(y, x)) for weight, x in pairs if weight]
+        return torch.stack(terms).sum(0)
+
+
+def _nearest(y: Tensor, x: Tensor) -> Tensor:
+    """The labels of every so many voxels, as a view."""
+    fine, coarse = y.shape[y.ndim - x.ndim + 2 :], x.shape[2:]
+    if any(not b or a % b for a, b in zip(fine, coarse, strict=True)):
+        raise ValueError(
+            f"labels of {tuple(fine)} voxels cannot be taken at a resolution of {tuple(coarse)}: "
+            f"each side must be a whole multiple"
         )
-
-    def extra_repr(self) -> str:
-        """Every option, the weight as numbers."""
-        weight = None if self.weight is None else self.weight.tolist()
-        return (
-            f"weight={weight}, ignore_channel={self.ignore_channel}, "
-            f"ignore_label={self.ignore_label}, smooth={self.smooth:g}, "
-            f"p={self.p}, reduction={self.reduction!r}"
-        )
+    for axis, (a, b) in enumerate(zip(fine, coarse, strict=True), y.ndim - len(fine)):
+        y = y[(slice(None),) * axis + (slice(None, None, a // b),)]
+    return y
 
 
-def _weight(weight: Any, x: Tensor) -> Tensor | None:
+def _weight(weight: Any, x: Tensor) -> Tensor:
     """In float64 and where x is; the host's numbers are copied to a GPU once, not at every call."""
-    if weight is None:
-        return None
     if isinstance(weight, Tensor):
         if not (weight.is_cpu and x.is_cuda and _plain(weight) and not weight.requires_grad):
             return weight.to(x.device, torch.float64)
         weight = weight.double().numpy()
-    numbers = spec.weights(weight)
-    assert numbers is not None
     if x.is_cuda and _plain(x):
-        return _copied(numbers.tobytes(), numbers.shape, x.device)
-    return torch.as_tensor(numbers, device=x.device)
+        return _copied(weight.tobytes(), weight.shape, x.device)
+    return torch.as_tensor(weight, device=x.device)
 
 
 @functools.lru_cache(64)
@@ -231,12 +405,12 @@ def _plain(x: Tensor, *others: Tensor | None) -> bool:
     return True
 
 
-class _Dice(torch.autograd.Function):
-    """A Dice loss of plain tensors as one node of the graph."""
+class _Loss(torch.autograd.Function):
+    """A loss of plain tensors as one node of the graph."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, dice: losses.Dice, options: _Options) -> Tensor:
-        value, ctx.derivative = _value(x, y, dice, options)
+    def forward(ctx: Any, x: Tensor, y: Tensor, term: losses.Term, options: _Options) -> Tensor:
+        value, ctx.derivative = _value(x, y, term, options)
         ctx.save_for_backward(x, y)
         ctx.options = options
         return value
@@ -249,10 +423,10 @@ class _Dice(torch.autograd.Function):
             # The operator, unlike its kernel, can be traced and refuses a second derivative.
             if not isinstance(derivative, Tensor):
                 derivative = torch.from_numpy(derivative)
-            cotangent = derivative * grad.unsqueeze(-1)
+            cotangent = losses.times(grad, derivative)
             of_x = torch.ops.dice_core.statistics_grad(x, y, cotangent, *ctx.options)
         elif x.is_cpu:
-            cotangent = derivative * grad.numpy()[..., None]
+            cotangent = losses.times(grad.numpy(), derivative)
             of_x = _statistics_grad(x, y, cotangent, *ctx.options)
         else:
             and_scale = (*ctx.options, grad)
@@ -263,26 +437,27 @@ class _Dice(torch.autograd.Function):
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
-def _value(x: Tensor, y: Tensor, dice: losses.Dice, options: _Options) -> tuple[Tensor, Any]:
-    """The loss of plain tensors and its derivative for the sums: NumPy's, or on a GPU torch's."""
+def _value(x: Tensor, y: Tensor, term: losses.Term, options: _Options) -> tuple[Tensor, Any]:
+    """The loss of plain tensors and its derivative for the sums: NumPy's, or on a GPU, where it is
+    a ratio, torch's.
+    """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weight = dice.weight
+    p, ignore_label, gamma, backend, _, check_labels = options
     if x.is_cpu:
-        if weight is not None:
-            dice = replace(dice, weight=weight.numpy())
-        value, derivative = dice.with_derivative(_statistics(x, y, *options).numpy())
+        names = spec.of_channels(x.shape[1], p, ignore_label, gamma).statistics
+        term = term.with_weights(Tensor.numpy)
+        value, derivative = term.with_derivative(_statistics(x, y, *options).numpy(), names)
         return torch.from_numpy(np.asarray(value, _NUMPY[dtype])), derivative
-    p, ignore_label, _, backend, _, check_labels = options
-    at = _call(x, y, p, ignore_label, None)
-    value = x.new_empty(x.shape[:1] if dice.reduction == "none" else (), dtype=dtype)
+    at = _call(x, y, p, ignore_label, gamma)
+    value = x.new_empty(term.shape(*at.sums_shape[1:]), dtype=dtype)
     derivative = x.new_empty(at.sums_shape, dtype=torch.float64)
     backends.loss(
         backends.select(at.signature, backend),
         at,
         buffers.of(value, "loss"),
         buffers.of(derivative, "derivative"),
-        dice,
-        None if weight is None else buffers.of(weight.contiguous(), "weight"),
+        term.ratio(*at.sums_shape[1:]),
+        buffers.of(term.weights[0].contiguous(), "weight") if term.weights else None,
         check_labels,
     )
     return value, derivative

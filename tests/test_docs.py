@@ -29,6 +29,19 @@ def test_readme_code_is_doctested_or_naive():
     assert all(block.startswith(">>> ") for block in blocks)
 
 
+def table_of_losses():
+    lines = ["| term | loss | sums | source | elsewhere |", "| --- | --- | --- | --- | --- |"]
+    for entry in dice_core.losses.TERMS:
+        cells = (f"`{entry.term.__name__}`", f"`{entry.formula}`", entry.statistics)
+        lines.append(f"| {' | '.join((*cells, entry.source, entry.elsewhere))} |")
+    return "\n".join(lines)
+
+
+def test_the_table_of_losses_is_the_list():
+    text = (ROOT / "README.md").read_text()
+    assert table_of_losses() == re.search(r"<!-- losses -->\n\n(.*?)\n\n<!--", text, re.DOTALL)[1]
+
+
 MODULES = [name for _, name, _ in pkgutil.iter_modules(dice_core.__path__) if name != "__main__"]
 
 

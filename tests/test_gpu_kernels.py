@@ -207,11 +207,12 @@ def test_the_loss_and_its_derivative_follow_in_the_second_launch(channels, smoot
     y[y == channels - 1] = 0
     at = call(x, y, 1, -1)
     weight = np.arange(1, at.classes + 1) / 7 if smooth else None
-    dice = losses.Dice(weight, 0 if smooth else -1, smooth, reduction)
+    dice = losses.dice(weight, 0 if smooth else -1, smooth, 1, reduction)
+    ratio = dice.ratio(3, at.classes)
     shape = (3,) if reduction == "none" else ()
     value, derivative, sums = nothing(at, shape, "float32"), nothing(at), nothing(at)
     on_device = None if weight is None else on_gpu(weight)
-    _gpu.loss(at.logits, at.labels, value, derivative, at.spec, dice, on_device)
+    _gpu.loss(at.logits, at.labels, value, derivative, at.spec, ratio, on_device)
     assert gpu_simulator.Kernel.launched == ("statistics", "loss")
     _gpu.statistics(at.logits, at.labels, sums, at.spec, 1)
     true_value, true_derivative = dice.with_derivative(sums.owner.host)
@@ -229,8 +230,9 @@ def test_nothing_to_sum(shape, reduction):
     assert grad.shape == shape
     at = call(x, y, 1, None)
     value = nothing(at, shape[:1] if reduction == "none" else (), "float32")
-    dice = losses.Dice(reduction=reduction)
-    _gpu.loss(at.logits, at.labels, value, nothing(at), at.spec, dice, None)
+    dice = losses.dice(None, -1, 0, 1, reduction)
+    ratio = dice.ratio(shape[0], at.classes)
+    _gpu.loss(at.logits, at.labels, value, nothing(at), at.spec, ratio, None)
     np.testing.assert_array_equal(value.owner.host, dice(np.zeros(at.sums_shape)))
 
 

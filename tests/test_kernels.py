@@ -369,7 +369,7 @@ def test_loss_of_many_voxels_within_1e_6(kernels):
         buffers.of(row.astype(np.float64), "x"), buffers.of(labels, "y"), p=1, ignore_label=None
     )
     _reference.statistics(small.logits, small.labels, buffers.of(of_row, "s"), small.spec, 1)
-    dice = losses.dice(2, None, -1, 0, "mean")
+    dice = losses.Dice()
     assert abs(dice(sums) - dice(of_row)) < 1e-6
     assert sums[2].sum() == 512**3
 

@@ -14,6 +14,7 @@ from layouts import LAYOUTS
 import dice_core
 import dice_core.torch
 from dice_core import spec
+from dice_core.losses import TERMS, CrossEntropy, Dice, Focal, Tversky
 
 REDUCTIONS = spec.REDUCTIONS
 LABELS = ("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
@@ -124,6 +125,93 @@ def test_finite_differences(reduction, channels):
         at[1][i] -= step
         high, low = (np.sum(upstream * dice_core.loss(a, y, **options)) for a in at)
         assert_close((high - low) / (2 * step), grad[i], rtol=1e-5, atol=1e-10, what=f"at {i}")
+
+
+# ---- terms ---------------------------------------------------------------------------------------
+
+
+def naive_loss(term, x, y, ignore_label=-1):
+    """A term of the naive code's sums, with autograd."""
+    needs = term.needs
+    options = {"p": needs.get("power", 1), "gamma": needs.get("gamma")}
+    sums = torch.stack(naive.statistics(x, y, ignore_label=ignore_label, **options))
+    names = (*spec.STATISTICS, spec.CROSS_ENTROPY)[: len(sums)]
+    return term.with_weights(torch.as_tensor)(sums, names)
+
+
+COMPOUNDS = {
+    "dice-ce": Dice(smooth=1) + 0.5 * CrossEntropy(),
+    "weighted": Dice(weight=[1, 2, 3, 4], p=2, ignore_channel=0) + Focal(weight=[1, 2, 3, 4]),
+    "per sample": Tversky(reduction="none") + CrossEntropy(pool="none", reduction="none"),
+    "per class": Dice(reduction="classes", smooth=1),
+}
+EVERY_TERM = {**{entry.term.__name__: entry.term() for entry in TERMS}, **COMPOUNDS}
+
+
+@pytest.mark.parametrize("term", EVERY_TERM.values(), ids=EVERY_TERM)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_terms_of_voxels(term, backend, dtype):
+    rng = np.random.default_rng(0)
+    x = (2 * rng.standard_normal((2, 4, 13, 11))).astype(dtype)
+    y = rng.integers(-1, 4, (2, 13, 11))
+    exact = torch.tensor(x, dtype=torch.float64, requires_grad=True)
+    expected = naive_loss(term, exact, torch.tensor(y))
+    upstream = rng.standard_normal(expected.shape)
+    (expected_grad,) = torch.autograd.grad(expected, exact, torch.tensor(upstream))
+    use = {"loss": term, "backend": backend}
+    value, grad = dice_core.loss_and_grad(x, y, grad_loss=upstream, **use)
+    assert_same_bits(dice_core.loss(x, y, **use), value)
+    tolerance = 2e-5 if dtype == "float32" else 1e-10
+    assert_close(value, expected.detach(), rtol=tolerance / 10)
+    size = float(expected_grad.abs().max())
+    assert_close(grad, expected_grad, rtol=tolerance, atol=tolerance * size)
+
+    logits = torch.tensor(x, requires_grad=True)
+    again = dice_core.torch.loss(logits, torch.tensor(y), term, backend=backend)
+    assert_close(again.detach(), value, rtol=1e-15)
+    again.backward(torch.tensor(upstream).to(again))
+    assert_close(logits.grad, grad, rtol=tolerance / 10, atol=tolerance * size / 10)
+
+
+@pytest.mark.parametrize("term", EVERY_TERM.values(), ids=EVERY_TERM)
+def test_terms_by_finite_differences(term):
+    rng = np.random.default_rng(1)
+    x, y = rng.standard_normal((2, 4, 3, 2)), rng.integers(0, 4, (2, 3, 2))
+    y.flat[:4] = range(4)
+    upstream = rng.standard_normal(term.shape(2, 4))
+    _, grad = dice_core.loss_and_grad(x, y, loss=term, grad_loss=upstream)
+    step = 1e-6
+    for i in np.ndindex(x.shape):
+        at = [x.copy(), x.copy()]
+        at[0][i] += step
+        at[1][i] -= step
+        high, low = (np.sum(upstream * dice_core.loss(a, y, loss=term)) for a in at)
+        assert_close(grad[i], (high - low) / (2 * step), rtol=1e-6, atol=1e-9, what=f"at {i}")
+
+
+@pytest.mark.parametrize("term", EVERY_TERM.values(), ids=EVERY_TERM)
+def test_terms_of_tiles(term):
+    rng = np.random.default_rng(2)
+    x, y = rng.standard_normal((2, 4, 6, 8)), rng.integers(0, 4, (2, 6, 8))
+    needs = {spec.OPTIONS[field]: value for field, value in term.needs.items()}
+    tiles = [(x[..., :5], y[..., :5]), (x[..., 5:], y[..., 5:])]
+    first, second = (dice_core.statistics(*tile, **needs) for tile in tiles)
+    total = first + second
+    value, grad = dice_core.loss_and_grad(x, y, loss=term)
+    assert_close(total.loss(loss=term), value, rtol=1e-12)
+    grads = [total.gradient(*tile, loss=term) for tile in tiles]
+    assert_close(np.concatenate(grads, -1), grad, rtol=1e-11, atol=1e-15)
+
+
+def test_one_channel_s_cross_entropy_is_binary():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 1, 50, dtype=torch.float64, generator=generator)
+    y = torch.randint(2, (2, 50), generator=generator)
+    binary = torch.nn.functional.binary_cross_entropy_with_logits
+    expected = binary(x[:, 0], y.double(), pos_weight=torch.tensor(3.0))
+    mine = dice_core.torch.loss(x, y, CrossEntropy(weight=[1, 3], divisor="voxels"))
+    assert_close(mine, expected, rtol=1e-13)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

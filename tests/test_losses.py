@@ -1,34 +1,86 @@
-"""The arithmetic on (K, N, C): values by hand, derivatives by two other ways, theory."""
+"""The losses on (K, N, C): values by hand, derivatives by two other ways, theory."""
+
+import itertools
+import math
 
 import numpy as np
 import pytest
 import torch
 from compare import assert_close, assert_same_bits
+from torch.nn import functional as F
 
-from dice_core import losses
-from dice_core.spec import REDUCTIONS
+from dice_core import losses, spec
+from dice_core.losses import TERMS, CrossEntropy, Dice, Focal, Jaccard, Tversky
 
-SETTINGS = [
-    losses.Dice(weight, ignore_channel, smooth, reduction)
-    for weight in (None, (0.2, 1.5, 0.7))
-    for ignore_channel in (-1, 1, 3)
-    for smooth in (0.0, 1.0)
-    for reduction in REDUCTIONS
+NAMES = (*spec.STATISTICS, spec.CROSS_ENTROPY)
+WEIGHT = (0.2, 1.5, 0.7)
+# Of every term, its own settings beside the shared ones.
+OWN = {
+    "Tversky": [{}, {"alpha": 0.3, "beta": 1.2}],
+    "FocalTversky": [{}, {"gamma": 2}, {"of_mean": True}, {"of_mean": True, "gamma": 1.5}],
+    "LogDice": [{}, {"eps": 0.3}],
+    "GeneralizedDice": [{"weighting": w} for w in ("square", "simple", "uniform")],
+    "Focal": [{}, {"gamma": 0.5}],
+}
+SHARED = {
+    "overlap": [
+        {},
+        {"weight": WEIGHT},
+        {"weight": WEIGHT, "divisor": "weights", "ignore_channel": 1},
+        {"ignore_channel": (0, 2), "divisor": "kept"},
+        {"ignore_channel": 3, "smooth": 1.0},
+        {"smooth": (0.0, 1e-5), "absent": "skip"},
+        {"smooth": 1e-5, "absent": "zero", "divisor": "kept"},
+        {"absent": "one", "weight": WEIGHT},
+        {"absent": "skip", "ignore_channel": 0, "weight": WEIGHT, "divisor": "weights"},
+        {"floor": 6.0},
+        {"floor": 1e-8, "smooth": 1.0},
+    ],
+    "entropy": [
+        {},
+        {"weight": WEIGHT},
+        {"divisor": "voxels", "weight": WEIGHT},
+        {"divisor": "one"},
+    ],
+}
+
+
+def settings_of(entry):
+    """Terms of a kind with every setting."""
+    kind = entry.term
+    entropy = issubclass(kind, CrossEntropy)
+    pools = {"GeneralizedDice": ("classes", "all"), "MCC": ("none", "batch")}.get(
+        kind.__name__, ("none", "batch") if entropy else ("none", "batch", "classes", "all")
+    )
+    for own, shared, pool, reduction in itertools.product(
+        OWN.get(kind.__name__, [{}]),
+        SHARED["entropy" if entropy else "overlap"],
+        pools,
+        ("mean", "sum", "none", "classes"),
+    ):
+        if reduction == "none" and pool in ("batch", "all"):
+            continue
+        if reduction == "classes" and (pool in ("classes", "all") or own.get("of_mean")):
+            continue
+        yield kind(**own, **shared, pool=pool, reduction=reduction)
+
+
+SETTINGS = [term for entry in TERMS for term in settings_of(entry)]
+SETTINGS += [
+    Dice(smooth=1) + 0.5 * CrossEntropy(weight=WEIGHT),
+    2 * (Jaccard(pool="batch") + Tversky(pool="batch", reduction="sum") * 3) + Focal(),
+    Dice(reduction="none") + CrossEntropy(pool="none", reduction="none"),
 ]
 
 
-def with_weight(dice, convert):
-    """The same setting with its weight as an array of a library."""
-    weight = None if dice.weight is None else convert(dice.weight)
-    return losses.Dice(weight, dice.ignore_channel, dice.smooth, dice.reduction)
-
-
 def random_sums(seed=0):
-    """(3, 4, 3) with 0 <= I <= min(P, Y), one class empty and predicted empty."""
+    """(4, 4, 3) with 0 <= I <= min(P, Y), one class empty and predicted empty."""
     rng = np.random.default_rng(seed)
-    pred, target = rng.random((2, 4, 3)) * 10
-    sums = np.stack([np.minimum(pred, target) * rng.random((4, 3)), pred, target])
+    pred, target, entropy = rng.random((3, 4, 3)) * 10
+    intersection = np.minimum(pred, target) * rng.random((4, 3))
+    sums = np.stack([intersection, pred, target, entropy])
     sums[:, 2, 0] = 0
+    sums[[0, 2, 3], 1, 2] = 0  # absent, but predicted
     return sums
 
 
@@ -36,78 +88,244 @@ def upstream_for(value, seed=1):
     return np.random.default_rng(seed).standard_normal(np.shape(value))
 
 
-@pytest.mark.parametrize("dice", SETTINGS, ids=str)
-def test_derivative_is_torch_autograd(dice):
+DIFFERENTIATED = [0, 1, 3]  # by the logits; the number of labels is what it is
+
+
+@pytest.mark.parametrize("term", SETTINGS, ids=repr)
+def test_derivative_is_torch_autograd(term):
     sums = random_sums()
-    mine = with_weight(dice, np.array)
-    value, derivative = mine.with_derivative(sums)
-    assert_same_bits(value, mine(sums))
+    value, derivative = term.with_derivative(sums, NAMES)
+    assert_same_bits(value, term(sums, NAMES))
+    assert np.shape(value) == term.shape(4, 3)
     upstream = upstream_for(value)
     tensor = torch.tensor(sums, requires_grad=True)
-    theirs = with_weight(dice, torch.DoubleTensor)(tensor)
-    assert_close(value, theirs.detach(), rtol=1e-15)
+    theirs = term.with_weights(torch.tensor)(tensor, NAMES)
+    assert_close(value, theirs.detach(), rtol=1e-14)
     (grad,) = torch.autograd.grad(theirs, tensor, torch.as_tensor(upstream))
-    assert_close(upstream[..., None] * derivative, grad, rtol=1e-12, atol=1e-16)
+    cotangent = losses.times(upstream, derivative)[DIFFERENTIATED]
+    assert_close(cotangent, grad[DIFFERENTIATED], rtol=1e-9, atol=1e-15)
 
 
-@pytest.mark.parametrize("dice", SETTINGS, ids=str)
-def test_derivative_is_finite_differences(dice):
+@pytest.mark.parametrize("term", SETTINGS, ids=repr)
+def test_derivative_is_finite_differences(term):
     sums = random_sums()
-    dice = with_weight(dice, np.array)
-    value, derivative = dice.with_derivative(sums)
+    sums[:2, :, 0] += 0.3  # away from 0/0, where the derivative is defined, not differentiated
+    sums[2, :, 0] += 1
+    sums[0] += 0.1
+    if isinstance(term, losses.MCC):
+        sums[2, 1, 2] = 1  # the root has no derivative at 0
+        sums[1] = np.minimum(sums[1], sums[2].sum(-1, keepdims=True) / 2)
+    value, derivative = term.with_derivative(sums, NAMES)
     upstream = upstream_for(value)
-    cotangent = upstream[..., None] * derivative
+    cotangent = losses.times(upstream, derivative)
     for index in np.ndindex(sums.shape):
-        if dice.smooth == 0 and dice.reduction != "batch" and not sums[:, index[1], index[2]].any():
-            assert cotangent[index] == 0  # at 0/0 the derivative is defined, not differentiated
+        if index[0] not in DIFFERENTIATED:
             continue
         step = np.zeros_like(sums)
         step[index] = 1e-5
-        difference = np.sum(upstream * (dice(sums + step) - dice(sums - step))) / 2e-5
-        assert_close(cotangent[index], difference, rtol=1e-6, atol=1e-9, what=str(index))
+        low, high = term(sums - step, NAMES), term(sums + step, NAMES)
+        difference = np.sum(upstream * (high - low)) / 2e-5
+        assert_close(cotangent[index], difference, rtol=1e-6, atol=1e-8, what=str(index))
 
 
-def test_by_hand():
-    sums = np.array([[[3.0, 1.0]], [[4.0, 2.0]], [[4.0, 3.0]]])  # one sample, two classes
-    assert losses.DICE(sums, 0.0)[0].tolist() == [[0.25, 0.6]]
-    assert losses.Dice()(sums) == pytest.approx((0.25 + 0.6) / 2)
-    assert losses.Dice(np.array([2.0, 1.0]))(sums) == pytest.approx(2 * 0.25 + 0.6)
-    assert losses.Dice(ignore_channel=1)(sums) == pytest.approx(0.25 / 2)
-    assert losses.Dice(smooth=1.0)(sums) == pytest.approx((2 / 9 + 0.5) / 2)
+# ---- values --------------------------------------------------------------------------------------
+
+ONE = np.array([[[3.0, 1.0]], [[4.0, 2.0]], [[4.0, 3.0]], [[2.0, 6.0]]])  # a sample, two classes
+
+
+@pytest.mark.parametrize(
+    ("term", "value"),
+    [
+        (Dice(), (0.25 + 0.6) / 2),
+        (Dice(weight=[2, 1]), 2 * 0.25 + 0.6),
+        (Dice(weight=[2, 1], divisor="weights"), (2 * 0.25 + 0.6) / 3),
+        (Dice(weight=[2, 1], divisor="classes"), (2 * 0.25 + 0.6) / 2),
+        (Dice(ignore_channel=1), 0.25 / 2),
+        (Dice(ignore_channel=1, divisor="kept"), 0.25),
+        (Dice(ignore_channel=[0, 1], divisor="kept"), 0),
+        (Dice(smooth=1), (2 / 9 + 0.5) / 2),
+        (Dice(smooth=(0, 1)), (1 - 6 / 9 + 1 - 2 / 6) / 2),
+        (Dice(pool="classes"), 1 - 8 / 13),
+        (Dice(pool="classes", weight=[1, 2]), 1 - (6 + 4) / (8 + 10)),
+        (Dice(pool="classes", ignore_channel=0), 0.6),
+        (Dice(reduction="classes"), [[0.25, 0.6]]),
+        (Dice(floor=10), (1 - 6 / 10 + 1 - 2 / 10) / 2),
+        (Jaccard(), (1 - 3 / 5 + 1 - 1 / 4) / 2),
+        (Tversky(alpha=1, beta=0), (1 - 3 / 4 + 1 - 1 / 2) / 2),
+        (losses.FocalTversky(alpha=1, beta=0, gamma=2), (1 / 16 + 1 / 4) / 2),
+        (losses.FocalTversky(alpha=1, beta=0, gamma=2, of_mean=True), (3 / 8) ** 2),
+        (losses.LogDice(), -(math.log(0.75) + math.log(0.4)) / 2),
+        (losses.LogCoshDice(), (math.log(math.cosh(0.25)) + math.log(math.cosh(0.6))) / 2),
+        (losses.GeneralizedDice(weighting="uniform"), 1 - 8 / 13),
+        (losses.GeneralizedDice(), 1 - 2 * (3 / 16 + 1 / 9) / (8 / 16 + 5 / 9)),
+        (losses.GeneralizedDice(weighting="simple"), 1 - 2 * (3 / 4 + 1 / 3) / (2 + 5 / 3)),
+        (CrossEntropy(), 8 / 7),
+        (CrossEntropy(weight=[1, 2]), 14 / 10),
+        (CrossEntropy(weight=[1, 2], divisor="voxels"), 14 / 7),
+        (CrossEntropy(reduction="classes"), [[2 / 7, 6 / 7]]),
+        (CrossEntropy(divisor="one"), 8),
+        (Dice() + 0.5 * CrossEntropy(), (0.25 + 0.6) / 2 + 4 / 7),
+        (2 * (Dice() + CrossEntropy()), 0.25 + 0.6 + 16 / 7),
+    ],
+    ids=repr,
+)
+def test_by_hand(term, value):
+    assert_close(term(ONE, NAMES), np.asarray(value), rtol=1e-14)
+
+
+def test_matthews_correlation_is_scikit_learn_s_formula():
+    i, p, y, v = 3.0, 4.0, 4.0, 7.0
+    tp, fp, fn, tn = i, p - i, y - i, v - p - y + i
+    q = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    each = losses.MCC(reduction="classes")(ONE, NAMES)
+    assert each[0, 0] == pytest.approx(1 - q)
+
+
+def test_absent_classes():
+    sums = np.array([[[2.0, 0.0, 0.0]], [[2.0, 1.0, 0.0]], [[4.0, 0.0, 0.0]]])
+    values = {a: float(Dice(absent=a)(sums)) for a in ("count", "skip", "zero", "one")}
+    assert values == pytest.approx(
+        {"count": (1 / 3 + 1) / 3, "skip": 1 / 3, "zero": 1 / 9, "one": 7 / 9}
+    )
+    nothing = np.zeros((3, 2, 3))
+    assert Dice(absent="skip", reduction="none")(nothing).tolist() == [0, 0]
 
 
 def test_perfect_is_zero():
-    sums = np.array([[[5.0, 0.0]], [[5.0, 0.0]], [[5.0, 0.0]]])
-    value, derivative = losses.Dice().with_derivative(sums)
-    assert value == 0
-    assert derivative[:, 0, 1].tolist() == [0, 0, 0]
+    sums = np.array([[[5.0, 0.0]], [[5.0, 0.0]], [[5.0, 0.0]], [[0.0, 0.0]]])
+    sums = np.concatenate([sums, sums[..., ::-1]], axis=1)
+    for entry in TERMS:
+        value, derivative = entry.term().with_derivative(sums, NAMES)
+        assert value == pytest.approx(0, abs=1e-15)
+        assert np.isfinite(derivative).all()
+    _, derivative = Dice().with_derivative(sums, NAMES)
+    assert derivative[:, 0, 1].tolist() == [0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_classes_permute(reduction):
-    sums, order = random_sums(), [2, 0, 1]
-    weight = np.array([0.2, 1.5, 0.7])
-    before = losses.Dice(weight, ignore_channel=2, reduction=reduction)(sums)
-    after = losses.Dice(weight[order], ignore_channel=0, reduction=reduction)(sums[..., order])
-    assert_close(after, before, rtol=1e-14)
-
-
-def test_batch_is_one_large_sample():
+def test_dice_and_jaccard_are_tversky():
     sums = random_sums()
-    pooled = losses.Dice(reduction="batch")(sums)
-    assert_close(pooled, losses.Dice()(sums.sum(1, keepdims=True)), rtol=1e-14)
+    assert_close(Dice(smooth=2)(sums, NAMES), Tversky(smooth=1)(sums, NAMES), rtol=1e-13)
+    assert_close(Jaccard()(sums, NAMES), Tversky(alpha=1, beta=1)(sums, NAMES), rtol=1e-13)
+    jaccard, dice = (kind(reduction="classes")(sums, NAMES) for kind in (Jaccard, Dice))
+    assert_close(jaccard, 2 * dice / (1 + dice), rtol=1e-13)
+
+
+def test_cross_entropy_is_torch_s():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 40, dtype=torch.float64, generator=generator)
+    y = torch.randint(3, (2, 40), generator=generator)
+    own = x.log_softmax(1).gather(1, y[:, None])[:, 0]
+    one_hot = F.one_hot(y, 3).to(x)
+    sums = np.zeros((4, 2, 3))
+    sums[2], sums[3] = one_hot.sum(1), (one_hot * -own[..., None]).sum(1)
+    weight = torch.tensor(WEIGHT, dtype=torch.float64)
+    for w, mine in ((None, CrossEntropy()), (weight, CrossEntropy(weight=WEIGHT))):
+        assert_close(mine(sums, NAMES), F.cross_entropy(x, y, w), rtol=1e-13)
+        alone = F.cross_entropy(x[:1], y[:1], w)
+        each = CrossEntropy(weight=mine.weight, pool="none", reduction="none")
+        assert_close(each(sums, NAMES)[0], alone, rtol=1e-13)
+
+
+@pytest.mark.parametrize("entry", TERMS, ids=lambda entry: entry.term.__name__)
+def test_classes_permute(entry):
+    sums, order = random_sums(), [2, 0, 1]
+    weight = np.array(WEIGHT)
+    before = entry.term(weight=weight)(sums, NAMES)
+    after = entry.term(weight=weight[order])(sums[..., order], NAMES)
+    assert_close(after, before, rtol=1e-13)
+
+
+@pytest.mark.parametrize("entry", TERMS, ids=lambda entry: entry.term.__name__)
+def test_a_batch_is_one_large_sample(entry):
+    sums = random_sums()
+    pool = "all" if entry.term is losses.GeneralizedDice else "batch"
+    pooled = entry.term(pool=pool)(sums, NAMES)
     assert np.shape(pooled) == ()
+    assert_close(pooled, entry.term()(sums.sum(1, keepdims=True), NAMES), rtol=1e-13)
 
 
 def test_reductions_agree():
     sums = random_sums()
-    each = losses.Dice(reduction="none")(sums)
+    each = Dice(reduction="none")(sums, NAMES)
     assert each.shape == (4,)
-    assert_close(losses.Dice(reduction="sum")(sums), each.sum(), rtol=1e-14)
-    assert_close(losses.Dice(reduction="mean")(sums), each.mean(), rtol=1e-14)
+    assert_close(Dice(reduction="sum")(sums, NAMES), each.sum(), rtol=1e-14)
+    assert_close(Dice()(sums, NAMES), each.mean(), rtol=1e-14)
+    assert_close(Dice(reduction="classes")(sums, NAMES).mean(1), each, rtol=1e-14)
 
 
 def test_nan_stays_in_its_sample():
     sums = random_sums()
     sums[0, 1, 1] = np.nan
-    assert np.isnan(losses.Dice(reduction="none")(sums)).tolist() == [False, True, False, False]
+    each = Dice(reduction="none")(sums, NAMES)
+    assert np.isnan(each).tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("entry", TERMS, ids=lambda entry: entry.term.__name__)
+def test_nothing(entry):
+    """Of no voxels nothing is wrong; the mean of no samples is NaN."""
+    assert entry.term()(np.zeros((4, 2, 3)), NAMES) == 0
+    value = entry.term()(np.zeros((4, 0, 3)), NAMES)
+    assert value == 0 if entry.term().pool == "batch" else math.isnan(value)
+
+
+# ---- what does not fit ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Dice(p=2) + Jaccard(), "Dice needs power = 2 and Jaccard needs power = 1"),
+        (lambda: CrossEntropy() + Focal(), "CrossEntropy needs gamma = 0.0 and Focal needs gamma"),
+        (
+            lambda: Dice(reduction="none") + CrossEntropy(),
+            r"Dice has reduction 'none' \(pool 'none'\), CrossEntropy has 'mean' \(pool 'batch'\)",
+        ),
+        (lambda: Dice(pool="both"), "pool must be one of 'none', 'batch', 'classes', 'all', got"),
+        (lambda: Dice(absent="ignore"), "absent must be one of"),
+        (lambda: Dice(divisor=2), "divisor must be one of"),
+        (lambda: Dice(reduction="batch"), "reduction must be one of"),
+        (lambda: Dice(smooth=-1), "smooth must be finite and at least 0"),
+        (lambda: Dice(smooth=(0, 1, 2)), "smooth must be a number or a pair"),
+        (lambda: Dice(floor=-1), "floor must be finite and at least 0"),
+        (lambda: Dice(p=0), "p must be an integer from 1"),
+        (lambda: Dice(weight=[1, math.nan]), "weight must be finite"),
+        (lambda: Dice(pool="batch", reduction="none"), "leaves nothing per sample"),
+        (lambda: Dice(pool="all", reduction="classes"), "leaves nothing per class"),
+        (lambda: CrossEntropy(reduction="none"), "leaves nothing per sample"),
+        (lambda: losses.FocalTversky(of_mean=True, reduction="classes"), "nothing per class"),
+        (lambda: losses.FocalTversky(gamma=-1), "gamma must be finite and at least 0"),
+        (lambda: losses.LogDice(eps=0), "eps must lie between 0 and 1"),
+        (lambda: losses.GeneralizedDice(pool="none"), "pool must be one of 'classes', 'all'"),
+        (lambda: losses.GeneralizedDice(weighting="cubic"), "weighting must be one of"),
+        (lambda: losses.MCC(p=2), "p must be 1 for MCC, got 2"),
+        (lambda: -1 * Dice(), "a term's factor must be finite and at least 0"),
+        (lambda: Dice(weight=WEIGHT).check(4), "weight must have 4 entries, one per class"),
+        (lambda: (Dice(weight=WEIGHT) + Jaccard()).check(2), "weight must have 2 entries"),
+    ],
+)
+def test_messages(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_term_adds_to_terms_alone():
+    with pytest.raises(TypeError):
+        Dice() + 1
+    with pytest.raises(TypeError, match="a term's factor must be a number, got str"):
+        Dice() * "2"
+
+
+def test_text():
+    term = Dice(smooth=1, weight=[1, 2]) + 0.5 * CrossEntropy()
+    assert repr(term) == "Dice(weight=[1.0, 2.0], smooth=1.0) + 0.5 * CrossEntropy()"
+
+
+def test_every_term_is_listed():
+    def below(kind):
+        for child in kind.__subclasses__():
+            yield child
+            yield from below(child)
+
+    public = {kind for kind in below(losses.Term) if not kind.__name__.startswith("_")}
+    bases = {losses.Sum, losses.Overlap, losses.terms.Settings}
+    assert public - bases == {entry.term for entry in TERMS}

@@ -9,8 +9,11 @@ import pytest
 import torch
 from compare import assert_close
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import dice_core.torch
+from dice_core import losses
 from dice_core.spec import REDUCTIONS
 from dice_core.torch import DiceLoss, dice_loss, statistics
 
@@ -295,14 +298,89 @@ def test_module():
     assert list(module.state_dict()) == ["weight"]
     assert module.double().weight.dtype == torch.float64
     assert repr(module) == (
-        "DiceLoss(weight=[1.0, 2.0], ignore_channel=1, ignore_label=-1, smooth=1, p=2, "
-        "reduction='none')"
+        "DiceLoss(Dice(weight=[1.0, 2.0], reduction='none', p=2, smooth=1.0, ignore_channel=1), "
+        "ignore_label=-1)"
     )
     x, y = example(3, 2, 7)
     options = {"ignore_channel": 1, "smooth": 1, "p": 2, "reduction": "none"}
     expected = dice_loss(x, y, weight=[1, 2], **options)
     assert torch.equal(module(x, y), expected)
     assert DiceLoss().state_dict() == {}
+
+
+MODULES = {
+    "JaccardLoss": (losses.Jaccard, {"smooth": 1}),
+    "TverskyLoss": (losses.Tversky, {"alpha": 0.2, "beta": 0.8}),
+    "FocalTverskyLoss": (losses.FocalTversky, {"gamma": 1.5, "weight": [1, 2, 3]}),
+    "GeneralizedDiceLoss": (losses.GeneralizedDice, {"weighting": "simple"}),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_named_modules(name):
+    kind, settings = MODULES[name]
+    x, y = example(2, 3, 40)
+    module = getattr(dice_core.torch, name)(**settings, ignore_label=2)
+    expected = dice_core.torch.loss(x, y, kind(**settings), ignore_label=2)
+    assert torch.equal(module(x, y), expected)
+    assert list(module.state_dict()) == ["weight"] * ("weight" in settings)
+
+
+@pytest.mark.parametrize("weight", [None, [1.0, 2.0, 3.0]])
+def test_compounds(weight):
+    x, y = example(2, 3, 40)
+    y[0, :5] = -1
+    log_s = torch.where(y[:, None] >= 0, x, torch.zeros_like(x)).log_softmax(1)
+    tensor = None if weight is None else torch.tensor(weight, dtype=torch.float64)
+    divided = None if weight is None else tensor / tensor.sum()
+    dice = dice_loss(x, y, weight=divided, smooth=1)
+    entropy = F.cross_entropy(x, y, tensor, ignore_index=-1)
+    module = dice_core.torch.DiceCELoss(2, 0.5, weight=weight, smooth=1)
+    assert_close(module(x, y).detach(), (2 * dice + 0.5 * entropy).detach(), rtol=1e-13)
+    own = log_s.gather(1, y.clamp(min=0)[:, None])[:, 0]
+    each = (1 - own.exp()) ** 2 * -own * (1 if weight is None else tensor[y])
+    focal = each[y >= 0].mean()
+    module = dice_core.torch.DiceFocalLoss(2, 0.5, weight=weight, smooth=1)
+    assert_close(module(x, y).detach(), (2 * dice + 0.5 * focal).detach(), rtol=1e-13)
+    assert len(module.state_dict()) == (0 if weight is None else 2)
+
+
+def test_a_module_follows_its_buffers():
+    x, y = example(2, 3, 40)
+    module = dice_core.torch.DiceCELoss(weight=[1, 1, 1])
+    module.load_state_dict({"weight": torch.ones(3), "weight1": torch.tensor([1.0, 2.0, 3.0])})
+    term = losses.Dice(weight=[1, 1, 1], divisor="weights") + losses.CrossEntropy(weight=[1, 2, 3])
+    assert_close(module(x, y).detach(), dice_core.torch.loss(x, y, term).detach(), rtol=1e-14)
+    assert "weight=[1.0, 2.0, 3.0]" in repr(module)
+
+
+def test_deep_supervision():
+    x, y = example(2, 3, 8, 12)
+    coarse = torch.randn(2, 3, 4, 3, dtype=torch.float64)
+    criterion = DiceLoss(smooth=1)
+    parts = [criterion(x, y), criterion(coarse, y[:, ::2, ::4].contiguous())]
+    for labels in (y, y[:, None]):
+        value = dice_core.torch.DeepSupervision(criterion)([x, coarse], labels)
+        assert_close(value.detach(), (2 * parts[0] + parts[1]).detach() / 3, rtol=1e-14)
+        value = dice_core.torch.DeepSupervision(criterion, [0.25, 4])([x, coarse], labels)
+        assert_close(value.detach(), (0.25 * parts[0] + 4 * parts[1]).detach(), rtol=1e-14)
+    nearest = F.interpolate(y[:, None].double(), (4, 3), mode="nearest")[:, 0]
+    assert torch.equal(dice_core.torch._nearest(y, coarse), nearest.long())
+
+
+@pytest.mark.parametrize(
+    ("outputs", "weights", "message"),
+    [
+        ([torch.zeros(1, 2, 8), torch.zeros(1, 2, 3)], None, "each side must be a whole multiple"),
+        ([torch.zeros(1, 2, 8)], [1, 2], "there are 2 weights for 1 outputs"),
+        ([], None, "outputs must be a sequence of logits"),
+        (torch.zeros(1, 2, 8), None, "outputs must be a sequence of logits"),
+    ],
+)
+def test_deep_supervision_refuses(outputs, weights, message):
+    criterion = dice_core.torch.DeepSupervision(DiceLoss(), weights)
+    with pytest.raises(ValueError, match=message):
+        criterion(outputs, torch.zeros(1, 8, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16, torch.int32, torch.uint64])
