@@ -25,7 +25,7 @@ Design
 
 from cython.parallel cimport prange, threadid
 from libc.stdint cimport (
-    int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t,
+    int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t,
 )
 from libc.stdlib cimport calloc, free, llabs, malloc
 from libc.string cimport memcpy, memset
@@ -125,11 +125,31 @@ ctypedef fused label_t:  # a label's bits
     uint32_t
     uint64_t
 
+ctypedef fused target_t:  # of how much of a class a voxel is
+    uint8_t
+    int8_t
+    uint16_t
+    int16_t
+    uint32_t
+    int32_t
+    uint64_t
+    int64_t
+    float
+    double
+
 # label dtype -> (smallest, largest)
 _LABELS = {"bool": (0, 1)}
 for _bits in (8, 16, 32, 64):
     _LABELS[f"int{_bits}"] = (-(2 ** (_bits - 1)), 2 ** (_bits - 1) - 1)
     _LABELS[f"uint{_bits}"] = (0, 2**_bits - 1)
+
+_TARGETS = {
+    name: code
+    for code, name in enumerate(
+        "uint8 int8 uint16 int16 uint32 int32 uint64 int64 float32 float64 float16 bfloat16".split()
+    )
+} | {"bool": 0}
+_ACTIVATIONS = {"softmax": 0, "sigmoid": 1, "none": 2}
 
 _DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
 
@@ -145,7 +165,7 @@ cdef struct Problem:
     const char *logits
     const char *labels
     char *grad
-    Py_ssize_t logits_n, logits_c, labels_n, grad_n, grad_c  # byte strides of sample and channel
+    Py_ssize_t logits_n, logits_c, labels_n, labels_c, grad_n, grad_c  # byte strides of sample and channel
     Py_ssize_t samples, channels, classes, voxels
     Axes axes
     int dtype
@@ -161,6 +181,15 @@ cdef struct Problem:
     bint focal  # with a gamma above 0
     double gamma
     Py_ssize_t whole_gamma  # or 0
+    bint plain  # nothing of what follows
+    int activation  # softmax, sigmoid, none
+    bint dense  # labels are how much of each class,
+    int target_dtype
+    double ignore_target
+    bint smoothing, binary  # sum L; B+ and B-
+    double binary_gamma
+    Py_ssize_t whole_binary_gamma
+    Py_ssize_t row_l, row_b, row_v  # of the sums, if there are such
     bint past_caches  # the gradient is stored so: it will not be read soon, and no page is made by the way
     Py_ssize_t line, block  # voxels of a line, of a block
     Py_ssize_t chunk, chunks  # voxels of a chunk, chunks of a sample
@@ -172,8 +201,10 @@ cdef struct Scratch:
     char *scale  # (block,)
     char *entropy  # (block,): what a voxel adds to H, or what a focal loss's cotangent of H is multiplied by
     char *label  # (TILE,): class, -1 where ignored, -2 where bad
-    char *sums  # (3 or 4, classes) vectors
-    char *factors  # (3, classes): of I, of P and of H
+    char *targets  # (classes, block): how much of each class, negative where it does not count
+    char *pivot  # (3, block): of a class near the voxels', -log s, its logit and which it is
+    char *sums  # (K, classes) vectors
+    char *factors  # (6, classes): of I, P, H, L, B+ and B-
 
 
 # ---- labels ----------------------------------------------------------------------------------------------------------
@@ -253,11 +284,14 @@ cdef inline Py_ssize_t padded(Py_ssize_t n, Py_ssize_t multiple) noexcept nogil:
 cdef Py_ssize_t load_tile_labels(
     const Problem *q, Py_ssize_t sample, Py_ssize_t first, Py_ssize_t n, char *out, bint *ignored
 ) noexcept nogil:
-    """The labels of n voxels, then ignored ones up to a whole line."""
+    """The labels of n voxels, then ignored ones up to a whole line. With dense targets all voxels count."""
     cdef const char *y = q.labels + sample * q.labels_n
     cdef Py_ssize_t stride = q.axes.labels[q.axes.count - 1]
     cdef Py_ssize_t v, run, done = 0, bad = 0
     cdef Place at
+    if q.dense:
+        memset(out, 0, n * q.number)
+        done = n
     while done < n:
         at = locate(&q.axes, first + done)
         run = min(at.run, n - done)
@@ -273,6 +307,99 @@ cdef Py_ssize_t load_tile_labels(
             (<double *>out)[v] = -1
         else:
             (<float *>out)[v] = -1
+    return bad
+
+
+cdef Py_ssize_t load_target_row(
+    const target_t *y, Py_ssize_t step, Py_ssize_t n, const Problem *q, real *out
+) noexcept nogil:
+    """n targets as numbers, -1 where they do not count. Returns how many were out of range."""
+    cdef Py_ssize_t v, bad = 0
+    cdef double k
+    for v in range(n):
+        k = <double>y[v * step]
+        if q.has_ignore and k == q.ignore_target:
+            out[v] = -1
+        elif 0 <= k <= 1:
+            out[v] = <real>k
+        else:
+            out[v] = -1
+            bad += 1
+    return bad
+
+
+cdef Py_ssize_t load_half_row(
+    const char *y, Py_ssize_t stride, Py_ssize_t n, const Problem *q, real *out
+) noexcept nogil:
+    """As `load_target_row`, of 16-bit floating-point targets."""
+    cdef uint16_t halves[16]
+    cdef float numbers[16]
+    cdef Py_ssize_t k, width, v = 0, bad = 0
+    cdef f32 number
+    width = lanes(&number)
+    while v < n:
+        for k in range(width):
+            halves[k] = (<const uint16_t *>(y + (v + k) * stride))[0] if v + k < n else 0
+        if q.target_dtype == 10:
+            load(&number, <const float16 *>halves)
+        else:
+            load(&number, <const bfloat16 *>halves)
+        store(numbers, number)
+        bad += load_target_row(numbers, 1, min(width, n - v), q, out + v)
+        v += width
+    return bad
+
+
+cdef Py_ssize_t load_targets_as(
+    const char *y, Py_ssize_t stride, Py_ssize_t n, const Problem *q, real *out
+) noexcept nogil:
+    if q.target_dtype == 0:
+        return load_target_row(<const uint8_t *>y, stride, n, q, out)
+    if q.target_dtype == 1:
+        return load_target_row(<const int8_t *>y, stride, n, q, out)
+    if q.target_dtype == 2:
+        return load_target_row(<const uint16_t *>y, stride // 2, n, q, out)
+    if q.target_dtype == 3:
+        return load_target_row(<const int16_t *>y, stride // 2, n, q, out)
+    if q.target_dtype == 4:
+        return load_target_row(<const uint32_t *>y, stride // 4, n, q, out)
+    if q.target_dtype == 5:
+        return load_target_row(<const int32_t *>y, stride // 4, n, q, out)
+    if q.target_dtype == 6:
+        return load_target_row(<const uint64_t *>y, stride // 8, n, q, out)
+    if q.target_dtype == 7:
+        return load_target_row(<const int64_t *>y, stride // 8, n, q, out)
+    if q.target_dtype == 8:
+        return load_target_row(<const float *>y, stride // 4, n, q, out)
+    if q.target_dtype == 9:
+        return load_target_row(<const double *>y, stride // 8, n, q, out)
+    return load_half_row(y, stride, n, q, out)
+
+
+cdef Py_ssize_t load_targets(
+    const Problem *q, Py_ssize_t sample, Py_ssize_t first, Py_ssize_t n, char *out
+) noexcept nogil:
+    """The dense targets of n voxels into (classes, block), then ones that do not count up to a whole line."""
+    cdef Py_ssize_t stride = q.axes.labels[q.axes.count - 1]
+    cdef Py_ssize_t c, v, run, done = 0, bad = 0
+    cdef const char *y
+    cdef Place at
+    while done < n:
+        at = locate(&q.axes, first + done)
+        run = min(at.run, n - done)
+        y = q.labels + sample * q.labels_n + at.labels
+        for c in range(q.classes):
+            if q.number == sizeof(double):
+                bad += load_targets_as(y + c * q.labels_c, stride, run, q, <double *>out + c * q.block + done)
+            else:
+                bad += load_targets_as(y + c * q.labels_c, stride, run, q, <float *>out + c * q.block + done)
+        done += run
+    for c in range(q.classes):
+        for v in range(n, padded(n, q.line)):
+            if q.number == sizeof(double):
+                (<double *>out)[c * q.block + v] = -1
+            else:
+                (<float *>out)[c * q.block + v] = -1
     return bad
 
 
@@ -567,27 +694,38 @@ cdef inline vec entropy_of(
     return nought - log(own, rest)
 
 
-cdef inline vec focus(const Problem *q, vec rest) noexcept nogil:
-    """rest^gamma, for rest from 0 to 1 and gamma > 0."""
+cdef inline vec focus(vec rest, double gamma, Py_ssize_t whole) noexcept nogil:
+    """rest^gamma, for rest from 0 to 1; `whole` is gamma if that is a small whole number above 0."""
     cdef vec nought, lowest
-    if q.whole_gamma:
-        return power(rest, q.whole_gamma)
+    if whole:
+        return power(rest, whole)
     zero(&nought)
+    if gamma == 0:
+        return nought + 1
     lowest_exp(&lowest)
-    return exp(minimum(nought, maximum(lowest, number(&lowest, q.gamma) * log(rest, nought + 1 - rest))))
+    return exp(minimum(nought, maximum(lowest, number(&lowest, gamma) * log(rest, nought + 1 - rest))))
+
+
+cdef inline vec focus_slope(vec entropy, vec score, vec rest, double gamma, Py_ssize_t whole) noexcept nogil:
+    """The derivative of rest^gamma (-log s) where that of -log s is 1: rest^gamma (1 + gamma s (-log s) / rest)."""
+    cdef vec bound
+    if gamma == 0:
+        return focus(rest, gamma, whole)
+    largest(&bound)
+    entropy = minimum(bound, entropy) * score / maximum(number(&rest, FAINT), rest)
+    return (number(&rest, gamma) * entropy + 1) * focus(rest, gamma, whole)
 
 
 cdef void entropy_lines(
     const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label, const vec *e,
     const vec *scale, vec *entropy,
 ) noexcept nogil:
-    """What each voxel of scored lines adds to H: r^gamma (-log s), r = 1 - s; or, for the gradient, what its
-    derivative for the logits is besides s - [y=c]: r^gamma (1 + gamma s (-log s) / r).
+    """What each voxel of scored lines adds to H, or, for the gradient, what its derivative for the logits is besides
+    s - [y=c].
     """
-    cdef vec own, rest, which, mask, nought, bound, h
+    cdef vec own, rest, which, mask, nought, h
     cdef Py_ssize_t c, i, e_row = q.block // lanes(scale)
     zero(&nought)
-    largest(&bound)
     for i in range(lines * VECTORS):
         own = rest = which = nought
         for c in range(q.classes):
@@ -600,10 +738,9 @@ cdef void entropy_lines(
         h = entropy_of(own, rest, label[i], x + i * lanes(scale), row, q.channels)
         if q.focal:
             if q.grad == NULL:
-                h = h * focus(q, rest)
+                h = h * focus(rest, q.gamma, q.whole_gamma)
             else:
-                h = minimum(bound, h) * own / maximum(number(&h, FAINT), rest)
-                h = (number(&h, q.gamma) * h + 1) * focus(q, rest)
+                h = focus_slope(h, own, rest, q.gamma, q.whole_gamma)
         entropy[i] = h
 
 
@@ -821,6 +958,259 @@ cdef inline void run_two_classes(
         two_classes(q, t, x, x_row, lines, label, grad, grad_row, channels, False, False, False)
 
 
+# ---- whatever else is asked for ---------------------------------------------------------------------------------------
+
+cdef inline vec logit_of(const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t c, vec like) noexcept nogil:
+    """The logit of class c; the first of a single channel's two classes has 0."""
+    cdef vec v
+    if q.classes != q.channels:
+        zero(&v)
+        if c == 0:
+            return v
+        c = 0
+    load(&v, x + c * row)
+    return v
+
+
+cdef inline vec faint_exp(vec v) noexcept nogil:
+    """exp(-|v|)."""
+    cdef vec nought, lowest
+    zero(&nought)
+    lowest_exp(&lowest)
+    return exp(maximum(lowest, nought - magnitude(v)))
+
+
+cdef inline vec sigmoid(vec v, vec e) noexcept nogil:
+    """1 / (1 + exp(-v)), e being exp(-|v|)."""
+    cdef vec nought, negative
+    zero(&nought)
+    negative = less(v, nought)
+    return (where(negative, e) + unless(negative, nought + 1)) / (e + 1)
+
+
+cdef inline vec softplus(vec v, vec e) noexcept nogil:
+    """log(1 + exp(v)), -log of the sigmoid of -v, e being exp(-|v|)."""
+    cdef vec nought
+    zero(&nought)
+    return maximum(nought, v) + log(e + 1, nought - e)
+
+
+cdef inline vec target_of(
+    const Problem *q, const vec *target, vec label, vec which, vec *left_out
+) noexcept nogil:
+    """How much of the class `which` the voxels are, 0 where it does not count; and where that is."""
+    cdef vec nought
+    zero(&nought)
+    if q.dense:
+        left_out[0] = less(target[0], nought)
+        return maximum(nought, target[0])
+    left_out[0] = less(label, nought)
+    return where(equal(label, which), nought + 1)
+
+
+cdef inline vec score_of(const Problem *q, vec v, vec softmax, vec *slope) noexcept nogil:
+    """The score of a logit v, and its derivative for v if it is of this logit alone."""
+    cdef vec nought, e
+    zero(&nought)
+    if q.activation == 0:
+        return softmax
+    slope[0] = nought + 1
+    if q.activation == 2:
+        return v
+    e = faint_exp(v)
+    v = sigmoid(v, e)
+    slope[0] = e / ((e + 1) * (e + 1))
+    return v
+
+
+cdef void find_pivot(
+    const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label, const vec *e,
+    const vec *scale, const vec *target, vec *pivot,
+) noexcept nogil:
+    """-log s, logit and index of each voxel's own class; of dense targets of the first above 1/2, else class 0.
+
+    Those of other classes follow from their logits, and are as exact as these where it matters.
+    """
+    cdef vec own, rest, which, mask, of_own, found, nought, v
+    cdef Py_ssize_t c, i, e_row = q.block // lanes(scale)
+    zero(&nought)
+    for i in range(lines * VECTORS):
+        found = label[i]
+        if q.dense:
+            found = nought - 1
+            which = nought
+            for c in range(q.classes):
+                mask = where(less(found, nought), less(number(&nought, 0.5), target[c * e_row + i]))
+                found = unless(mask, found) + where(mask, which)
+                which = which + 1
+            found = unless(less(found, nought), found)
+        own = rest = which = of_own = nought
+        for c in range(q.classes):
+            mask = equal(found, which)
+            v = e[c * e_row + i]
+            own = own + where(mask, v)
+            rest = rest + unless(mask, v)
+            of_own = of_own + where(mask, logit_of(q, x + i * lanes(scale), row, c, v))
+            which = which + 1
+        mask = less(label[i], nought)
+        own = entropy_of(
+            own * scale[i], rest * scale[i], unless(mask, found) - where(mask, nought + 1), x + i * lanes(scale), row,
+            q.channels,
+        )
+        pivot[i] = own
+        pivot[e_row + i] = of_own
+        pivot[2 * e_row + i] = found
+
+
+cdef inline vec entropy_by(const vec *pivot, Py_ssize_t e_row, vec which, vec v) noexcept nogil:
+    """-log s of the class `which` of logit v."""
+    cdef vec nought, mask = equal(pivot[2 * e_row], which)
+    zero(&nought)
+    return pivot[0] + maximum(nought - pivot[0], unless(mask, pivot[e_row] - v))
+
+
+cdef void sum_more(
+    const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label, const vec *e,
+    const vec *scale, const vec *target, const vec *pivot, vec *sums,
+) noexcept nogil:
+    """Adds whatever is asked for of scored lines to sums, (K, classes)."""
+    cdef vec total[8]
+    cdef vec nought, which, t, s, v, softmax, left_out, h, z, u, slope
+    cdef Py_ssize_t c, i, k, e_row = q.block // lanes(scale)
+    zero(&nought)
+    which = nought
+    softmax = nought
+    for c in range(q.classes):
+        for k in range(8):
+            total[k] = nought
+        for i in range(lines * VECTORS):
+            t = target_of(q, target + c * e_row + i, label[i], which, &left_out)
+            v = logit_of(q, x + i * lanes(scale), row, c, t)
+            if q.activation == 0 or q.entropy:
+                softmax = e[c * e_row + i] * scale[i]
+            s = score_of(q, v, softmax, &slope)
+            total[0] = total[0] + unless(left_out, t * s)
+            total[1] = total[1] + unless(left_out, power(s, q.power))
+            total[2] = total[2] + t
+            total[7] = total[7] + unless(left_out, nought + 1)
+            if q.entropy or q.smoothing:
+                h = entropy_by(pivot + i, e_row, which, v)
+                total[4] = total[4] + unless(left_out, h)
+                if q.entropy:
+                    h = t * focus(maximum(nought, nought + 1 - softmax), q.gamma, q.whole_gamma) * h
+                    total[3] = total[3] + where(less(nought, t), h)
+            if q.binary:
+                z = nought - logit_of(q, x + i * lanes(scale), row, 1, t) if c < q.classes - q.channels else v
+                u = faint_exp(z)
+                h = focus(sigmoid(nought - z, u), q.binary_gamma, q.whole_binary_gamma) * softplus(nought - z, u)
+                total[5] = total[5] + unless(left_out, where(less(nought, t), t * h))
+                h = focus(sigmoid(z, u), q.binary_gamma, q.whole_binary_gamma) * softplus(z, u)
+                total[6] = total[6] + unless(left_out, where(less(t, nought + 1), (nought + 1 - t) * h))
+        for k in range(3):
+            sums[k * q.classes + c] = sums[k * q.classes + c] + total[k]
+        if q.entropy:
+            sums[3 * q.classes + c] = sums[3 * q.classes + c] + total[3]
+        if q.smoothing:
+            sums[q.row_l * q.classes + c] = sums[q.row_l * q.classes + c] + total[4]
+        if q.binary:
+            sums[q.row_b * q.classes + c] = sums[q.row_b * q.classes + c] + total[5]
+            sums[(q.row_b + 1) * q.classes + c] = sums[(q.row_b + 1) * q.classes + c] + total[6]
+        if q.dense:
+            sums[q.row_v * q.classes + c] = sums[q.row_v * q.classes + c] + total[7]
+        which = which + 1
+
+
+cdef void grad_more(
+    const Problem *q, const logit *x, Py_ssize_t x_row, Py_ssize_t lines, const vec *label, const vec *e,
+    const vec *scale, const vec *target, const vec *pivot, const char *factors, logit *grad, Py_ssize_t row,
+) noexcept nogil:
+    """The gradient of all that `sum_more` sums, rows `row` apart; it may overwrite x."""
+    cdef vec nought, which, t, s, v, softmax, left_out, h, z, u, slope, factor, d, of_entropy, dot, all_entropy
+    cdef vec carried
+    cdef Py_ssize_t c, i, e_row = q.block // lanes(scale)
+    cdef int turn
+    cdef const logit *at
+    cdef logit *to
+    zero(&nought)
+    softmax = slope = h = nought
+    for i in range(lines * VECTORS):
+        at = x + i * lanes(scale)
+        dot = all_entropy = carried = nought
+        for turn in range(2):  # what depends on all classes, then the rest
+            to = grad + i * lanes(scale)
+            which = nought
+            for c in range(q.classes):
+                t = target_of(q, target + c * e_row + i, label[i], which, &left_out)
+                v = logit_of(q, at, x_row, c, t)
+                if q.activation == 0 or q.entropy or q.smoothing:
+                    softmax = e[c * e_row + i] * scale[i]
+                s = score_of(q, v, softmax, &slope)
+                spread(&factor, factors, q.classes + c)
+                d = factor if q.power == 1 else factor * power(s, q.power - 1)
+                spread(&factor, factors, c)
+                d = unless(left_out, d + factor * t)
+                of_entropy = nought
+                if q.entropy:
+                    h = entropy_by(pivot + i, e_row, which, v)
+                    h = focus_slope(h, softmax, maximum(nought, nought + 1 - softmax), q.gamma, q.whole_gamma)
+                    spread(&factor, factors, 2 * q.classes + c)
+                    of_entropy = where(less(nought, t), factor * t * h)
+                if q.smoothing:
+                    spread(&factor, factors, 3 * q.classes + c)
+                    of_entropy = of_entropy + unless(left_out, factor)
+                if turn == 0:
+                    dot = dot + s * d
+                    all_entropy = all_entropy + of_entropy
+                else:
+                    s = s * (d - dot) if q.activation == 0 else d * slope
+                    if q.entropy or q.smoothing:
+                        s = s + (softmax * all_entropy - of_entropy)
+                    if q.binary:
+                        z = nought - logit_of(q, at, x_row, 1, t) if c < q.classes - q.channels else v
+                        u = faint_exp(z)
+                        v = sigmoid(z, u)
+                        z = nought - z
+                        h = sigmoid(z, u)
+                        spread(&factor, factors, 4 * q.classes + c)
+                        d = focus_slope(softplus(z, u), v, h, q.binary_gamma, q.whole_binary_gamma) * h
+                        s = s - carried - unless(left_out, factor * t * d)
+                        spread(&factor, factors, 5 * q.classes + c)
+                        d = focus_slope(softplus(nought - z, u), h, v, q.binary_gamma, q.whole_binary_gamma) * v
+                        d = unless(left_out, factor * (nought + 1 - t) * d)
+                        s = s + d
+                    if c >= q.classes - q.channels:
+                        store(to, s)
+                        to += row
+                    elif q.binary:  # the logit of the first of two classes is the other's negative
+                        spread(&factor, factors, 4 * q.classes + c)
+                        z = focus_slope(softplus(z, u), v, h, q.binary_gamma, q.whole_binary_gamma) * h
+                        carried = d - unless(left_out, factor * t * z)
+                which = which + 1
+
+
+cdef void run_more(
+    const Problem *q, const Scratch *t, const logit *x, Py_ssize_t x_row, Py_ssize_t lines, const vec *label,
+    vec *e, logit *grad, Py_ssize_t grad_row,
+) noexcept nogil:
+    """`run_lines` for whatever is asked for."""
+    cdef vec *scale = <vec *>t.scale
+    cdef vec *target = <vec *>t.targets
+    cdef vec *pivot = <vec *>t.pivot
+    if q.activation == 0 or q.entropy or q.smoothing:
+        if q.channels == 1 and q.classes == 2:
+            score_few(q, x, x_row, lines, label, e, scale, 2)
+        elif q.channels == 1:
+            score_few(q, x, x_row, lines, label, e, scale, 1)
+        else:
+            score_many(q, x, x_row, lines, label, e, scale)
+    if q.entropy or q.smoothing:
+        find_pivot(q, x, x_row, lines, label, e, scale, target, pivot)
+    if q.grad == NULL:
+        sum_more(q, x, x_row, lines, label, e, scale, target, pivot, <vec *>t.sums)
+    else:
+        grad_more(q, x, x_row, lines, label, e, scale, target, pivot, t.factors, grad, grad_row)
+
+
 cdef void run_lines(
     const Problem *q, const Scratch *t, const logit *x, Py_ssize_t x_row, Py_ssize_t lines, const vec *label,
     vec *e, logit *grad, Py_ssize_t grad_row, bint past_caches,
@@ -828,6 +1218,9 @@ cdef void run_lines(
     """Adds the statistics of whole lines of voxels to t.sums, or writes their gradient."""
     cdef vec *scale = <vec *>t.scale
     cdef vec *entropy = <vec *>t.entropy
+    if not q.plain:
+        run_more(q, t, x, x_row, lines, label, e, grad, grad_row)
+        return
     if q.classes == 2 and q.power == 1 and not q.focal:
         if q.channels == 1:
             run_two_classes(q, t, x, x_row, lines, label, grad, grad_row, 1, past_caches)
@@ -905,7 +1298,7 @@ cdef void flush(const Problem *q, vec *sums, real *numbers, double *out) noexcep
     cdef int k, width = lanes(sums)
     for i in range(q.sums * q.classes):
         for k in range(width):
-            if not 2 * q.classes <= i < 3 * q.classes:
+            if not (q.plain and 2 * q.classes <= i < 3 * q.classes):  # the fast paths count in integers
                 out[i] += numbers[i * width + k]
             elif real is double:
                 out[i] += (<int64_t *>numbers)[i * width + k]
@@ -952,8 +1345,10 @@ cdef Py_ssize_t run_chunk(
         done = 0
         while done < n:
             label = t.label + done * q.number
+            m = min(q.block, (direct if done < direct else n) - done)
+            if q.dense:
+                bad += load_targets(q, sample, first + done, m, t.targets)
             if done < direct:
-                m = min(q.block, direct - done)
                 if logit is double:
                     run_lines(
                         q, t, x + done, x_row, m // q.line, <f64 *>label, <f64 *>t.scores, grad + done, grad_row,
@@ -965,7 +1360,6 @@ cdef Py_ssize_t run_chunk(
                         q.past_caches,
                     )
             else:
-                m = min(q.block, n - done)
                 if logit is double:
                     run_staged(
                         q, t, sample, first + done, m, ignored, <double *>label, <uint64_t *>t.staged,
@@ -993,13 +1387,18 @@ cdef Py_ssize_t run_chunk(
 
 
 cdef void load_factors(const Problem *q, const double *cotangent, char *factors) noexcept nogil:
-    """The cotangents of I, p times those of P, and those of H, as numbers."""
+    """The cotangents of I, p times those of P, and those of H, L, B+ and B-, as numbers."""
     cdef Py_ssize_t c, row = q.samples * q.classes
     for c in range(q.classes):
         load_factor(q, factors, c, cotangent[c])
         load_factor(q, factors, q.classes + c, q.power * cotangent[row + c])
         if q.entropy:
             load_factor(q, factors, 2 * q.classes + c, cotangent[3 * row + c])
+        if q.smoothing:
+            load_factor(q, factors, 3 * q.classes + c, cotangent[q.row_l * row + c])
+        if q.binary:
+            load_factor(q, factors, 4 * q.classes + c, cotangent[q.row_b * row + c])
+            load_factor(q, factors, 5 * q.classes + c, cotangent[(q.row_b + 1) * row + c])
 
 
 cdef inline void load_factor(const Problem *q, char *factors, Py_ssize_t i, double factor) noexcept nogil:
@@ -1041,8 +1440,10 @@ cdef class Workspace:
         cdef Py_ssize_t scale = cache_lines(q.block * q.number)
         cdef Py_ssize_t label = cache_lines(TILE * q.number)
         cdef Py_ssize_t sums = cache_lines(q.sums * q.classes * vector_size(q))
-        cdef Py_ssize_t factors = cache_lines(3 * q.classes * q.number)
-        cdef Py_ssize_t size = staged + scores + 2 * scale + label + sums + factors
+        cdef Py_ssize_t factors = cache_lines(6 * q.classes * q.number)
+        cdef Py_ssize_t targets = scores if q.dense else 0
+        cdef Py_ssize_t pivot = 3 * scale if not q.plain else 0
+        cdef Py_ssize_t size = staged + scores + 2 * scale + label + targets + pivot + sums + factors
         cdef Py_ssize_t i
         cdef char *at
         self.memory = <char *>malloc(threads * size + CACHE_LINE)
@@ -1052,12 +1453,14 @@ cdef class Workspace:
         at = <char *>cache_lines(<uintptr_t>self.memory)
         for i in range(threads):
             self.of_thread[i].staged = at
-            self.of_thread[i].scores = at + staged
-            self.of_thread[i].scale = at + staged + scores
-            self.of_thread[i].entropy = at + staged + scores + scale
-            self.of_thread[i].label = at + staged + scores + 2 * scale
-            self.of_thread[i].sums = at + staged + scores + 2 * scale + label
-            self.of_thread[i].factors = at + staged + scores + 2 * scale + label + sums
+            self.of_thread[i].scores = self.of_thread[i].staged + staged
+            self.of_thread[i].scale = self.of_thread[i].scores + scores
+            self.of_thread[i].entropy = self.of_thread[i].scale + scale
+            self.of_thread[i].label = self.of_thread[i].entropy + scale
+            self.of_thread[i].targets = self.of_thread[i].label + label
+            self.of_thread[i].pivot = self.of_thread[i].targets + targets
+            self.of_thread[i].sums = self.of_thread[i].pivot + pivot
+            self.of_thread[i].factors = self.of_thread[i].sums + sums
             memset(self.of_thread[i].sums, 0, sums)
             at += size
         return 0
@@ -1100,6 +1503,11 @@ cdef void merge_axes(Axes *axes) noexcept nogil:
     axes.count = last + 1
 
 
+cdef inline Py_ssize_t whole(double gamma) noexcept:
+    """gamma as the power to multiply out, 0 if it is none."""
+    return <Py_ssize_t>gamma if gamma <= MAX_POWER and gamma == <Py_ssize_t>gamma else 0
+
+
 cdef int describe(Problem *q, logits_buffer, labels_buffer, grad_buffer, spec) except -1:
     """The problem of these Buffers; grad_buffer is None for the statistics."""
     cdef Py_ssize_t size
@@ -1114,7 +1522,7 @@ cdef int describe(Problem *q, logits_buffer, labels_buffer, grad_buffer, spec) e
     q.number = max(4, q.itemsize)
     shape, logits_strides, labels_strides, grad_strides = logits.shape, logits.strides, labels.strides, grad.strides
     q.samples, q.channels = shape[:2]
-    q.classes = q.channels + (spec.activation == "sigmoid")  # a single channel has a background too
+    q.classes = spec.classes(q.channels)  # a single channel has a background too
     q.logits_n, q.logits_c = logits_strides[:2]
     q.labels_n = labels_strides[0]
     q.grad_n, q.grad_c = grad_strides[:2]
@@ -1123,20 +1531,36 @@ cdef int describe(Problem *q, logits_buffer, labels_buffer, grad_buffer, spec) e
     q.entropy = spec.gamma is not None
     q.gamma = spec.gamma or 0
     q.focal = q.gamma > 0
-    q.whole_gamma = <Py_ssize_t>q.gamma if q.gamma <= MAX_POWER and q.gamma == <Py_ssize_t>q.gamma else 0
-    low, high = _LABELS[labels.dtype]
+    q.whole_gamma = whole(q.gamma)
+    q.plain = spec.plain
+    q.activation = _ACTIVATIONS[spec.activation]
+    q.dense = spec.dense
+    q.smoothing = spec.smoothing
+    q.binary = spec.binary_gamma is not None
+    q.binary_gamma = spec.binary_gamma or 0
+    q.whole_binary_gamma = whole(q.binary_gamma)
+    q.row_l = 3 + q.entropy
+    q.row_b = q.row_l + q.smoothing
+    q.row_v = q.row_b + 2 * q.binary
     ignore = spec.ignore_label
-    q.label_size = labels.itemsize
-    q.label_limit = min(high + 1, q.classes)
-    q.has_ignore = ignore is not None and low <= ignore <= high
-    q.ignore = (ignore if q.has_ignore else 0) & (2 ** (8 * labels.itemsize) - 1)
+    if q.dense:
+        q.target_dtype = _TARGETS[labels.dtype]
+        q.labels_c = labels_strides[1]
+        q.has_ignore = ignore is not None
+        q.ignore_target = float(ignore or 0)
+    else:
+        low, high = _LABELS[labels.dtype]
+        q.label_size = labels.itemsize
+        q.label_limit = min(high + 1, q.classes)
+        q.has_ignore = ignore is not None and low <= ignore <= high
+        q.ignore = (ignore if q.has_ignore else 0) & (2 ** (8 * labels.itemsize) - 1)
     q.voxels = 1
     q.axes.count = 0
     for i in range(2, len(shape)):
         size = shape[i]
         q.voxels *= size
         if size != 1:
-            add_axis(&q.axes, size, logits_strides[i], labels_strides[i - 1], grad_strides[i])
+            add_axis(&q.axes, size, logits_strides[i], labels_strides[i if q.dense else i - 1], grad_strides[i])
     merge_axes(&q.axes)
 
     # Past the caches a whole line needs not be read to be written; but a fresh page was just cleared in them.

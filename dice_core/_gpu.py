@@ -56,8 +56,8 @@ def unsupported(signature: Any) -> list[str]:
             )
     if signature.logits.shape[1] > kernels.MAX_CHANNELS:
         reasons.append(f"takes up to {kernels.MAX_CHANNELS} channels")
-    if signature.spec.gamma is not None:
-        reasons.append("does not sum the cross-entropy")
+    if not signature.spec.plain or signature.spec.gamma is not None:
+        reasons.append(f"does not sum {signature.spec}")
     return reasons
 
 

@@ -119,7 +119,7 @@ cdef inline void transpose_four(const word *source, Py_ssize_t source_row, word 
         transpose_64(source, source_row, to, row)
 
 
-cdef inline int lanes(vec *v) noexcept nogil:
+cdef inline int lanes(const vec *v) noexcept nogil:
     return sizeof(vec) // sizeof(double) if vec is f64 else sizeof(vec) // sizeof(float)
 
 

@@ -23,6 +23,7 @@ def loss(
     smooth: float = 0.0,
     p: int = 1,
     reduction: str = "mean",
+    activation: str = "softmax",
     backend: str | None = None,
     num_threads: int | None = None,
     check_labels: bool | None = None,
@@ -46,8 +47,10 @@ def loss(
     x : array (N, C, d1, d2, ...)
         Logits, float16, bfloat16, float32 or float64, any strides, any number of spatial axes from
         0 up. C = 1 is a two-class problem: foreground sigmoid(x), background 1 - sigmoid(x).
-    y : array (N, d1, d2, ...) or (N, 1, d1, d2, ...)
-        Class labels, any integer dtype or bool, read in place.
+    y : array (N, d1, d2, ...) or (N, 1, d1, d2, ...), or like x
+        Class labels, any integer dtype or bool, read in place. An array of x's shape says how much
+        of each class a voxel is, from 0 to 1, of any dtype: one-hot, several classes at once, soft;
+        then [y=c] is y_c, and the ignore label leaves out a voxel for that class alone.
     loss : a term of `dice_core.losses`, optional
         What to compute in place of Dice, `Dice(smooth=1) + 0.5 * CrossEntropy()` for example; it
         then has its own weight, ignore_channel, smooth, p and reduction.
@@ -68,6 +71,9 @@ def loss(
     reduction : {"mean", "sum", "none", "batch"}
         Over samples; "none" gives (N,), "batch" pools the sums over the batch before the ratio. The
         mean of no samples is NaN.
+    activation : {"softmax", "sigmoid", "none"}
+        The scores are the softmax over channels, the sigmoid of each channel by itself, or the
+        logits as they are. With the latter two a single channel is a single class, and y like x.
     backend : str, optional
         A name from `python -m dice_core`; else the environment's DICE_CORE_BACKEND, else the first
         that takes the call.
@@ -96,7 +102,7 @@ def loss(
     term = _term(
         loss, weight=weight, ignore_channel=ignore_channel, smooth=smooth, p=p, reduction=reduction
     )
-    at = _call(x, y, ignore_label, term)
+    at = _call(x, y, ignore_label, activation, term)
     kernels, count = backends.select(at.signature, backend), threads.resolve(num_threads)
     if _on_device(at):
         return _device_loss(at, term, kernels, check_labels)[0]
@@ -114,6 +120,7 @@ def loss_and_grad(
     smooth: float = 0.0,
     p: int = 1,
     reduction: str = "mean",
+    activation: str = "softmax",
     backend: str | None = None,
     num_threads: int | None = None,
     check_labels: bool | None = None,
@@ -138,7 +145,7 @@ def loss_and_grad(
     term = _term(
         loss, weight=weight, ignore_channel=ignore_channel, smooth=smooth, p=p, reduction=reduction
     )
-    at = _call(x, y, ignore_label, term)
+    at = _call(x, y, ignore_label, activation, term)
     upstream = _upstream(grad_loss, term, at)
     kernels, count = backends.select(at.signature, backend), threads.resolve(num_threads)
     grad, out = _gradient_buffer(x, out, at)
@@ -159,19 +166,35 @@ def statistics(
     ignore_label: int | None = -1,
     p: int = 1,
     gamma: float | None = None,
+    smoothing: bool = False,
+    binary_gamma: float | None = None,
+    activation: str = "softmax",
     backend: str | None = None,
     num_threads: int | None = None,
     check_labels: bool | None = None,
 ) -> Statistics:
     """The sums over voxels that a Dice loss needs; see `loss` for the arguments.
 
-    With gamma >= 0 also the cross-entropy of each class's voxels, sum (1 - s)**gamma * -log(s):
-    plain for 0, else focal (Lin et al., Focal Loss, 2017).
+    More of them, for softmax s, where asked for:
+
+    - gamma >= 0: the cross-entropy of each class's voxels, sum (1 - s)**gamma * -log(s), plain for
+      0, else focal (Lin et al., Focal Loss, 2017);
+    - smoothing: sum -log(s) over all counted voxels, which label smoothing needs;
+    - binary_gamma >= 0: with s the sigmoid, whatever the activation, sum (1 - s)**binary_gamma *
+      -log(s) over each class's voxels and s**binary_gamma * -log(1 - s) over the others.
 
     For volumes that do not fit in memory: take the statistics of every tile and add them, take the
     loss of the total, then ask the total for each tile's gradient.
     """
-    at = _summed(x, y, p=p, ignore_label=ignore_label, gamma=gamma)
+    asked = spec.asked(
+        p=p,
+        ignore_label=ignore_label,
+        gamma=gamma,
+        smoothing=smoothing,
+        binary_gamma=binary_gamma,
+        activation=activation,
+    )
+    at = _summed(x, y, asked)
     kernels, count = backends.select(at.signature, backend), threads.resolve(num_threads)
     sums = _sums(at, kernels, count, check_labels)
     return Statistics(sums, at.spec, at.logits.dtype, backend, num_threads)
@@ -184,6 +207,7 @@ def precompile(
     loss: losses.Term | None = None,
     ignore_label: int | None = -1,
     p: int = 1,
+    activation: str = "softmax",
     backend: str | None = None,
 ) -> None:
     """Makes ready what the loss of such arrays and its gradient need, on a GPU: of their dtypes,
@@ -193,7 +217,7 @@ def precompile(
     same before, and must not happen while a CUDA graph is captured. See `loss` for the arguments.
     """
     options = {**losses.UNASKED, "p": p}
-    at = _call(x, y, ignore_label, _term(loss, **options))
+    at = _call(x, y, ignore_label, activation, _term(loss, **options))
     kernels = backends.select(at.signature, backend)
     if _on_device(at):
         kernels.precompile(at.logits, at.labels, at.spec)
@@ -201,8 +225,9 @@ def precompile(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Statistics:
-    """Sums over voxels, per sample and class: `intersection`, `pred_sum`, `target_sum`, and
-    `cross_entropy_sum` if it was asked for.
+    """Sums over voxels, per sample and class: `intersection`, `pred_sum`, `target_sum`, and by name
+    those that were asked for, `cross_entropy_sum`, `smoothing_sum`, `positive_sum` and
+    `negative_sum`; of dense targets `voxel_sum` too.
 
     Made by `statistics`; two of the same kind add up with `+`. Those of arrays on a GPU are arrays
     there; a loss or gradient of them waits for it.
@@ -229,14 +254,14 @@ class Statistics:
         """(N, C): Y = how many voxels have the class's label."""
         return self.sums[2]
 
-    @property
-    def cross_entropy_sum(self) -> Array:
-        """(N, C): H = sum of (1 - score)**gamma * -log(score) over the class's own voxels. Raises
-        ValueError if it was not summed.
-        """
-        if self.spec.gamma is None:
-            raise ValueError("the cross-entropy was not summed; ask for it with gamma=0")
-        return self.sums[3]
+    def __getattr__(self, name: str) -> Array:
+        if name.startswith("_") or name == "spec":  # while it is made
+            raise AttributeError(name)
+        names = self.spec.statistics
+        if name in names:
+            return self.sums[names.index(name)]
+        there = ", ".join(names)
+        raise AttributeError(f"{name!r} is not one of these statistics, which are {there}")
 
     def __add__(self, other: Statistics) -> Statistics:
         """The statistics of both sets of voxels. Raises ValueError unless both sum the same."""
@@ -298,9 +323,7 @@ class Statistics:
         See `dice_core.loss_and_grad` for arguments, result and errors. The labels were checked when
         the statistics were taken: other labels that are bad raise only after `out` was written.
         """
-        at = _summed(
-            x, y, p=self.spec.power, ignore_label=self.spec.ignore_label, gamma=self.spec.gamma
-        )
+        at = _summed(x, y, self.spec)
         tile, mine = (
             f"{at.sums_shape}, {at.spec}, {at.logits.dtype}",
             f"{self.sums.shape}, {self.spec}, {self.dtype}",
@@ -341,20 +364,20 @@ def _term(loss: Any, **options: Any) -> losses.Term:
     return losses.dice(**options) if loss is None else losses.term(loss, **options)
 
 
-def _call(x: Any, y: Any, ignore_label: Any, term: losses.Term) -> spec.Call:
-    options = {spec.OPTIONS[field]: value for field, value in term.needs.items()}
-    at = _summed(x, y, ignore_label=ignore_label, **options)
+def _call(x: Any, y: Any, ignore_label: Any, activation: Any, term: losses.Term) -> spec.Call:
+    needs = {spec.OPTIONS[field]: value for field, value in term.needs.items()}
+    at = _summed(x, y, spec.asked(ignore_label=ignore_label, activation=activation, **needs))
     term.check(at.classes)
     return at
 
 
-def _summed(x: Any, y: Any, **options: Any) -> spec.Call:
+def _summed(x: Any, y: Any, asked: spec.Spec) -> spec.Call:
     if getattr(x, "requires_grad", False):
         raise TypeError(
             "x requires grad, and dice_core.loss and its like give plain values: "
             "use dice_core.torch.dice_loss, or pass x.detach()"
         )
-    return spec.call(buffers.of(x, "x"), buffers.of(y, "y"), **options)
+    return spec.call(buffers.of(x, "x"), buffers.of(y, "y"), asked)
 
 
 def _on_device(at: spec.Call) -> bool:

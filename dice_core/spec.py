@@ -15,8 +15,19 @@ from . import buffers
 from .buffers import Buffer, Layout
 
 STATISTICS = ("intersection", "pred_sum", "target_sum")  # the order of the K axis,
-CROSS_ENTROPY = "cross_entropy_sum"  # which has this one last, if it is asked for
-OPTIONS = {"power": "p", "gamma": "gamma"}  # a Spec's fields, as callers call them
+CROSS_ENTROPY = "cross_entropy_sum"  # then those of these that are asked for
+SMOOTHING = "smoothing_sum"
+BINARY = ("positive_sum", "negative_sum")
+VOXELS = "voxel_sum"
+ACTIVATIONS = ("softmax", "sigmoid", "none")
+# A Spec's fields, as callers call them.
+OPTIONS = {
+    "activation": "activation",
+    "power": "p",
+    "gamma": "gamma",
+    "smoothing": "smoothing",
+    "binary_gamma": "binary_gamma",
+}
 REDUCTIONS = ("none", "mean", "sum", "batch")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 INTEGERS = ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
@@ -26,27 +37,67 @@ INTEGERS = ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 1
 class Spec:
     """What a kernel sums over the voxels of a call.
 
-    - activation: "softmax" over the channels, or "sigmoid" of a single channel, whose two classes
-      score 1 - sigmoid (background) and sigmoid (foreground).
+    - activation: scores are "softmax" over the channels, a single one being the second of two whose
+      first is 0; "sigmoid" of each channel; "none", the logits themselves.
     - power: P sums score**power.
-    - ignore_label: voxels so labelled contribute to nothing; None for no such label.
-    - gamma: H sums (1 - score)**gamma (-log score) of each voxel's own class, cross-entropy for 0
-      and focal loss above; None for no such sum.
+    - ignore_label: voxels so labelled contribute to nothing; None for no such label. Of dense
+      targets it is each channel's own.
+    - gamma: H sums (1 - s)**gamma (-log s), s the softmax, of each voxel's own class, cross-entropy
+      for 0 and focal loss above; None for no such sum.
+    - smoothing: L sums -log s over all counted voxels, whatever their class.
+    - binary_gamma: B+ and B- sum, s being the sigmoid, (1 - s)**binary_gamma (-log s) over the
+      voxels of the class and s**binary_gamma (-log(1 - s)) over the others; None for no such sums.
+    - dense: labels are (N, C, *), how much of each class from 0 to 1, not class indices; V then
+      counts the voxels.
     """
 
-    activation: str
+    activation: str = "softmax"
     power: int = 1
     ignore_label: int | None = None
     gamma: float | None = None
+    smoothing: bool = False
+    binary_gamma: float | None = None
+    dense: bool = False
 
     @property
     def statistics(self) -> tuple[str, ...]:
         """The names of the sums, in the order of the K axis."""
-        return STATISTICS if self.gamma is None else (*STATISTICS, CROSS_ENTROPY)
+        names: tuple[str, ...] = STATISTICS
+        if self.gamma is not None:
+            names = (*names, CROSS_ENTROPY)
+        if self.smoothing:
+            names = (*names, SMOOTHING)
+        if self.binary_gamma is not None:
+            names = (*names, *BINARY)
+        return (*names, VOXELS) if self.dense else names
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is only softmax, labels, I, P, Y and maybe H."""
+        return (
+            self.activation == "softmax"
+            and not self.smoothing
+            and self.binary_gamma is None
+            and not self.dense
+        )
+
+    def classes(self, channels: int) -> int:
+        """How many classes so many channels score."""
+        return max(2, channels) if self.activation == "softmax" else channels
+
+    def sums_shape(self, x: Sequence[int]) -> tuple[int, int, int]:
+        """(K, N, C) of the statistics of logits (N, channels, *)."""
+        return len(self.statistics), x[0], self.classes(x[1])
 
     def __str__(self) -> str:
-        focal = "" if self.gamma is None else f", gamma = {self.gamma:g}"
-        return f"{self.activation}, p = {self.power}, ignore_label = {self.ignore_label}{focal}"
+        more = [
+            f"{name} = {value:g}"
+            for name, value in (("gamma", self.gamma), ("binary_gamma", self.binary_gamma))
+            if value is not None
+        ]
+        more += ["smoothing"] * self.smoothing + ["dense targets"] * self.dense
+        known = (self.activation, f"p = {self.power}", f"ignore_label = {self.ignore_label}")
+        return ", ".join((*known, *more))
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -79,73 +130,92 @@ class Call:
 
     @property
     def classes(self) -> int:
-        """C of the statistics: the channels, or two for a single channel."""
-        return classes(self.logits.shape[1])
+        """C of the statistics."""
+        return self.spec.classes(self.logits.shape[1])
 
     @property
     def sums_shape(self) -> tuple[int, int, int]:
         """(K, N, C) of the statistics."""
-        return sums_shape(self.logits.shape, self.spec)
+        return self.spec.sums_shape(self.logits.shape)
 
 
-def classes(channels: int) -> int:
-    """How many classes so many channels score: one is two, background and foreground."""
-    return max(2, channels)
+def asked(
+    *,
+    p: Any = 1,
+    ignore_label: Any = None,
+    gamma: Any = None,
+    smoothing: Any = False,
+    binary_gamma: Any = None,
+    activation: Any = "softmax",
+) -> Spec:
+    """What these options ask for. Raises TypeError or ValueError naming what does not fit."""
+    one_of(activation, "activation", ACTIVATIONS)
+    return Spec(
+        activation,
+        power(p),
+        label(ignore_label),
+        None if gamma is None else focusing(gamma),
+        bool(smoothing),
+        None if binary_gamma is None else number(binary_gamma, "binary_gamma"),
+    )
 
 
-def sums_shape(x: Sequence[int], spec: Spec) -> tuple[int, int, int]:
-    """(K, N, C) of the statistics of logits (N, channels, *)."""
-    return len(spec.statistics), x[0], classes(x[1])
-
-
-def call(
-    logits: Buffer, labels: Buffer, *, p: Any = 1, ignore_label: Any, gamma: Any = None
-) -> Call:
-    """The checked request. Raises TypeError or ValueError naming what does not fit."""
-    numbers = power(p), label(ignore_label), None if gamma is None else focusing(gamma)
-    seen = signature(logits.layout, labels.layout, *numbers)
+def call(logits: Buffer, labels: Buffer, spec: Spec | None = None, **options: Any) -> Call:
+    """The checked request, for a Spec or the options of `asked`. Raises TypeError or ValueError
+    naming what does not fit.
+    """
+    seen = signature(logits.layout, labels.layout, spec or asked(**options))
     if labels.layout is not seen.labels:
         labels = replace(labels, layout=seen.labels)
     return Call(logits, labels, seen)
 
 
 @functools.lru_cache(1024)
-def signature(
-    logits: Layout, labels: Layout, power: int, ignore_label: int | None, gamma: float | None
-) -> Signature:
-    """Of checked numbers; the rest is checked here."""
-    check_shapes(logits.shape, labels.shape)
+def signature(logits: Layout, labels: Layout, spec: Spec) -> Signature:
+    """Of what is asked for; the rest is checked here."""
+    spec = of_shapes(logits.shape, labels.shape, spec)
     if logits.dtype not in FLOATS:
         raise TypeError(
             f"x must hold floating-point logits ({', '.join(FLOATS)}), got {logits.dtype}"
         )
-    if labels.dtype not in INTEGERS:
+    if labels.dtype not in INTEGERS and not (spec.dense and labels.dtype in FLOATS):
         hint = "; cast them to an integer dtype" if labels.dtype in FLOATS else ""
         raise TypeError(f"y must hold integer or bool class labels, got {labels.dtype}{hint}")
     if logits.device != labels.device:
         raise ValueError(f"x is on {logits.device} but y is on {labels.device}")
-    if len(labels.shape) == len(logits.shape):
+    if not spec.dense and len(labels.shape) == len(logits.shape):
         labels = labels.without_axis(1)
-    return Signature(logits, labels, of_channels(logits.shape[1], power, ignore_label, gamma))
+    return Signature(logits, labels, spec)
 
 
-def of_channels(channels: int, *numbers: Any) -> Spec:
-    """What to sum of logits of so many channels, given the numbers of a Spec."""
-    return Spec("sigmoid" if channels == 1 else "softmax", *numbers)
+def of_shapes(x: Sequence[int], y: Sequence[int], spec: Spec) -> Spec:
+    """The same, with dense targets if they are y's. Raises ValueError for shapes that do not fit.
+
+    x is (N, C, *) with C >= 1; y is (N, *) or (N, 1, *), or for dense targets like x.
+    """
+    x, y = tuple(x), tuple(y)
+    check_shapes(x, y)
+    dense = y == x and (x[1] > 1 or spec.activation != "softmax")
+    if not dense and spec.activation != "softmax" and x[1] == 1:
+        raise ValueError(
+            f"y must have x's shape {x} for a single channel of activation {spec.activation!r}, "
+            f"got {y}"
+        )
+    return replace(spec, dense=dense) if dense != spec.dense else spec
 
 
 def check_shapes(x: Sequence[int], y: Sequence[int]) -> None:
-    """x is (N, C, *) with C >= 1; y is (N, *) or (N, 1, *)."""
+    """x is (N, C, *) with C >= 1; y is (N, *), (N, 1, *) or like x."""
     x, y = tuple(x), tuple(y)
     if len(x) < 2:
         raise ValueError(f"x must have at least two axes, (N, C, d1, d2, ...), got shape {x}")
     if x[1] == 0:
         raise ValueError(f"x must have at least one channel, got shape {x}")
-    expected = (x[0], *x[2:])
-    if y not in (expected, (x[0], 1, *x[2:])):
-        hint = "; y holds class indices: for one-hot labels pass y.argmax(1)" if y == x else ""
+    labels = (x[0], *x[2:]), (x[0], 1, *x[2:])
+    if y not in (*labels, x):
         raise ValueError(
-            f"y must have shape {expected} or {(x[0], 1, *x[2:])} for x of shape {x}, got {y}{hint}"
+            f"y must have shape {labels[0]} or {labels[1]} for x of shape {x}, got {y}; "
+            f"dense targets have x's shape"
         )
 
 
@@ -171,15 +241,17 @@ def check_out(out: Buffer, at: Call) -> None:
 
 
 def check_labels(at: Call, bad: int = 0) -> None:
-    """Raises ValueError if there are labels that are neither a class nor the ignore label.
+    """Raises ValueError if there are labels that are neither a class nor the ignore label, or dense
+    targets outside [0, 1].
 
     `bad`: how many a kernel met; 0 if it does not say.
     """
-    ignore = at.spec.ignore_label
+    ignore, dense = at.spec.ignore_label, at.spec.dense
     y = buffers.to_host(at.labels)
     position, found = None, 0
     for n, sample in enumerate(y):  # one sample at a time: a mask of all of y could be large
-        wrong = (sample < 0) | (sample >= at.classes)
+        wrong = ~(sample <= 1) if dense else sample >= at.classes
+        wrong |= sample < 0
         if ignore is not None:
             wrong &= sample != ignore
         if position is None and wrong.any():
@@ -195,8 +267,9 @@ def check_labels(at: Call, bad: int = 0) -> None:
     has_channel_axis = len(at.labels.owner.shape) > len(position)
     where = (position[0], 0, *position[1:]) if has_channel_axis else position
     ignored = "no label is ignored" if ignore is None else f"{ignore} is ignored"
+    kind, allowed = ("value", "[0, 1]") if dense else ("label", f"[0, {at.classes})")
     raise ValueError(
-        f"y has {bad} label{'s'[: bad != 1]} outside [0, {at.classes}) ({ignored}); "
+        f"y has {bad} {kind}{'s'[: bad != 1]} outside {allowed} ({ignored}); "
         f"the first is {y[position]} at {where}"
     )
 

@@ -9,9 +9,10 @@ Between forward and backward only x, y and numbers of that size are kept.
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,22 +21,17 @@ from torch.autograd import forward_ad
 
 from . import backends, buffers, losses, spec, threads
 
-
-class Statistics(NamedTuple):
-    """Differentiable sums over voxels, (N, C) float64 each; see `dice_core.Statistics`."""
-
-    intersection: Tensor
-    pred_sum: Tensor
-    target_sum: Tensor
-
-
-class FocalStatistics(NamedTuple):
-    """As `Statistics`, and the cross-entropy."""
-
-    intersection: Tensor
-    pred_sum: Tensor
-    target_sum: Tensor
-    cross_entropy_sum: Tensor
+# Differentiable sums over voxels, (N, C) float64 each, as a tuple with their names.
+_STATISTICS: dict[tuple[str, ...], Any] = {
+    asked.statistics: collections.namedtuple("Statistics", asked.statistics)
+    for asked in (
+        spec.Spec(gamma=gamma, smoothing=smoothing, binary_gamma=binary_gamma, dense=dense)
+        for gamma in (None, 0.0)
+        for smoothing in (False, True)
+        for binary_gamma in (None, 0.0)
+        for dense in (False, True)
+    )
+}
 
 
 def statistics(
@@ -45,12 +41,15 @@ def statistics(
     ignore_label: int | None = -1,
     p: int = 1,
     gamma: float | None = None,
+    smoothing: bool = False,
+    binary_gamma: float | None = None,
+    activation: str = "softmax",
     backend: str | None = None,
     num_threads: int | None = None,
     check_labels: bool | None = None,
-) -> Statistics | FocalStatistics:
-    """Intersection, pred_sum and target_sum of logits and labels, differentiable in x; with gamma
-    >= 0 cross_entropy_sum too.
+) -> Any:
+    """Intersection, pred_sum, target_sum and what else is asked for of logits and labels, a named
+    tuple of (N, C) float64 tensors, differentiable in x.
 
     Replaces, without allocating anything of x's size::
 
@@ -62,9 +61,16 @@ def statistics(
     Any differentiable function of them is a loss whose backward pass is one pass over x. For the
     arguments see `dice_core.statistics`; `num_threads` is by default torch's own setting.
     """
-    options = _options(x, y, ignore_label, p, gamma, backend, num_threads, check_labels)
-    kind = Statistics if gamma is None else FocalStatistics
-    return kind(*torch.ops.dice_core.statistics(x, y, *options))
+    asked = spec.asked(
+        p=p,
+        ignore_label=ignore_label,
+        gamma=gamma,
+        smoothing=smoothing,
+        binary_gamma=binary_gamma,
+        activation=activation,
+    )
+    asked, options = _options(x, y, asked, backend, num_threads, check_labels)
+    return _STATISTICS[asked.statistics](*torch.ops.dice_core.statistics(x, y, *options))
 
 
 def loss(
@@ -73,6 +79,7 @@ def loss(
     term: losses.Term,
     *,
     ignore_label: int | None = -1,
+    activation: str = "softmax",
     backend: str | None = None,
     num_threads: int | None = None,
     check_labels: bool | None = None,
@@ -82,19 +89,18 @@ def loss(
     Its weights may be tensors, on any device; gradients reach x and those that require grad. For
     the other arguments see `dice_core.loss`.
     """
-    p, gamma = term.needs.get("power", 1), term.needs.get("gamma")
-    options = _options(x, y, ignore_label, p, gamma, backend, num_threads, check_labels)
-    spec.check_shapes(x.shape, y.shape)
-    samples, classes = x.shape[0], spec.classes(x.shape[1])
+    needs = {spec.OPTIONS[field]: value for field, value in term.needs.items()}
+    asked = spec.asked(ignore_label=ignore_label, activation=activation, **needs)
+    asked, options = _options(x, y, asked, backend, num_threads, check_labels)
+    samples, classes = x.shape[0], asked.classes(x.shape[1])
     term = term.with_weights(functools.partial(_weight, x=x))
     term.check(classes)
     plain = _plain(x, y, *term.weights) and not any(w.requires_grad for w in term.weights)
     if plain and (x.is_cpu or term.ratio(samples, classes)):
         if x.requires_grad and torch.is_grad_enabled():
-            return _Loss.apply(x, y, term, options)  # type: ignore[no-untyped-call]
-        return _value(x, y, term, options)[0]
-    names = spec.of_channels(x.shape[1], p, ignore_label, gamma).statistics
-    value: Tensor = term(torch.ops.dice_core.statistics(x, y, *options), names)
+            return _Loss.apply(x, y, term, asked, options)  # type: ignore[no-untyped-call]
+        return _value(x, y, term, asked, options)[0]
+    value: Tensor = term(torch.ops.dice_core.statistics(x, y, *options), asked.statistics)
     return value if x.dtype == torch.float64 else value.float()
 
 
@@ -141,10 +147,17 @@ class Loss(torch.nn.Module):
     tensor(0.9964, grad_fn=<_LossBackward>)
     """
 
-    def __init__(self, term: losses.Term, ignore_label: int | None = -1) -> None:
+    def __init__(
+        self,
+        term: losses.Term,
+        ignore_label: int | None = -1,
+        activation: str = "softmax",
+    ) -> None:
         super().__init__()
         self.term = losses.term(term)
         self.ignore_label = spec.label(ignore_label)
+        spec.one_of(activation, "activation", spec.ACTIVATIONS)
+        self.activation = activation
         self._names = [f"weight{i}" if i else "weight" for i in range(len(self.term.weights))]
         for name, weight in zip(self._names, self.term.weights, strict=True):
             if isinstance(weight, Tensor):
@@ -153,11 +166,14 @@ class Loss(torch.nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Logits (N, C, *) and labels (N, *) or (N, 1, *) -> the loss."""
-        return loss(x, y, self._weighted(), ignore_label=self.ignore_label)
+        return loss(
+            x, y, self._weighted(), ignore_label=self.ignore_label, activation=self.activation
+        )
 
     def extra_repr(self) -> str:
         """The term, its settings and the weights that the buffers hold."""
-        return f"{self._weighted()!r}, ignore_label={self.ignore_label}"
+        activation = "" if self.activation == "softmax" else f", activation={self.activation!r}"
+        return f"{self._weighted()!r}, ignore_label={self.ignore_label}{activation}"
 
     def _weighted(self) -> losses.Term:
         weights = iter([getattr(self, name) for name in self._names])
@@ -350,20 +366,20 @@ def _copied(numbers: bytes, shape: tuple[int, ...], device: torch.device) -> Ten
     return torch.from_numpy(np.frombuffer(numbers).reshape(shape).copy()).to(device)
 
 
-_Options = tuple[int, int | None, float | None, str | None, int | None, bool | None]
+# A Spec's first fields, and backend, num_threads, check_labels.
+_Options = tuple[Any, ...]
+_SUMMED = 6
 
 
 def _options(
     x: Tensor,
     y: Tensor,
-    ignore_label: Any,
-    p: Any,
-    gamma: Any,
+    asked: spec.Spec,
     backend: str | None,
     num_threads: int | None,
     check_labels: bool | None,
-) -> _Options:
-    """The operators' options after x and y, checked."""
+) -> tuple[spec.Spec, _Options]:
+    """What to sum, for y's kind, and the operators' options after x and y, checked."""
     for name, value in (("x", x), ("y", y)):
         if not isinstance(value, Tensor):
             raise TypeError(
@@ -372,13 +388,14 @@ def _options(
             )
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
         raise NotImplementedError("dice_core computes gradients in reverse mode only")
-    ignore_label = spec.label(ignore_label)
-    if ignore_label is not None and not -(2**63) <= ignore_label < 2**63:
-        raise ValueError(f"ignore_label must fit in torch's int64, got {ignore_label}")
+    label = asked.ignore_label
+    if label is not None and not -(2**63) <= label < 2**63:
+        raise ValueError(f"ignore_label must fit in torch's int64, got {label}")
     if num_threads is not None:
         num_threads = threads.resolve(num_threads)
-    gamma = None if gamma is None else spec.focusing(gamma)
-    return spec.power(p), ignore_label, gamma, backend, num_threads, check_labels
+    asked = spec.of_shapes(x.shape, y.shape, asked)
+    summed = asked.activation, asked.power, label, asked.gamma, asked.smoothing, asked.binary_gamma
+    return asked, (*summed, backend, num_threads, check_labels)
 
 
 def _plain(x: Tensor, *others: Tensor | None) -> bool:
@@ -409,8 +426,10 @@ class _Loss(torch.autograd.Function):
     """A loss of plain tensors as one node of the graph."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, term: losses.Term, options: _Options) -> Tensor:
-        value, ctx.derivative = _value(x, y, term, options)
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, term: losses.Term, asked: spec.Spec, options: _Options
+    ) -> Tensor:
+        value, ctx.derivative = _value(x, y, term, asked, options)
         ctx.save_for_backward(x, y)
         ctx.options = options
         return value
@@ -429,30 +448,30 @@ class _Loss(torch.autograd.Function):
             cotangent = losses.times(grad.numpy(), derivative)
             of_x = _statistics_grad(x, y, cotangent, *ctx.options)
         else:
-            and_scale = (*ctx.options, grad)
-            of_x = _statistics_grad(x, y, derivative, *and_scale)
-        return of_x, None, None, None
+            of_x = _statistics_grad(x, y, derivative, *ctx.options, scale=grad)
+        return of_x, None, None, None, None
 
 
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
-def _value(x: Tensor, y: Tensor, term: losses.Term, options: _Options) -> tuple[Tensor, Any]:
+def _value(
+    x: Tensor, y: Tensor, term: losses.Term, asked: spec.Spec, options: _Options
+) -> tuple[Tensor, Any]:
     """The loss of plain tensors and its derivative for the sums: NumPy's, or on a GPU, where it is
     a ratio, torch's.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    p, ignore_label, gamma, backend, _, check_labels = options
     if x.is_cpu:
-        names = spec.of_channels(x.shape[1], p, ignore_label, gamma).statistics
         term = term.with_weights(Tensor.numpy)
-        value, derivative = term.with_derivative(_statistics(x, y, *options).numpy(), names)
+        sums = _statistics(x, y, *options).numpy()
+        value, derivative = term.with_derivative(sums, asked.statistics)
         return torch.from_numpy(np.asarray(value, _NUMPY[dtype])), derivative
-    at = _call(x, y, p, ignore_label, gamma)
+    at, kernels, _, check_labels = _request(x, y, options)
     value = x.new_empty(term.shape(*at.sums_shape[1:]), dtype=dtype)
     derivative = x.new_empty(at.sums_shape, dtype=torch.float64)
     backends.loss(
-        backends.select(at.signature, backend),
+        kernels,
         at,
         buffers.of(value, "loss"),
         buffers.of(derivative, "derivative"),
@@ -467,42 +486,31 @@ def _value(x: Tensor, y: Tensor, term: losses.Term, options: _Options) -> tuple[
 
 _library = torch.library.Library("dice_core", "DEF")
 _OPTIONS = (
-    "int p, int? ignore_label, float? gamma, str? backend, int? num_threads, bool? check_labels"
+    "str activation, int p, int? ignore_label, float? gamma, bool smoothing, float? binary_gamma, "
+    "str? backend, int? num_threads, bool? check_labels"
 )
 _library.define(f"statistics(Tensor x, Tensor y, {_OPTIONS}) -> Tensor")
 _library.define(f"statistics_grad(Tensor x, Tensor y, Tensor cotangent, {_OPTIONS}) -> Tensor")
 
 
-def _statistics(
-    x: Tensor,
-    y: Tensor,
-    p: int,
-    ignore_label: int | None,
-    gamma: float | None,
-    backend: str | None,
-    num_threads: int | None,
-    check_labels: bool | None,
-) -> Tensor:
-    """(K, N, C) float64 on x's device."""
-    at = _call(x, y, p, ignore_label, gamma)
-    sums = x.new_empty(at.sums_shape, dtype=torch.float64)
-    count = num_threads or torch.get_num_threads()
+def _request(x: Tensor, y: Tensor, options: _Options) -> tuple[spec.Call, Any, int, bool | None]:
+    """The call, its kernels, how many threads and whether to check labels."""
+    backend, num_threads, check_labels = options[_SUMMED:]
+    at = spec.call(buffers.of(x, "x"), buffers.of(y, "y"), spec.Spec(*options[:_SUMMED]))
     kernels = backends.select(at.signature, backend)
+    return at, kernels, num_threads or torch.get_num_threads(), check_labels
+
+
+def _statistics(x: Tensor, y: Tensor, *options: Any) -> Tensor:
+    """(K, N, C) float64 on x's device."""
+    at, kernels, count, check_labels = _request(x, y, options)
+    sums = x.new_empty(at.sums_shape, dtype=torch.float64)
     backends.statistics(kernels, at, buffers.of(sums, "sums"), count, check_labels)
     return sums
 
 
 def _statistics_grad(
-    x: Tensor,
-    y: Tensor,
-    cotangent: Any,
-    p: int,
-    ignore_label: int | None,
-    gamma: float | None,
-    backend: str | None,
-    num_threads: int | None,
-    check_labels: bool | None,
-    scale: Tensor | None = None,
+    x: Tensor, y: Tensor, cotangent: Any, *options: Any, scale: Tensor | None = None
 ) -> Tensor:
     """The gradient for x of sum(cotangent * statistics); cotangent may be a NumPy array.
 
@@ -510,31 +518,22 @@ def _statistics_grad(
     """
     if isinstance(cotangent, Tensor):
         cotangent = cotangent.contiguous()
-    at = _call(x, y, p, ignore_label, gamma)
+    at, kernels, count, _ = _request(x, y, options)
     grad: Tensor = buffers.empty_like(x, "x")
     backends.gradient(
-        backends.select(at.signature, backend),
+        kernels,
         at,
         buffers.of(cotangent, "cotangent"),
         buffers.of(grad, "grad"),
-        num_threads or torch.get_num_threads(),
+        count,
         None if scale is None else buffers.of(scale, "grad_loss"),
     )
     return grad
 
 
-def _call(x: Tensor, y: Tensor, p: int, ignore_label: int | None, gamma: float | None) -> spec.Call:
-    return spec.call(
-        buffers.of(x, "x"), buffers.of(y, "y"), p=p, ignore_label=ignore_label, gamma=gamma
-    )
-
-
-def _fake_statistics(
-    x: Tensor, y: Tensor, p: int, ignore_label: int | None, gamma: float | None, *_: Any
-) -> Tensor:
-    spec.check_shapes(x.shape, y.shape)
-    summed = spec.of_channels(x.shape[1], p, ignore_label, gamma)
-    return x.new_empty(spec.sums_shape(x.shape, summed), dtype=torch.float64)
+def _fake_statistics(x: Tensor, y: Tensor, *options: Any) -> Tensor:
+    asked = spec.of_shapes(x.shape, y.shape, spec.Spec(*options[:_SUMMED]))
+    return x.new_empty(asked.sums_shape(x.shape), dtype=torch.float64)
 
 
 def _fake_statistics_grad(x: Tensor, y: Tensor, cotangent: Tensor, *options: Any) -> Tensor:

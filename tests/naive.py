@@ -3,25 +3,53 @@
 import math
 
 import torch
+from torch.nn.functional import softplus
 
 
-def statistics(x, y, *, ignore_label=-1, p=1, gamma=None):
-    """I, P, Y and, unless gamma is None, H, each (N, classes)."""
+def statistics(
+    x,
+    y,
+    *,
+    ignore_label=-1,
+    p=1,
+    gamma=None,
+    smoothing=False,
+    binary_gamma=None,
+    activation="softmax",
+):
+    """I, P, Y and what else is asked for, each (N, classes)."""
+    dense = y.shape == x.shape and (x.shape[1] > 1 or activation != "softmax")
     voxels = math.prod(x.shape[2:])
-    x, y = x.reshape(*x.shape[:2], voxels), y.reshape(x.shape[0], voxels)
-    binary = x.shape[1] == 1
-    s = torch.cat([1 - x.sigmoid(), x.sigmoid()], 1) if binary else x.softmax(1)
-    t = torch.stack([y == c for c in range(s.shape[1])], 1)
-    counted = torch.ones_like(y, dtype=torch.bool) if ignore_label is None else y != ignore_label
-    counted = counted[:, None]
-    s = torch.where(counted, s, torch.zeros_like(s))
-    t = (t & counted).to(s)
-    sums = (s * t).sum(2), (s**p).sum(2), t.sum(2)
-    if gamma is None:
-        return sums
-    x = torch.cat([torch.zeros_like(x), x], 1) if binary else x
-    log_s = torch.where(counted, x, torch.zeros_like(x)).log_softmax(1)
-    return *sums, (t * (1 - s) ** gamma * -log_s).sum(2)
+    x = x.reshape(*x.shape[:2], voxels)
+    logit = x
+    if activation == "softmax" and x.shape[1] == 1:
+        x, logit = torch.cat([torch.zeros_like(x), x], 1), torch.cat([-x, x], 1)
+    if dense:
+        t = y.reshape(x.shape).to(x)
+        counted = all_but(ignore_label, t)
+    else:
+        y = y.reshape(x.shape[0], 1, voxels)
+        counted = all_but(ignore_label, y)
+        t = (y == torch.arange(x.shape[1]).reshape(1, -1, 1)).to(x)
+        x, logit = torch.where(counted, x, 0), torch.where(counted, logit, 0)
+    m = counted.to(x).expand_as(t)
+    t = torch.where(counted, t, 0)
+    s = {"softmax": x.softmax(1), "sigmoid": x.sigmoid(), "none": x}[activation]
+    sums = [m * s * t, m * s**p, t]
+    log_q = x.log_softmax(1)
+    if gamma is not None:
+        sums.append(t * (1 - log_q.exp()) ** gamma * -log_q)
+    if smoothing:
+        sums.append(m * -log_q)
+    if binary_gamma is not None:
+        b = logit.sigmoid()
+        sums.append(t * (1 - b) ** binary_gamma * softplus(-logit))
+        sums.append(m * (1 - t) * b**binary_gamma * softplus(logit))
+    return tuple(term.sum(2) for term in (*sums, *([m] if dense else [])))
+
+
+def all_but(label, y):
+    return torch.ones_like(y, dtype=torch.bool) if label is None else y != label
 
 
 def dice_loss(x, y, *, ignore_label=-1, p=1, **options):

@@ -56,7 +56,8 @@ def recorder(name, real, ran):
 
 
 def signature(x=X, y=Y):
-    return spec.signature(buffers.of(x, "x").layout, buffers.of(y, "y").layout, 1, -1, None)
+    layouts = buffers.of(x, "x").layout, buffers.of(y, "y").layout
+    return spec.signature(*layouts, spec.asked(ignore_label=-1))
 
 
 def cuda_array(shape, typestr):

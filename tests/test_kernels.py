@@ -31,16 +31,14 @@ def example(shape, dtype, *, labels="int64", scale=3.0, seed=0):
     rng = np.random.default_rng(seed)
     largest = float(ml_dtypes.finfo(FLOATS[dtype]).max)
     x = np.clip(rng.standard_normal(shape) * scale, -largest, largest).astype(FLOATS[dtype])
-    classes = spec.classes(shape[1])
+    classes = max(2, shape[1])
     y = rng.integers(0, min(classes, 2 if labels == "bool" else 127), (shape[0], *shape[2:]))
     return x, y.astype(labels)
 
 
-def run(kernels, x, y, *, p=1, ignore_label=None, gamma=None, threads=1, out=None, seed=1):
+def run(kernels, x, y, *, threads=1, out=None, seed=1, **options):
     """(sums, gradient for random cotangents) of one backend."""
-    at = spec.call(
-        buffers.of(x, "x"), buffers.of(y, "y"), p=p, ignore_label=ignore_label, gamma=gamma
-    )
+    at = spec.call(buffers.of(x, "x"), buffers.of(y, "y"), **options)
     sums = np.full(at.sums_shape, np.nan)
     bad = kernels.statistics(at.logits, at.labels, buffers.of(sums, "sums"), at.spec, threads)
     cotangent = np.random.default_rng(seed).standard_normal(at.sums_shape)
@@ -70,23 +68,127 @@ def check(kernels, x, y, **options):
     assert_close(grad, expected_grad, rtol=tolerance + rounding, atol=tolerance, what="gradient")
 
 
+MORE = {
+    "p": {"p": 3},
+    "cross-entropy": {"gamma": 0},
+    "focal": {"gamma": 0.5, "p": 2},
+    "smoothing": {"smoothing": True},
+    "binary": {"binary_gamma": 0},
+    "binary focal": {"binary_gamma": 2.5},
+    "sigmoid": {"activation": "sigmoid", "binary_gamma": 2},
+    "none": {"activation": "none", "p": 2},
+    "all": {"gamma": 2, "smoothing": True, "binary_gamma": 1, "activation": "sigmoid", "p": 3},
+}
+TARGETS = ("labels", "one-hot", "several", "soft")
+
+
+def targets(kind, x, y, dtype="uint8"):
+    """y as class indices, or how much of each class in an array like x."""
+    if kind == "labels":
+        return y
+    rng = np.random.default_rng(7)
+    if kind == "one-hot":
+        return (y[:, None] == np.arange(x.shape[1]).reshape(-1, *[1] * (y.ndim - 1))).astype(dtype)
+    if kind == "several":
+        return rng.integers(0, 2, x.shape).astype(dtype)
+    return rng.random(x.shape).astype("float32")
+
+
+def skip_impossible(kind, x, options):
+    single = x.shape[1] == 1
+    if single and (kind == "labels") != (options.get("activation", "softmax") == "softmax"):
+        pytest.skip("a single channel is two classes of labels, or one of dense targets")
+
+
 @pytest.mark.parametrize("channels", [1, 2, 5])
-@pytest.mark.parametrize("p", [1, 3])
-@pytest.mark.parametrize("gamma", [None, 0, 0.5, 2])
+@pytest.mark.parametrize("options", MORE.values(), ids=MORE)
+@pytest.mark.parametrize("kind", TARGETS)
 @pytest.mark.parametrize("ignore_label", [None, 1])
-def test_the_oracle_is_the_naive_code(channels, p, gamma, ignore_label):
+def test_the_oracle_is_the_naive_code(channels, options, kind, ignore_label):
     x, y = example((2, channels, 6, 7), "float64")
-    at = spec.call(
-        buffers.of(x, "x"), buffers.of(y, "y"), p=p, ignore_label=ignore_label, gamma=gamma
-    )
-    sums, grad = run(_reference, x, y, p=p, ignore_label=ignore_label, gamma=gamma)
+    skip_impossible(kind, x, options)
+    y = targets(kind, x, y)
+    options = {**options, "ignore_label": ignore_label}
+    sums, grad = run(_reference, x, y, **options)
     tensor = torch.tensor(x, requires_grad=True)
-    options = {"p": p, "ignore_label": ignore_label, "gamma": gamma}
     theirs = torch.stack(naive.statistics(tensor, torch.tensor(y), **options))
     assert_close(sums, theirs.detach(), rtol=1e-13)
-    cotangent = np.random.default_rng(1).standard_normal(at.sums_shape)
+    cotangent = np.random.default_rng(1).standard_normal(sums.shape)
     (theirs * torch.tensor(cotangent)).sum().backward()
     assert_close(grad, tensor.grad, rtol=1e-11, atol=1e-14)
+
+
+@backend
+@floats
+@pytest.mark.parametrize("channels", [1, 2, 5, 17])
+@pytest.mark.parametrize("options", MORE.values(), ids=MORE)
+@pytest.mark.parametrize("kind", TARGETS)
+def test_more_sums(kernels, dtype, channels, options, kind):
+    for size, ignore_label in ((1025, None), (70, 1)):
+        x, y = example((2, channels, size), dtype)
+        skip_impossible(kind, x, options)
+        x = np.abs(x) if options.get("activation") == "none" else x  # sums of both signs cancel
+        check(kernels, x, targets(kind, x, y), **options, ignore_label=ignore_label)
+
+
+@backend
+@floats
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", TARGETS[:3])
+def test_more_sums_in_any_layout(kernels, dtype, layout, kind):
+    x, y = example((2, 3, 9, 14, 6), dtype)
+    lay_out = LAYOUTS[layout]
+    y = targets(kind, x, y)
+    check(kernels, lay_out(x), y, **MORE["all"], ignore_label=1)
+    check(kernels, x, lay_out(y[:, None])[:, 0] if kind == "labels" else lay_out(y), **MORE["all"])
+    x = lay_out(x)
+    _, expected = run(kernels, x, y, **MORE["all"])
+    _, grad = run(kernels, x, y, **MORE["all"], out=x)
+    assert_same_bits(np.ascontiguousarray(grad), np.ascontiguousarray(expected))
+
+
+@backend
+@pytest.mark.parametrize("dtype", [*LABELS, "float16", "float32", "float64", "bfloat16"])
+def test_dtypes_of_dense_targets(kernels, dtype):
+    x, y = example((2, 3, 77), "float32")
+    y = targets("several", x, y)
+    expected, expected_grad = run(kernels, x, y, gamma=0)
+    sums, grad = run(kernels, x, y.astype(FLOATS.get(dtype, dtype)), gamma=0)
+    assert_same_bits(sums, expected)
+    assert_same_bits(grad, expected_grad)
+
+
+@backend
+@floats
+@pytest.mark.parametrize("scale", [1e-30, 90.0, 1e4])
+@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_more_sums_of_logits_of_any_size(kernels, dtype, scale, kind, activation):
+    x, y = example((2, 4, 200), dtype, scale=scale)
+    options = {"gamma": 1, "smoothing": True, "binary_gamma": 1, "activation": activation}
+    check(kernels, x, targets(kind, x, y), **options)
+
+
+@backend
+def test_bad_dense_targets_are_counted_and_skipped(kernels):
+    x, y = example((2, 3, 300), "float32")
+    y = targets("soft", x, y)
+    y[0, 1, 5], y[1, 2, 7], y[1, 0, 299], y[0, 0, 0] = 1.01, -0.5, np.nan, 255
+    at = spec.call(buffers.of(x, "x"), buffers.of(y, "y"), ignore_label=255)
+    sums = np.empty(at.sums_shape)
+    assert kernels.statistics(at.logits, at.labels, buffers.of(sums, "s"), at.spec, 1) == 3
+    assert sums[3].tolist() == [[299, 299, 300], [299, 300, 299]]
+
+
+@backend
+@pytest.mark.parametrize("threads", [2, 3])
+def test_more_sums_have_the_same_bits_for_any_number_of_threads(kernels, threads):
+    x, y = example((2, 5, 40_001), "float32")
+    y = targets("several", x, y)
+    sums, grad = run(kernels, x, y, **MORE["all"])
+    other_sums, other_grad = run(kernels, x, y, **MORE["all"], threads=threads)
+    assert_same_bits(other_sums, sums)
+    assert_same_bits(other_grad, grad)
 
 
 @backend

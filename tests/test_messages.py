@@ -8,6 +8,7 @@ import torch
 
 import dice_core
 import dice_core.torch
+from dice_core import losses
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((2, 3, 4, 5)).astype(np.float32)
@@ -97,32 +98,35 @@ def zeros(*shape, dtype="float32"):
         zeros(2, 3, 4, 5),
         zeros(2, 5, 4, dtype="uint8"),
         ValueError,
-        "y must have shape (2, 4, 5) or (2, 1, 4, 5) for x of shape (2, 3, 4, 5), got (2, 5, 4)",
+        "y must have shape (2, 4, 5) or (2, 1, 4, 5) for x of shape (2, 3, 4, 5), got (2, 5, 4); "
+        "dense targets have x's shape",
     ),
     other_batch=(
         zeros(2, 3, 4),
         zeros(1, 4, dtype="uint8"),
         ValueError,
-        "y must have shape (2, 4) or (2, 1, 4) for x of shape (2, 3, 4), got (1, 4)",
+        "y must have shape (2, 4) or (2, 1, 4) for x of shape (2, 3, 4), got (1, 4); "
+        "dense targets have x's shape",
     ),
     two_label_channels=(
         zeros(2, 3, 4),
         zeros(2, 2, 4, dtype="uint8"),
         ValueError,
-        "y must have shape (2, 4) or (2, 1, 4) for x of shape (2, 3, 4), got (2, 2, 4)",
+        "y must have shape (2, 4) or (2, 1, 4) for x of shape (2, 3, 4), got (2, 2, 4); "
+        "dense targets have x's shape",
     ),
     no_spatial_axes=(
         zeros(2, 3),
         zeros(2, 4, dtype="uint8"),
         ValueError,
-        "y must have shape (2,) or (2, 1) for x of shape (2, 3), got (2, 4)",
+        "y must have shape (2,) or (2, 1) for x of shape (2, 3), got (2, 4); "
+        "dense targets have x's shape",
     ),
-    onehot=(
+    complex_targets=(
         zeros(2, 3, 4),
-        zeros(2, 3, 4, dtype="uint8"),
-        ValueError,
-        "y must have shape (2, 4) or (2, 1, 4) for x of shape (2, 3, 4), got (2, 3, 4); "
-        "y holds class indices: for one-hot labels pass y.argmax(1)",
+        zeros(2, 3, 4, dtype="complex64"),
+        TypeError,
+        "y must hold integer or bool class labels, got complex64",
     ),
     integer_logits=(
         zeros(2, 3, 4, dtype="int32"),
@@ -151,6 +155,100 @@ def zeros(*shape, dtype="float32"):
 )
 def test_arrays_that_do_not_fit(function, x, y, error, text):
     assert message(error, function, x, y) == text
+
+
+@named(dice_core.loss, dice_core.loss_and_grad, dice_core.statistics, torch_statistics)
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (
+            {"activation": "sigmoid"},
+            "y must have x's shape (2, 1, 4) for a single channel of activation 'sigmoid', "
+            "got (2, 4)",
+        ),
+        (
+            {"activation": "relu"},
+            "activation must be one of 'softmax', 'sigmoid', 'none', got 'relu'",
+        ),
+    ],
+    ids=["single channel", "unknown"],
+)
+def test_activations(function, options, text):
+    x, y = zeros(2, 1, 4), zeros(2, 4, dtype="uint8")
+    assert message(ValueError, function, x, y, **options) == text
+
+
+@named(dice_core.loss, dice_core.loss_and_grad, dice_core.statistics, torch_statistics)
+@pytest.mark.parametrize("dtype", ["float32", "int16"])
+def test_dense_targets_outside_their_range(function, dtype):
+    y = zeros(2, 3, 4, dtype=dtype)
+    y[0, 1, 2], y[1, 2, 3], y[1, 1, 1] = -3, 2, 7
+    assert message(ValueError, function, zeros(2, 3, 4), y, ignore_label=7) == (
+        f"y has 2 values outside [0, 1] (7 is ignored); the first is {y[0, 1, 2]} at (0, 1, 2)"
+    )
+
+
+NO_TERM = "loss must be a term such as dice_core.losses.Dice(), got"
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "text"),
+    [
+        (
+            losses.Dice,
+            {},
+            "loss must be a term such as dice_core.losses.Dice(), got the class Dice",
+        ),
+        ("dice", {}, "loss must be a term such as dice_core.losses.Dice(), got str"),
+        (
+            losses.Dice(),
+            {"smooth": 1},
+            "smooth goes to the term, if there is one: Dice(smooth=...)",
+        ),
+        (
+            losses.Dice() + losses.Focal(),
+            {"weight": [1, 2, 3]},
+            "weight goes to the term, if there is one: Dice + Focal(weight=...)",
+        ),
+    ],
+    ids=["class", "name", "p", "weight"],
+)
+@named(dice_core.loss, dice_core.loss_and_grad)
+def test_what_is_no_term(function, loss, options, text):
+    assert message(TypeError, function, X, Y, loss=loss, **options) == text
+
+
+@pytest.mark.parametrize(
+    ("term", "text"),
+    [
+        (
+            losses.Dice(p=2),
+            "Dice needs sums with p = 2, and these have 1; take the statistics with p=2",
+        ),
+        (
+            losses.Dice() + losses.Focal(gamma=2),
+            "Dice + Focal needs sums with gamma = 2.0, and these have None; "
+            "take the statistics with gamma=2.0",
+        ),
+        (
+            losses.Dice(weight=[1, 2]),
+            "weight must have 3 entries, one per class, got shape (2,)",
+        ),
+    ],
+    ids=["p", "gamma", "weight"],
+)
+@named(of_statistics, gradient_of_statistics)
+def test_statistics_without_what_a_term_needs(function, term, text):
+    assert message(ValueError, function, X, Y, loss=term) == text
+
+
+def test_statistics_that_were_not_summed():
+    with pytest.raises(AttributeError) as caught:
+        _ = dice_core.statistics(X, Y).cross_entropy_sum
+    assert str(caught.value) == (
+        "'cross_entropy_sum' is not one of these statistics, which are intersection, pred_sum, "
+        "target_sum"
+    )
 
 
 @named(dice_core.loss, dice_core.loss_and_grad, dice_core.statistics)
@@ -553,10 +651,10 @@ def test_statistics_add_to_nothing_else():
     [
         (X[:1], Y[:1], ["(3, 1, 3)", "(3, 2, 3)"]),
         (X[:, :2], Y % 2, ["(3, 2, 2)", "(3, 2, 3)"]),
-        (X[:, :1], Y % 2, ["sigmoid", "softmax"]),
+        (X, np.stack([Y == 0, Y == 1, Y == 2], 1), ["dense targets", "(3, 2, 3)"]),
         (X.astype("f8"), Y, ["float64", "float32"]),
     ],
-    ids=["samples", "classes", "activation", "dtype"],
+    ids=["samples", "classes", "targets", "dtype"],
 )
 def test_a_tile_that_does_not_fit(x, y, parts):
     text = message(ValueError, dice_core.statistics(X, Y).gradient, x, y)

@@ -37,7 +37,7 @@ def test_gradcheck(channels, p):
 @pytest.mark.parametrize("name", ["statistics", "statistics_grad"])
 def test_operators_are_well_formed(name):
     x, y = example(2, 3, 4, 5)
-    options = (1, -1, None, None, 1, None)
+    options = ("softmax", 1, -1, None, False, None, None, 1, None)
     if name == "statistics":
         torch.library.opcheck(torch.ops.dice_core.statistics.default, (x, y, *options))
     else:

@@ -93,7 +93,7 @@ class Overlap(Settings):
     def with_derivative(
         self, sums: Array, names: Sequence[str] = spec.STATISTICS
     ) -> tuple[Array, Array]:
-        rows = Sums(*sums[:3])
+        rows = Sums.of(sums, names)
         kept = self._kept(rows.intersection)
         pooled, times = self._pooled(rows, kept)
         loss, den = self._ratio(pooled)
@@ -129,11 +129,11 @@ class Overlap(Settings):
         """The sums to take the ratio of, and the factors with which each entered them."""
         if self.pool == "none":
             return sums, None
-        rows = sums[:3]
         if self.pool in ("batch", "all"):
-            rows = tuple(row.sum(0)[None] for row in rows)
+            sums = sums.of_batch()
         if self.pool not in ("classes", "all"):
-            return Sums(*rows), None
+            return sums, None
+        rows = sums[:3]
         times = self._class_weights(rows[2], kept)
         return Sums(*((times * row).sum(-1)[:, None] for row in rows)), times
 
@@ -457,7 +457,7 @@ class MCC(Overlap):
     @staticmethod
     def _counts(pooled: Sums) -> tuple[Array, Array, Array, Array]:
         i, p, y = pooled[:3]
-        return i, p, y, y.sum(-1)[:, None]
+        return i, p, y, pooled.voxels[:, None]
 
     def _ratio_slopes(self, pooled: Sums, loss: Array, den: Array, share: Array) -> Array:
         _, p, y, v = self._counts(pooled)

@@ -25,6 +25,19 @@ class Sums(NamedTuple):
     pred_sum: Array
     target_sum: Array
     cross_entropy_sum: Array = None
+    smoothing_sum: Array = None
+    positive_sum: Array = None
+    negative_sum: Array = None
+    voxel_sum: Array = None
+
+    def of_batch(self) -> Sums:
+        """Added over samples, (1, C)."""
+        return Sums(*(None if row is None else row.sum(0)[None] for row in self))
+
+    @property
+    def voxels(self) -> Array:
+        """(N,): how many voxels are counted; of dense targets, on average over the classes."""
+        return self.target_sum.sum(-1) if self.voxel_sum is None else self.voxel_sum.mean(-1)
 
     @classmethod
     def of(cls, sums: Array, names: Sequence[str]) -> Sums:
