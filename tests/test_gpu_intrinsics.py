@@ -108,6 +108,23 @@ def test_powers(factor, exponent):
     assert number[0] == factor * 1.25**exponent
 
 
+def test_logarithms():
+    log = _gpu_intrinsics.log
+
+    def apply(count, numbers):
+        for i in range(count):
+            numbers[i] = log(numbers[i])
+
+    x = np.concatenate([1 + np.logspace(-7, 0, 50001), np.logspace(-37, 37, 200001)])
+    x = np.append(x, np.nan).astype(np.float32)
+    found = x.copy()
+    on_host(apply, LONG, types.CPointer(types.float32))(len(x), found.ctypes.data)
+    expected = np.log(x.astype(np.float64))
+    error = np.abs(found - expected) / np.spacing(np.abs(expected.astype(np.float32)))
+    assert error[:-1].max() <= 1
+    assert np.isnan(found[-1])
+
+
 def test_the_counter_says_what_it_was():
     count_up = _gpu_intrinsics.count_up
 
