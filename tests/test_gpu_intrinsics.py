@@ -137,8 +137,8 @@ def test_the_counter_says_what_it_was():
     assert (counter[0], before[0]) == (42, 41)
 
 
-def ptx(kind, logits, channels=2, p=1):
-    made_for = _gpu_kernels.plan(logits, "uint8", channels, p, 8)
+def ptx(kind, logits, channels=2, p=1, gamma=None):
+    made_for = _gpu_kernels.plan(logits, "uint8", channels, p, gamma, 8)
     return _gpu_compile.ptx(kind, made_for, (9, 0))
 
 
@@ -166,6 +166,16 @@ class TestInstructionsOfTheGpuAlone:
         assert len(re.findall(r"ex2\.approx\.ftz\.f32 ", text)) == 8
         assert len(re.findall(r"rcp\.approx\.ftz\.f32 ", text)) == 4
         assert "max.f32" in text
+
+    @pytest.mark.parametrize(
+        ("kind", "gamma", "count"),
+        [("statistics", 0.0, 8), ("statistics", 2.0, 12), ("statistics", 0.5, 16),
+         ("gradient", 0.0, 8), ("gradient", 2.0, 12), ("gradient", 0.5, 20)],
+    )  # fmt: skip
+    def test_a_power_takes_exponentials_only_where_gamma_is_not_whole(self, kind, gamma, count):
+        text = ptx(kind, "float32", gamma=gamma)
+        assert len(re.findall(r"ex2\.approx\.ftz\.f32 ", text)) == count
+        assert "lg2" not in text
 
     def test_the_last_block_sees_what_the_others_wrote(self):
         text = _gpu_compile.ptx("loss", _gpu_kernels.Plan("float32", "uint8", 1), (9, 0))
