@@ -958,7 +958,7 @@ cdef inline void run_two_classes(
         two_classes(q, t, x, x_row, lines, label, grad, grad_row, channels, False, False, False)
 
 
-# ---- whatever else is asked for ---------------------------------------------------------------------------------------
+# ---- whatever else is asked for --------------------------------------------------------------------------------------
 
 cdef inline vec logit_of(const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t c, vec like) noexcept nogil:
     """The logit of class c; the first of a single channel's two classes has 0."""

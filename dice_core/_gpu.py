@@ -56,8 +56,8 @@ def unsupported(signature: Any) -> list[str]:
             )
     if signature.logits.shape[1] > kernels.MAX_CHANNELS:
         reasons.append(f"takes up to {kernels.MAX_CHANNELS} channels")
-    if not signature.spec.plain or signature.spec.gamma is not None:
-        reasons.append(f"does not sum {signature.spec}")
+    if not signature.spec.plain:
+        reasons.append("sums I, P, Y and H of softmax scores and class labels alone")
     return reasons
 
 
@@ -114,7 +114,8 @@ def precompile(logits: Any, labels: Any, spec: Any) -> None:
     """Makes ready what calls with such arrays launch, compiled now if it never was."""
     job, _ = _prepared(logits, labels, spec)
     for kind in kernels.KINDS:
-        job.kernel(kind).make_ready(job.device)
+        if kind != "loss" or spec.gamma is None:  # which is of I, P and Y
+            job.kernel(kind).make_ready(job.device)
 
 
 def wait(logits: Any) -> None:
@@ -136,7 +137,7 @@ def _total(logits: Any, labels: Any, spec: Any, sums: int | None, of_loss: Any) 
         *(logits.address, labels.address, scratch.address, 0, 0, 0),
         *(*job.geometry, 0, *job.ignored),
     )
-    groups = -(-3 * job.classes // kernels.WARP)
+    groups = -(-job.plan.sums * job.classes // kernels.WARP)
     job.launch(
         kind,
         stream,
@@ -189,7 +190,7 @@ class _Job:
                 _side_by_side(voxels, array.itemsize, offset, *steps)
                 for array, offset, steps in zip((x, y, dx), offsets, rows, strict=True)
             )
-        self.plan = kernels.plan(x.dtype, y.dtype, channels, spec.power, side_by_side)
+        self.plan = kernels.plan(x.dtype, y.dtype, channels, spec.power, spec.gamma, side_by_side)
         self.classes = self.plan.classes
         run = self.plan.run(self.samples, voxels)
         self.runs = max(1, -(-voxels // run))
@@ -200,16 +201,17 @@ class _Job:
         )
         self.ignored = _ignored(y.dtype, spec.ignore_label)
         self.real = "float64" if x.dtype == "float64" else "float32"
+        self.of_totals = Plan(self.real, "uint8", 1, gamma=None if spec.gamma is None else 0.0)
         partials = self.blocks * self.plan.columns * kernels.ITEMSIZE[self.real]
         words = -(-(kernels.COUNTER_BYTES + partials) // kernels.WORD_BYTES)
         self.partials = words * kernels.WORD_BYTES  # bytes, the counter included
-        self.sums = 24 * self.samples * self.classes  # bytes
+        self.sums = 8 * self.plan.sums * self.samples * self.classes  # bytes
         self.kernels: dict[str, _gpu_driver.Kernel] = {}
 
     def kernel(self, kind: str) -> _gpu_driver.Kernel:
         """Of KINDS, compiled for the device."""
         if kind not in self.kernels:
-            plan = self.plan if kind in kernels.OF_VOXELS else Plan(self.real, "uint8", 1)
+            plan = self.plan if kind in kernels.OF_VOXELS else self.of_totals
             self.kernels[kind] = _kernel(kind, plan, _gpu_driver.capability(self.device))
         return self.kernels[kind]
 

@@ -22,6 +22,7 @@ from ._gpu_kernels import Plan
 # takes PTX of earlier ones.
 NEWEST = (9, 0)
 LARGEST = {types.float32: 3.4028234663852886e38, types.float64: 1.7976931348623157e308}
+SMALLEST = {types.float32: 1.1754943508222875e-38, types.float64: 2.2250738585072014e-308}  # normal
 
 _P, _L, _D = intrinsics.POINTER, types.int64, types.float64
 _VOXELS = types.void(*[_P] * 5, *[_L] * 16)
@@ -79,6 +80,7 @@ def link(text: str, capability: tuple[int, int]) -> tuple[bytes, str]:
 def operations(plan: Plan) -> Any:
     """What the kernels are written in, for the numbers of a plan."""
     real = intrinsics.REAL[plan.logits]
+    gamma = min(plan.gamma or 0.0, LARGEST[real])
     return SimpleNamespace(
         cuda=cuda,
         real=real,
@@ -96,13 +98,17 @@ def operations(plan: Plan) -> Any:
         store_int=intrinsics.store_number(int32),
         count_up=intrinsics.count_up,
         exp=intrinsics.exp,
+        log=intrinsics.log,
         power=intrinsics.times_power(1, plan.power),
         power_slope=intrinsics.times_power(plan.power, plan.power - 1),
+        focus=intrinsics.times_power(1, gamma),
+        focus_slope=intrinsics.times_power(gamma, gamma - 1),
         divide=intrinsics.divide,
         reciprocal=intrinsics.reciprocal,
         label=intrinsics.label_type(plan.labels),
         larger=intrinsics.larger,
         shuffle=cuda.shfl_xor_sync,
         largest=LARGEST[real],
+        smallest=SMALLEST[real],
         size=real.bitwidth // 8,
     )

@@ -34,7 +34,7 @@ ROUNDS = 64  # of loads that a thread makes at most, so that its sums stay exact
 BLOCKS = 1024  # fewer if there are not so many blocks,
 RUN = 256  # but as many as make a block's sums small beside its logits
 TABLE_BYTES = 40960  # of shared memory for a block's sums
-BAD = 1  # columns of a partial beside I, P and Y: how many bad labels
+BAD = 1  # columns of a partial beside the sums: how many bad labels
 COUNTER_BYTES = 16  # before the partials: how many blocks of `total_kernel` are done
 
 
@@ -45,6 +45,7 @@ class Plan:
     - logits, labels: dtypes.
     - channels: of the logits; one is scored as two classes.
     - power: P sums score**power.
+    - gamma: H sums (1 - score)**gamma (-log score); None for no such sum.
     - voxels: neighbouring ones of a thread, read together; 1 where they are not side by side.
     - lanes: of a warp, that share a voxel's channels.
     """
@@ -53,6 +54,7 @@ class Plan:
     labels: str
     channels: int
     power: int = 1
+    gamma: float | None = None
     voxels: int = 1
     lanes: int = 1
 
@@ -62,14 +64,19 @@ class Plan:
         return max(2, self.channels)
 
     @property
+    def sums(self) -> int:
+        """K of the statistics: I, P, Y and, if it is asked for, H."""
+        return 3 if self.gamma is None else 4
+
+    @property
     def share(self) -> int:
         """The most channels of one lane."""
         return -(-self.channels // self.lanes)
 
     @property
     def columns(self) -> int:
-        """Numbers of a block's partial: I, P and Y of every class, and the bad labels."""
-        return 3 * self.classes + BAD
+        """Numbers of a block's partial: the sums of every class, and the bad labels."""
+        return self.sums * self.classes + BAD
 
     @property
     def step(self) -> int:
@@ -85,6 +92,7 @@ class Plan:
 LANE_CLASSES, MORE = 16, 20  # that a lane has at most; from so many lanes on a few more
 MORE_LANES = 8
 HELD = 40  # words of scores of a thread: of more the compiler leaves loops, and arrays in memory
+FOCAL_CLASSES = 2  # whose scores stand for what it unrolls besides where gamma is above 0
 MAX_CHANNELS = 1024  # whose share of a lane still fits in them
 WORD_BYTES = 16  # of the widest load
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
@@ -95,7 +103,9 @@ ARGUMENTS = dict.fromkeys(OF_VOXELS, "21q") | dict.fromkeys(OF_TOTALS, "13q9d")
 ENTRY = "kernel"  # the name of every one in its cubin
 
 
-def plan(logits: str, labels: str, channels: int, power: int, side_by_side: int) -> Plan:
+def plan(
+    logits: str, labels: str, channels: int, power: int, gamma: float | None, side_by_side: int
+) -> Plan:
     """The plan for logits and labels of these dtypes.
 
     `side_by_side`: so many voxels, a power of two, can be read and written as whole words.
@@ -103,11 +113,12 @@ def plan(logits: str, labels: str, channels: int, power: int, side_by_side: int)
     itemsize, lanes = ITEMSIZE[logits], 1
     while lanes < WARP and channels > lanes * (LANE_CLASSES if lanes < MORE_LANES else MORE):
         lanes *= 2
-    held = -(-max(2, channels) // lanes) * max(1, itemsize // 4)  # words, of each voxel
+    share = -(-max(2, channels) // lanes) + (FOCAL_CLASSES if gamma else 0)
+    held = share * max(1, itemsize // 4)  # words, of each voxel
     voxels = min(side_by_side, WORD_BYTES // itemsize)
     while voxels > 1 and held * voxels > HELD:
         voxels //= 2
-    return Plan(logits, labels, channels, power, voxels, lanes)
+    return Plan(logits, labels, channels, power, gamma, voxels, lanes)
 
 
 def voxel_kernel(made_for: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
@@ -116,7 +127,7 @@ def voxel_kernel(made_for: Plan, gradient: bool, ops: Any) -> Callable[..., None
     Arguments, integers but for the flags:
 
     - addresses of x, of y, and of out: counter and partials, (samples, runs, columns), or gradient;
-    - addresses of the cotangent, (3, samples, classes) float64, and of what each sample's is
+    - addresses of the cotangent, (K, samples, classes) float64, and of what each sample's is
       multiplied by, if `scaled`, and the byte stride of that;
     - samples, runs of a sample, voxels of a run and of a sample;
     - byte strides of x for sample, channel and voxel, of y for sample and voxel, of the gradient as
@@ -128,21 +139,23 @@ def voxel_kernel(made_for: Plan, gradient: bool, ops: Any) -> Callable[..., None
     load_real, store_grad, store_real = ops.load_real, ops.store_grad, ops.store_real
     store_int, power, power_slope = ops.store_int, ops.power, ops.power_slope
     exp, reciprocal, shuffle, label_type = ops.exp, ops.reciprocal, ops.shuffle, ops.label
-    larger = ops.larger
+    larger, log, focus, focus_slope = ops.larger, ops.log, ops.focus, ops.focus_slope
     V, LANES, CLASSES, GRADIENT = made_for.voxels, made_for.lanes, made_for.classes, gradient
+    ENTROPY, FOCAL = made_for.gamma is not None, bool(made_for.gamma)
+    LOG = FOCAL or (ENTROPY and not GRADIENT)  # -log s of a voxel's class is needed
     # A single channel has a class before it, whose logit is 0.
     BACKGROUND = CLASSES - made_for.channels
     SHARE = made_for.share + BACKGROUND
     FULL = CLASSES - (LANES - 1) * SHARE  # so many classes every lane has
     HELD, STEP, COLUMNS = SHARE * V, made_for.step, made_for.columns
-    FACTORS = 2 * CLASSES
+    FACTORS = (made_for.sums - 1) * CLASSES  # the cotangent but for Y's
     TABLES = WARPS  # of sums in shared memory, which the warps share if they are large
     while TABLES > 1 and TABLES * COLUMNS * ops.size > TABLE_BYTES:
         TABLES //= 2
     TURNS, TABLE = WARPS // TABLES, TABLES * COLUMNS
     SHUFFLES, WARP_SHUFFLES = LANES.bit_length() - 1, WARP.bit_length() - 1
     MASK, LARGEST, SIZE = 0xFFFFFFFF, ops.largest, ops.size
-    LOWEST = float("-inf")
+    LOWEST, SMALLEST = float("-inf"), ops.smallest
 
     def kernel(  # type: ignore[no-untyped-def]
         x,
@@ -173,12 +186,15 @@ def voxel_kernel(made_for: Plan, gradient: bool, ops: Any) -> Callable[..., None
         own = thread % int32(LANES) * int32(SHARE)  # the first of this lane's classes
         ignore, harmless = label_type(ignore), label_type(harmless)
         score = cuda.local.array(HELD, real)
+        if LOG:
+            own_logit = cuda.local.array(V, real)
         if GRADIENT:
             factor = cuda.shared.array(FACTORS, real)
             c = thread
             while c < int32(FACTORS):
                 k = c // int32(CLASSES)
-                entry = (int64(k) * samples + sample) * int64(CLASSES) + int64(
+                row = k + k // int32(2) if ENTROPY else k  # Y's has no part in it
+                entry = (int64(row) * samples + sample) * int64(CLASSES) + int64(
                     c - k * int32(CLASSES)
                 )
                 value = load_double(cotangent, entry * int64(8))[0]
@@ -196,11 +212,15 @@ def voxel_kernel(made_for: Plan, gradient: bool, ops: Any) -> Callable[..., None
             intersection = cuda.local.array(SHARE, real)
             pred_sum = cuda.local.array(SHARE, real)
             target_sum = cuda.local.array(SHARE, real)
+            if ENTROPY:
+                entropy_sum = cuda.local.array(SHARE, real)
             bad = int32(0)
             for c in range(SHARE):
                 intersection[c] = real(0)
                 pred_sum[c] = real(0)
                 target_sum[c] = real(0)
+                if ENTROPY:
+                    entropy_sum[c] = real(0)
 
         first = (block - sample * runs) * run
         stop = min(first + run, voxels)
@@ -223,6 +243,15 @@ def voxel_kernel(made_for: Plan, gradient: bool, ops: Any) -> Callable[..., None
                     for j in range(V):
                         score[c * V + j] = real(LOWEST)
 
+            if LOG:  # in a loop of its own, or the compiler would not unroll the next
+                for j in range(V):
+                    logit = real(0)
+                    for c in range(SHARE):
+                        if int32(labels[j]) - own == int32(c):
+                            logit = score[c * V + j]
+                    for k in range(SHUFFLES):
+                        logit += shuffle(MASK, logit, 1 << k)
+                    own_logit[j] = logit
             for j in range(V):
                 top = score[j]
                 for c in range(1, SHARE):
@@ -234,6 +263,9 @@ def voxel_kernel(made_for: Plan, gradient: bool, ops: Any) -> Callable[..., None
                         far = score[c * V + j] - real(LARGEST)
                         score[c * V + j] = real(0) if far > real(0) else far
                     top = real(0)
+                    if LOG:
+                        infinite = own_logit[j] > real(LARGEST)
+                        own_logit[j] = real(0) if infinite else real(LOWEST)
                 total = real(-0.0)  # to which the first is added by doing nothing
                 for c in range(SHARE):
                     e = exp(score[c * V + j] - top)
@@ -243,12 +275,20 @@ def voxel_kernel(made_for: Plan, gradient: bool, ops: Any) -> Callable[..., None
                     total += shuffle(MASK, total, 1 << k)
                 part = reciprocal(total)
 
+                if LOG:
+                    below = own_logit[j] - top
+                    entropy = log(total) - below  # finite where s is 0
+                if FOCAL:  # 1 - s, above 0, of which every power is finite
+                    e = exp(below)
+                    rest = larger((total - e) * part, real(SMALLEST))
+
                 label = labels[j]
                 known = (label >= label_type(0)) & (label < label_type(CLASSES))
                 counted = inside & known & (label != ignore)
                 own_label = int32(label) - own
                 if GRADIENT:
-                    of_label = factor[int32(label) if known else int32(0)]
+                    index = int32(label) if known else int32(0)
+                    of_label = factor[index]
                     dot = real(0)
                     for c in range(SHARE):
                         s = score[c * V + j] * part
@@ -258,18 +298,31 @@ def voxel_kernel(made_for: Plan, gradient: bool, ops: Any) -> Callable[..., None
                             dot += s * of_label
                     for k in range(SHUFFLES):
                         dot += shuffle(MASK, dot, 1 << k)
+                    if ENTROPY:
+                        of_entropy = factor[int32(2 * CLASSES) + index]
+                        if FOCAL:
+                            product = e * part * entropy if e > real(0) else real(0)
+                            of_entropy *= focus(rest) + focus_slope(rest) * product
+                        dot -= of_entropy
                     for c in range(BACKGROUND, SHARE):
                         s = score[c * V + j]
                         slope = of_pred[c] * power_slope(s) - dot
                         if own_label == int32(c):
                             slope += of_label
-                        score[c * V + j] = s * slope if counted else real(0)
+                        dx = s * slope
+                        if ENTROPY and own_label == int32(c):
+                            dx -= of_entropy
+                        score[c * V + j] = dx if counted else real(0)
                 elif counted:
+                    if FOCAL:
+                        entropy *= focus(rest)
                     for c in range(SHARE):
                         s = score[c * V + j] * part
                         if own_label == int32(c):
                             intersection[c] += s
                             target_sum[c] += real(1)
+                            if ENTROPY:
+                                entropy_sum[c] += entropy
                         pred_sum[c] += power(s)
                 elif inside and not known and label != harmless:
                     bad += int32(1)
@@ -289,6 +342,8 @@ def voxel_kernel(made_for: Plan, gradient: bool, ops: Any) -> Callable[..., None
                     intersection[c] += shuffle(MASK, intersection[c], 1 << k)
                     pred_sum[c] += shuffle(MASK, pred_sum[c], 1 << k)
                     target_sum[c] += shuffle(MASK, target_sum[c], 1 << k)
+                    if ENTROPY:
+                        entropy_sum[c] += shuffle(MASK, entropy_sum[c], 1 << k)
             table = cuda.shared.array(TABLE, real)
             column = thread
             while column < int32(TABLE):
@@ -307,6 +362,8 @@ def voxel_kernel(made_for: Plan, gradient: bool, ops: Any) -> Callable[..., None
                             table[at_class] += intersection[c]
                             table[int32(CLASSES) + at_class] += pred_sum[c]
                             table[int32(2 * CLASSES) + at_class] += target_sum[c]
+                            if ENTROPY:
+                                table[int32(3 * CLASSES) + at_class] += entropy_sum[c]
             cuda.syncthreads()
             column = thread
             while column < int32(COLUMNS):
@@ -322,14 +379,14 @@ def voxel_kernel(made_for: Plan, gradient: bool, ops: Any) -> Callable[..., None
     return kernel
 
 
-def total_kernel(loss: bool, ops: Any) -> Callable[..., None]:
+def total_kernel(made_for: Plan, loss: bool, ops: Any) -> Callable[..., None]:
     """Adds the partials of every run in order, in float64: sums, NaN where a sample has bad labels.
-    With `loss`, its last block goes on to a loss of them and the derivative of that.
+    With `loss`, its last block goes on to a loss of I, P and Y and the derivative of that.
 
     A block is a sample's next WARP columns, its warps take the runs in turn. Arguments, integers
     but for what `losses.Dice` has as float64, and the flags:
 
-    - addresses of counter and partials, and of sums, (3, samples, classes) float64;
+    - addresses of counter and partials, and of sums, (K, samples, classes) float64;
     - samples, runs of a sample, classes, blocks of a sample;
     - addresses of the loss, one number or one per sample, of the derivative, like sums, and of
       the classes' weights, (classes,) float64;
@@ -342,7 +399,7 @@ def total_kernel(loss: bool, ops: Any) -> Callable[..., None]:
     load_real, store_real, load_fresh = ops.load_real, ops.store_real, ops.load_fresh
     load_double, store_double, count_up = ops.load_double, ops.store_double, ops.count_up
     divide, real, shuffle, SIZE, LOSS = ops.divide, ops.real, ops.shuffle, ops.size, loss
-    NAN, INFINITY = float("nan"), float("inf")
+    SUMS, NAN, INFINITY = made_for.sums, float("nan"), float("inf")
     MASK, WARP_SHUFFLES = 0xFFFFFFFF, WARP.bit_length() - 1
 
     def kernel(  # type: ignore[no-untyped-def]
@@ -374,7 +431,7 @@ def total_kernel(loss: bool, ops: Any) -> Callable[..., None]:
         block = int64(cuda.blockIdx.x)
         sample = block // groups
         column = (block - sample * groups) * int64(WARP) + int64(lane)
-        columns = int64(3) * classes + int64(BAD)
+        columns = int64(SUMS) * classes + int64(BAD)
         numbers = cuda.shared.array(THREADS, float64)
         flags = cuda.shared.array(1, int32)
         bad, total = float64(0), float64(0)
@@ -477,4 +534,4 @@ def kernel(kind: str, made_for: Plan, ops: Any) -> Callable[..., None]:
     """The kernel of this kind, of KINDS."""
     if kind in OF_VOXELS:
         return voxel_kernel(made_for, kind == "gradient", ops)
-    return total_kernel(kind == "loss", ops)
+    return total_kernel(made_for, kind == "loss", ops)

@@ -18,7 +18,8 @@ def statistics(logits: Any, labels: Any, sums: Any, spec: Any, threads: int) -> 
     t = v.target
     rows = [v.score * t, np.where(v.counted, v.score, 0) ** spec.power, t]
     if spec.gamma is not None:
-        rows.append(np.where(t > 0, t * _rest(v.entropy) ** spec.gamma * v.entropy, 0))
+        own = np.where(t > 0, v.entropy, 0)  # of the others it may be infinite
+        rows.append(t * _rest(own) ** spec.gamma * own)
     if spec.smoothing:
         rows.append(v.entropy)
     if spec.binary_gamma is not None:
@@ -124,6 +125,7 @@ def _voxels(logits: Any, labels: Any, spec: Any) -> Voxels:
         others = softmax.copy()  # than the largest, which is 1
         np.put_along_axis(others, x.argmax(1, keepdims=True), 0, axis=1)
         entropy = np.log1p(others.sum(1, keepdims=True)) - below
+        entropy = np.where(top == -np.inf, np.nan, entropy)
         softmax = softmax / softmax.sum(1, keepdims=True)
     softmax, entropy = (np.where(any_counted, numbers, 0) for numbers in (softmax, entropy))
     score = {"softmax": softmax, "sigmoid": np.exp(-_softplus(-x)), "none": x}[spec.activation]

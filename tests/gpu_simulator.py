@@ -195,6 +195,7 @@ def uninitialised(shape, dtype):
 def operations(plan, cuda):
     """The kernels' operations."""
     real = np.float64 if plan.logits == "float64" else np.float32
+    gamma = plan.gamma or 0.0
     label = np.int64 if plan.labels.endswith("64") else np.int32
 
     def load(dtype, count, to):
@@ -232,14 +233,18 @@ def operations(plan, cuda):
         store_int=store("int32"),
         count_up=count_up,
         exp=lambda x: real(np.exp(x)),
+        log=lambda x: real(np.log(x)),
         power=lambda x: real(x**plan.power),
         power_slope=lambda x: real(plan.power * x ** (plan.power - 1)),
+        focus=lambda x: real(x**gamma),
+        focus_slope=lambda x: real(gamma * x ** (gamma - 1)),
         divide=lambda a, b: a / b,
         reciprocal=lambda x: real(1) / x,
         label=label,
         larger=lambda a, b: b if np.isnan(a) or b > a else a,
         shuffle=cuda.shuffle,
         largest=float(np.finfo(real).max),
+        smallest=float(np.finfo(real).smallest_normal),
         size=np.dtype(real).itemsize,
     )
 

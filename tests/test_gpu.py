@@ -1,6 +1,7 @@
 """Arrays on a GPU through the public functions, the kernels running in a simulator."""
 
 import gpu_simulator
+import naive
 import numpy as np
 import pytest
 import torch
@@ -9,7 +10,7 @@ from gpu_simulator import DeviceArray, Kernel
 
 import dice_core
 import dice_core.torch
-from dice_core import _gpu, backends, buffers
+from dice_core import _gpu, backends, buffers, losses
 from dice_core.torch import dice_loss
 
 
@@ -112,6 +113,19 @@ def test_statistics_of_tiles_add_up():
     assert_close(grad.host, expected_grad, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("gamma", [0, 2])
+def test_statistics_with_the_cross_entropy(gamma):
+    x, y = example(2, 3, 5, 8)
+    on_gpu = DeviceArray.holding(x), DeviceArray.holding(y)
+    found = dice_core.statistics(*on_gpu, gamma=gamma)
+    assert Kernel.launched == ("statistics", "total")
+    expected = dice_core.statistics(x, y, gamma=gamma, backend="reference")
+    assert isinstance(found.cross_entropy_sum, DeviceArray)
+    assert_close(found.sums.host, expected.sums, rtol=1e-6, atol=0)
+    grad = found.gradient(*on_gpu, smooth=1)
+    assert_close(grad.host, dice_core.loss_and_grad(x, y, smooth=1)[1], rtol=1e-5, atol=1e-7)
+
+
 class TestBadLabels:
     def tensors(self):
         x, y = example(2, 3, 4, 5)
@@ -190,7 +204,8 @@ def test_a_library_that_orders_nothing_is_waited_for(monkeypatch, ordered):
     assert waits == ([] if ordered else ["loss", "gradient", "total"])
 
 
-def test_precompile_loads_what_is_launched(monkeypatch):
+@pytest.mark.parametrize("gamma", [None, 2])
+def test_precompile_loads_what_is_launched(monkeypatch, gamma):
     loaded = set()
 
     class Recorded(Kernel):
@@ -200,11 +215,15 @@ def test_precompile_loads_what_is_launched(monkeypatch):
 
     monkeypatch.setattr(_gpu, "_kernel", Recorded)
     x, y = map(DeviceArray.holding, example(2, 3, 4, 8, dtype="float16"))
-    dice_core.precompile(x, y, p=2)
+    if gamma is None:
+        dice_core.precompile(x, y, p=2)
+    else:
+        dice_core.precompile(x, y, loss=losses.Dice(p=2) + losses.Focal(gamma=gamma))
     assert Kernel.launched == ()
     ready = set(loaded)
-    dice_core.loss_and_grad(x, y, p=2)
-    dice_core.statistics(x, y, p=2)
+    if gamma is None:
+        dice_core.loss_and_grad(x, y, p=2)
+    dice_core.statistics(x, y, p=2, gamma=gamma).gradient(x, y)
     assert ready == loaded
 
 
@@ -269,6 +288,21 @@ def test_torch_by_the_general_path(torch_gpu):
     grad = dice_core.loss_and_grad(x, y, weight=[1, 1, 1])[1]
     assert_close(logits.grad.numpy(), grad, rtol=1e-5, atol=1e-7)
     assert weight.grad is not None
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_torch_differentiates_the_cross_entropy(torch_gpu, gamma):
+    x, y = map(torch.from_numpy, example(2, 3, 5, 8, dtype="float64"))
+    loss = []
+    for statistics in (dice_core.torch.statistics, naive.statistics):
+        x = x.detach().requires_grad_()
+        i, p, t, h = statistics(x, y.long(), gamma=gamma)
+        loss.append((i / (p + t)).mean() + h.sum() / t.sum())
+        loss[-1].backward()
+        loss.append(x.grad)
+    assert Kernel.launched == ("statistics", "total", "gradient")
+    assert_close(loss[0].detach(), loss[2].detach(), rtol=1e-13)
+    assert_close(loss[1], loss[3], rtol=1e-11, atol=1e-14)
 
 
 def test_torch_checks_labels_where_that_is_asked_for(torch_gpu):

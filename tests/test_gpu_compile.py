@@ -20,8 +20,9 @@ NVDISASM = next(Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/nvdisasm*
 HOPPER = (9, 0)
 ASSEMBLED_WELL = re.compile(r"\b0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads")
 
-# kernel, logits, labels, channels, p -> at most so many registers, instructions per score in the
-# loop over voxels. That loop also has what runs only for infinite logits and bad labels.
+# kernel, logits, labels, channels, p and, where H is summed, gamma -> at most so many registers,
+# instructions per score in the loop over voxels. That loop also has what runs only for infinite
+# logits and bad labels.
 COSTS = {
     ("statistics", "float16", "uint8", 1, 1): (56, 25),
     ("statistics", "float16", "uint8", 2, 1): (64, 27),
@@ -49,6 +50,27 @@ COSTS = {
     ("gradient", "float64", "int64", 5, 1): (112, None),
     ("total", "float32", "uint8", 1, 1): (112, None),
     ("loss", "float32", "uint8", 1, 1): (128, None),
+    ("statistics", "float16", "uint8", 1, 1, 0.0): (64, 37),
+    ("statistics", "float16", "uint8", 2, 1, 2.0): (88, 43),
+    ("statistics", "float16", "uint8", 4, 1, 0.0): (104, 30),
+    ("statistics", "float16", "uint8", 4, 1, 2.0): (88, 33),
+    ("statistics", "bfloat16", "int16", 5, 2, 0.5): (80, 34),
+    ("statistics", "float32", "int64", 14, 1, 0.0): (152, 26),
+    ("statistics", "float16", "uint8", 20, 1, 2.0): (128, 31),
+    ("statistics", "float16", "uint8", 150, 1, 0.0): (192, 30),
+    ("statistics", "float64", "int64", 5, 1, 2.0): (152, None),
+    ("gradient", "float16", "uint8", 1, 1, 2.0): (88, 45),
+    ("gradient", "bfloat16", "uint8", 2, 1, 0.0): (72, 32),
+    ("gradient", "float16", "int8", 3, 2, 2.0): (112, 50),
+    ("gradient", "float16", "uint8", 4, 1, 0.0): (88, 29),
+    ("gradient", "float16", "uint8", 4, 1, 2.0): (88, 41),
+    ("gradient", "float16", "int64", 5, 2, 0.5): (96, 47),
+    ("gradient", "float32", "int64", 14, 1, 0.0): (104, 29),
+    ("gradient", "bfloat16", "uint8", 20, 1, 2.0): (112, 34),
+    ("gradient", "float16", "uint8", 150, 1, 0.0): (136, 31),
+    ("gradient", "float16", "uint8", 512, 1, 2.0): (144, 36),
+    ("gradient", "float64", "int64", 5, 1, 2.0): (120, None),
+    ("total", "float32", "uint8", 1, 1, 0.0): (112, None),
 }
 
 
@@ -88,8 +110,8 @@ def disassembled(cubin, folder):
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def plan(logits, labels, channels, p):
-    return _gpu_kernels.plan(logits, labels, channels, p, _gpu_kernels.WORD_BYTES)
+def plan(logits, labels, channels, p, gamma=None):
+    return _gpu_kernels.plan(logits, labels, channels, p, gamma, _gpu_kernels.WORD_BYTES)
 
 
 @pytest.mark.parametrize("case", COSTS, ids=lambda case: "-".join(map(str, case)))
@@ -112,9 +134,9 @@ def test_numbers_stay_in_registers_and_words_are_wide(case, tmp_path):
     elif made_for.logits != "float64":
         assert not made.count("(DADD|DMUL|DFMA)")
     if made_for.logits != "float64":
-        # The loop over voxels is the smallest with an exponential for every score.
+        # The loop over voxels is the smallest with an exponential for every score, or more.
         scores = (made_for.share + (made_for.channels == 1)) * made_for.voxels
-        loops = (x for x in made.loops if sum("MUFU.EX2" in text for text in x) == scores)
+        loops = (x for x in made.loops if sum("MUFU.EX2" in text for text in x) >= scores)
         assert len(min(loops, key=len)) / scores <= per_score
 
 

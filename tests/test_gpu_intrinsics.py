@@ -108,6 +108,23 @@ def test_powers(factor, exponent):
     assert number[0] == factor * 1.25**exponent
 
 
+def test_logarithms():
+    log = _gpu_intrinsics.log
+
+    def apply(count, numbers):
+        for i in range(count):
+            numbers[i] = log(numbers[i])
+
+    x = np.concatenate([1 + np.logspace(-7, 0, 50001), np.logspace(-37, 37, 200001)])
+    x = np.append(x, np.nan).astype(np.float32)
+    found = x.copy()
+    on_host(apply, LONG, types.CPointer(types.float32))(len(x), found.ctypes.data)
+    expected = np.log(x.astype(np.float64))
+    error = np.abs(found - expected) / np.spacing(np.abs(expected.astype(np.float32)))
+    assert error[:-1].max() <= 1
+    assert np.isnan(found[-1])
+
+
 def test_the_counter_says_what_it_was():
     count_up = _gpu_intrinsics.count_up
 
@@ -120,8 +137,8 @@ def test_the_counter_says_what_it_was():
     assert (counter[0], before[0]) == (42, 41)
 
 
-def ptx(kind, logits, channels=2, p=1):
-    made_for = _gpu_kernels.plan(logits, "uint8", channels, p, 8)
+def ptx(kind, logits, channels=2, p=1, gamma=None):
+    made_for = _gpu_kernels.plan(logits, "uint8", channels, p, gamma, 8)
     return _gpu_compile.ptx(kind, made_for, (9, 0))
 
 
@@ -149,6 +166,16 @@ class TestInstructionsOfTheGpuAlone:
         assert len(re.findall(r"ex2\.approx\.ftz\.f32 ", text)) == 8
         assert len(re.findall(r"rcp\.approx\.ftz\.f32 ", text)) == 4
         assert "max.f32" in text
+
+    @pytest.mark.parametrize(
+        ("kind", "gamma", "count"),
+        [("statistics", 0.0, 8), ("statistics", 2.0, 12), ("statistics", 0.5, 16),
+         ("gradient", 0.0, 8), ("gradient", 2.0, 12), ("gradient", 0.5, 20)],
+    )  # fmt: skip
+    def test_a_power_takes_exponentials_only_where_gamma_is_not_whole(self, kind, gamma, count):
+        text = ptx(kind, "float32", gamma=gamma)
+        assert len(re.findall(r"ex2\.approx\.ftz\.f32 ", text)) == count
+        assert "lg2" not in text
 
     def test_the_last_block_sees_what_the_others_wrote(self):
         text = _gpu_compile.ptx("loss", _gpu_kernels.Plan("float32", "uint8", 1), (9, 0))

@@ -27,7 +27,7 @@ def example(logits, labels, channels, voxels, samples=2):
     x = (rng.standard_normal((samples, channels, voxels)) * 3).astype(dtype_of(logits))
     classes = min(max(2, channels), 2 if labels == "bool" else 127)
     y = rng.integers(0, classes, (samples, voxels)).astype(labels)
-    return x, y, rng.standard_normal((3, samples, max(2, channels)))
+    return x, y, rng.standard_normal((4, samples, max(2, channels)))
 
 
 def on_gpu(array, name="array"):
@@ -40,23 +40,25 @@ def nothing(at, shape=None, dtype="float64"):
     return buffers.of(buffers.empty(at.logits, shape, dtype), "new")
 
 
-def call(x, y, p, ignore):
-    return spec.call(on_gpu(x), on_gpu(y), p=p, ignore_label=ignore)
+def call(x, y, p, ignore, gamma=None):
+    return spec.call(on_gpu(x), on_gpu(y), p=p, ignore_label=ignore, gamma=gamma)
 
 
-def run(x, y, cotangent, p=1, ignore=None, scale=None):
-    """(sums, gradient) of the kernels."""
-    at = call(x, y, p, ignore)
+def run(x, y, cotangent, p=1, ignore=None, gamma=None, scale=None):
+    """(sums, gradient) of the kernels, for as much of the cotangent as there are sums."""
+    at = call(x, y, p, ignore, gamma)
     sums, grad = nothing(at), on_gpu(np.full_like(x, np.nan))
     assert _gpu.statistics(at.logits, at.labels, sums, at.spec, 1) == 0
-    cotangent, scale = on_gpu(cotangent), None if scale is None else on_gpu(scale)
+    cotangent = on_gpu(cotangent[: len(at.spec.statistics)])
+    scale = None if scale is None else on_gpu(scale)
     assert _gpu.gradient(at.logits, at.labels, cotangent, grad, at.spec, 1, scale) == 0
     return sums.owner.host, grad.owner.host
 
 
-def expected(x, y, cotangent, p, ignore):
+def expected(x, y, cotangent, p=1, ignore=None, gamma=None):
     x = x.astype(np.float64)
-    at = spec.call(buffers.of(x, "x"), buffers.of(y, "y"), p=p, ignore_label=ignore)
+    at = spec.call(buffers.of(x, "x"), buffers.of(y, "y"), p=p, ignore_label=ignore, gamma=gamma)
+    cotangent = cotangent[: len(at.spec.statistics)]
     sums, grad = np.empty(at.sums_shape), np.empty_like(x)
     _reference.statistics(at.logits, at.labels, buffers.of(sums, "sums"), at.spec, 1)
     _reference.gradient(
@@ -87,6 +89,20 @@ CASES = {
     "channels_last": ("float32", "uint8", 5, 700, {"channels_last": True}),
     "channels_last_lanes": ("float16", "int64", 40, 130, {"channels_last": True}),
     "one_voxel": ("float32", "uint8", 3, 1, {}),
+    "entropy_sigmoid": ("float16", "bool", 1, 1024, {"gamma": 0.0}),
+    "entropy_two": ("bfloat16", "uint8", 2, 600, {"gamma": 0.0, "ignore": 255}),
+    "entropy_double": ("float64", "int32", 5, 512, {"gamma": 0.0, "p": 2}),
+    "entropy_eight_lanes": ("float32", "int8", 105, 96, {"gamma": 0.0, "ignore": -1}),
+    "root_sigmoid": ("float32", "uint8", 1, 700, {"gamma": 0.5, "ignore": 255}),
+    "root_two": ("float64", "int64", 2, 300, {"gamma": 0.5}),
+    "root_five": ("float16", "int16", 5, 600, {"gamma": 0.5, "p": 2, "ignore": -1}),
+    "root_lanes": ("bfloat16", "uint8", 20, 512, {"gamma": 0.5}),
+    "focal_sigmoid": ("float64", "bool", 1, 300, {"gamma": 2.0}),
+    "focal_two": ("float32", "int64", 2, 701, {"gamma": 2.0}),
+    "focal_five": ("bfloat16", "uint8", 5, 700, {"gamma": 2.0, "channels_last": True}),
+    "focal_lanes": ("float32", "uint32", 20, 260, {"gamma": 2.0, "ignore": 2**32 - 1}),
+    "focal_eight_lanes": ("float16", "uint8", 105, 96, {"gamma": 2.0, "p": 3}),
+    "focal_all_lanes": ("float64", "int16", 600, 10, {"gamma": 1.0}),
 }
 
 
@@ -108,15 +124,16 @@ def laid_out(x, y, channels_last=False, offset=0, broadcast=False):
 )
 def test_against_the_reference(logits, labels, channels, voxels, options):
     layout = dict(options)
-    p, ignore = layout.pop("p", 1), layout.pop("ignore", None)
+    numbers = layout.pop("p", 1), layout.pop("ignore", None), layout.pop("gamma", None)
     x, y, cotangent = example(logits, labels, channels, voxels)
+    ignore = numbers[1]
     if ignore is not None:
         ignored = np.random.default_rng(1).random(y.shape) < 0.2
         y[ignored] = ignore
         x[np.broadcast_to(ignored[:, None], x.shape)] = np.nan
     x, y = laid_out(x, y, **layout)
-    sums, grad = run(x, y, cotangent, p, ignore)
-    true_sums, true_grad = expected(x, y, cotangent, p, ignore)
+    sums, grad = run(x, y, cotangent, *numbers)
+    true_sums, true_grad = expected(x, y, cotangent, *numbers)
     assert_close(sums, true_sums, rtol=RTOL[logits], atol=RTOL[logits])
     scale = np.abs(true_grad).max()
     assert_close(grad.astype(np.float64), true_grad, rtol=GRAD[logits], atol=GRAD[logits] * scale)
@@ -138,13 +155,15 @@ def test_voxels_are_read_together_as_far_as_they_lie_on_whole_words(
     assert job.plan.voxels == expected
 
 
-def test_same_bits_in_any_order_of_threads_and_blocks(monkeypatch):
+@pytest.mark.parametrize("gamma", [None, 2.0])
+def test_same_bits_in_any_order_of_threads_and_blocks(monkeypatch, gamma):
     gpu_simulator.install(monkeypatch, warps=8)  # as on a GPU
     x, y, cotangent = example("float32", "uint8", 20, 512)
-    sums, grad = run(x, y, cotangent)
-    true_sums, _ = expected(x, y, cotangent, 1, None)
+    sums, grad = run(x, y, cotangent, gamma=gamma)
+    true_sums, _ = expected(x, y, cotangent, gamma=gamma)
     assert_close(sums, true_sums, rtol=RTOL["float32"], atol=RTOL["float32"])
-    other_sums, other_grad = run(x, y, cotangent)  # the simulator shuffles every launch anew
+    # The simulator shuffles every launch anew.
+    other_sums, other_grad = run(x, y, cotangent, gamma=gamma)
     assert_same_bits(other_sums, sums)
     assert_same_bits(other_grad, grad)
 
@@ -160,8 +179,8 @@ def test_arrays_between_others_are_read_and_written_as_they_lie(what):
         labels = DeviceArray.holding(wide[1])[:, :1024]
         labels.host[...] = y
         at = spec.call(at.logits, buffers.of(labels, "y"), p=1, ignore_label=None)
-    _gpu.gradient(at.logits, at.labels, on_gpu(cotangent), grad, at.spec, 1)
-    _, true_grad = expected(x, y, cotangent, 1, None)
+    _gpu.gradient(at.logits, at.labels, on_gpu(cotangent[:3]), grad, at.spec, 1)
+    _, true_grad = expected(x, y, cotangent)
     atol = GRAD["float16"] * np.abs(true_grad).max()
     got = grad.owner.host.astype(np.float64)
     assert_close(got, true_grad, rtol=GRAD["float16"], atol=atol)
@@ -174,7 +193,7 @@ def test_arrays_between_others_are_read_and_written_as_they_lie(what):
 def test_how_many_blocks_there_are(monkeypatch, channels, voxels, blocks):
     for name, value in (("THREADS", 256), ("ROUNDS", 64), ("BLOCKS", 1024)):
         monkeypatch.setattr(_gpu_kernels, name, value)
-    plan = _gpu_kernels.plan("float16", "uint8", channels, 1, 8)
+    plan = _gpu_kernels.plan("float16", "uint8", channels, 1, None, 8)
     assert -(-voxels // plan.run(1, voxels)) == blocks
 
 
@@ -191,7 +210,7 @@ def test_a_scale_multiplies_the_cotangent(each):
     if each == "alike":
         scale = np.broadcast_to(np.float32(7), 2)
     _, grad = run(x, y, cotangent, scale=scale)
-    _, true_grad = expected(x, y, cotangent * scale[..., None], 1, None)
+    _, true_grad = expected(x, y, cotangent * scale[..., None])
     atol = GRAD["float16"] * np.abs(true_grad).max()
     assert_close(grad.astype(np.float64), true_grad, rtol=GRAD["float16"], atol=atol)
 
@@ -236,10 +255,11 @@ def test_nothing_to_sum(shape, reduction):
     np.testing.assert_array_equal(value.owner.host, dice(np.zeros(at.sums_shape)))
 
 
-def test_bad_labels_make_their_sample_nan():
+@pytest.mark.parametrize("gamma", [None, 0.0, 0.5, 2.0])
+def test_bad_labels_make_their_sample_nan(gamma):
     x, y, cotangent = example("float32", "int64", 3, 600)
     y[1, [5, 99]] = -7, 2**40
-    sums, grad = run(x, y, cotangent)
+    sums, grad = run(x, y, cotangent, gamma=gamma)
     assert np.isnan(sums[:, 1]).all()
     assert not np.isnan(sums[:, 0]).any()
     assert not grad[1, :, [5, 99]].any()
@@ -263,6 +283,58 @@ def test_infinities_are_as_in_the_limit():
         np.testing.assert_array_equal(sums[1, 0], scores)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize(
+    ("logits", "channels"), [("float16", 1), ("float32", 5), ("float64", 3), ("float32", 33)]
+)
+def test_logits_of_any_size_have_a_finite_entropy(logits, channels, gamma):
+    x, y, cotangent = example(logits, "uint8", channels, 260)
+    x = (x * (1000 if logits == "float16" else 1e4)).astype(x.dtype)
+    sums, grad = run(x, y, cotangent, gamma=gamma)
+    true_sums, true_grad = expected(x, y, cotangent, gamma=gamma)
+    assert np.isfinite(true_sums).all()
+    assert true_sums[3].max() > 1e4
+    assert_close(sums, true_sums, rtol=RTOL[logits], atol=RTOL[logits])
+    scale = np.abs(true_grad).max()
+    assert_close(grad.astype(np.float64), true_grad, rtol=GRAD[logits], atol=GRAD[logits] * scale)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("channels", [1, 3, 40])
+def test_the_entropy_of_infinities_is_as_in_the_limit(channels, gamma):
+    """One voxel is +inf at one of the last two classes, one at both, one -inf at the last, one all
+    -inf, one NaN at the first; its label is each class in turn.
+    """
+    last = slice(-1, None) if channels == 1 else slice(-2, None)
+    x = np.random.default_rng(1).standard_normal((1, channels, 5)).astype(np.float32)
+    x[0, -1, 0], x[0, last, 1], x[0, -1, 2], x[0, :, 3] = np.inf, np.inf, -np.inf, -np.inf
+    x[0, 0, 4] = np.nan
+    x[0, -1, 4] = np.nan if channels == 1 else np.inf
+    for label, voxel in itertools.product({0, max(2, channels) - 1}, range(x.shape[2])):
+        y, one = np.full((1, 1), label, np.uint8), x[..., voxel : voxel + 1]
+        cotangent = example("float32", "uint8", channels, 1, samples=1)[2]
+        sums, grad = run(one, y, cotangent, gamma=gamma)
+        true_sums, true_grad = expected(one, y, cotangent, gamma=gamma)
+        what = f"label {label} of voxel {voxel}"
+        assert_close(sums[3], true_sums[3], rtol=1e-6, atol=1e-6, what=what)
+        assert_close(grad, true_grad, rtol=2e-6, atol=2e-6, what=what)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("channels", [1, 4])
+def test_sure_scores_have_their_entropy(channels, gamma):
+    """Each voxel is surer than the one before, up to a score that float32 takes for 1."""
+    x = np.zeros((22, channels, 1), np.float32)
+    x[:, -1, 0] = np.arange(22)
+    y = np.full((22, 1), max(2, channels) - 1, np.uint8)
+    cotangent = np.zeros((4, 22, max(2, channels)))
+    cotangent[3] = 1
+    sums, grad = run(x, y, cotangent, gamma=gamma)
+    true_sums, true_grad = expected(x, y, cotangent, gamma=gamma)
+    assert_close(sums[3], true_sums[3], rtol=3e-7, atol=1e-7)
+    assert_close(grad, true_grad, rtol=3e-7, atol=2e-7)
+
+
 class Faults:
     """Operations with one fault, which a comparison must find."""
 
@@ -275,6 +347,14 @@ class Faults:
         ops.shuffle = lambda mask, value, distance: value * 0
 
     @staticmethod
+    def coarse(ops):
+        ops.log = lambda x, log=ops.log: np.float32(np.float16(log(x)))
+
+    @staticmethod
+    def unfocused(ops):
+        ops.focus_slope = lambda x: x
+
+    @staticmethod
     def unread(ops):
         ops.load_labels = lambda address, at: (np.int64(0),) * 4
 
@@ -283,7 +363,7 @@ class Faults:
         ops.load_logits = lambda address, at, load=ops.load_logits: load(address, at + 16)
 
 
-@pytest.mark.parametrize("fault", ["half", "lonely", "unread", "beyond"])
+@pytest.mark.parametrize("fault", [name for name in vars(Faults) if name[0] != "_"])
 def test_the_comparison_bites(monkeypatch, fault):
     def broken(plan, cuda, whole=gpu_simulator.operations):
         ops = whole(plan, cuda)
@@ -292,4 +372,4 @@ def test_the_comparison_bites(monkeypatch, fault):
 
     monkeypatch.setattr(gpu_simulator, "operations", broken)
     with pytest.raises(AssertionError):
-        test_against_the_reference("float32", "uint8", 4, 512, {})
+        test_against_the_reference("float32", "uint8", 4, 512, {"gamma": 2.0})

@@ -26,6 +26,7 @@ from dice_core.torch import dice_loss, statistics
 pytestmark = pytest.mark.gpu
 
 CHANNELS = (1, 2, 3, 4, 5, 8, 16, 17, 20, 33, 105, 150, 1000)
+GAMMAS = (None, 0.0, 0.5, 1.0, 2.0)
 VOXELS = ((1,), (7,), (255,), (16, 16, 16), (3, 17, 23), (4099,), (8, 40))
 
 
@@ -38,17 +39,18 @@ def channels_by_dtypes():
         labels = LABELS[2 + i % 6 if wide else i % 8]
         ignore = (None, 127, 1)[i % 3] if labels.startswith("u") else (None, -1)[i % 2]
         layout = tuple(LAYOUTS)[i // 2 % 3]
-        yield Volume(
-            channels, VOXELS[i % 7], logits, labels, (1, 2, 1, 1, 3)[i % 5], ignore, layout
-        )
+        p, gamma = (1, 2, 1, 1, 3)[i % 5], GAMMAS[i // 3 % 5]
+        yield Volume(channels, VOXELS[i % 7], logits, labels, p, gamma, ignore, layout)
 
 
 def sweeps():
-    """Every dtype of labels, every shape in every layout."""
+    """Every dtype of labels, shape in every layout, gamma with every dtype of logits."""
     for i, labels in enumerate(LABELS):
         yield Volume(2, (16, 17), LOGITS[i % 4], labels, ignore=(None, 1)[i % 2])
     for voxels, layout in itertools.product(VOXELS, LAYOUTS):
         yield Volume(5, voxels, "float16", layout=layout)
+    for gamma, logits in itertools.product(GAMMAS[1:], LOGITS):
+        yield Volume(4, (4099,), logits, gamma=gamma)
 
 
 @pytest.mark.parametrize("volume", [*channels_by_dtypes(), *sweeps()], ids=str)
@@ -107,6 +109,30 @@ def test_next_to_nothing(shape):
         assert_gradient(grad, expected_grad)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0])  # of a root autograd makes NaN there
+@pytest.mark.parametrize("channels", [1, 4, 33])
+def test_scores_of_0_have_an_entropy(channels, gamma):
+    x, y = Volume(channels, (33, 37)).tensors()
+    x = (1e4 * x).requires_grad_()
+    sums = torch.stack(statistics(x, y, gamma=gamma))
+    cotangent = torch.ones_like(sums)
+    (grad,) = torch.autograd.grad(sums, x, cotangent)
+    expected, expected_grad = true_sums(x, y, cotangent, gamma=gamma)
+    assert expected.isfinite().all()
+    assert_sums(sums, expected, x.dtype)
+    assert_gradient(grad, expected_grad)
+
+
+@pytest.mark.parametrize("gamma", GAMMAS[1:])
+@pytest.mark.parametrize("label", [0, 3])
+def test_the_entropy_of_infinities_is_as_in_the_limit(label, gamma):
+    x, y = torch.zeros(5, 4, 1), torch.full((5, 1), label)
+    x[0, 3], x[1, 2:], x[2, 3], x[3], x[4, 1] = math.inf, math.inf, -math.inf, -math.inf, math.nan
+    found = statistics(x.to(DEVICE), y.to(DEVICE), gamma=gamma)[3]
+    expected = statistics(x.double(), y, gamma=gamma, backend="reference")[3]
+    assert_sums(found, expected, x.dtype)
+
+
 # ---- what must not count -----------------------------------------------------------------------
 
 
@@ -116,11 +142,17 @@ def test_next_to_nothing(shape):
 def test_logits_of_ignored_voxels_are_of_no_account(channels, logits, poison):
     x, y = Volume(channels, (33, 37), logits, "int8", ignore=-1).tensors()
     ignored = (y == -1)[:, None].expand_as(x)
-    loss, grad = dice_core.loss_and_grad(x, y)
-    poisoned_loss, poisoned_grad = dice_core.loss_and_grad(x.masked_fill(ignored, poison), y)
-    assert_same_bits(poisoned_loss, loss, "loss")
-    assert_same_bits(poisoned_grad, grad, "gradient")
-    assert not poisoned_grad[ignored].any()
+    found = []
+    for each in (x, x.masked_fill(ignored, poison)):
+        loss, grad = dice_core.loss_and_grad(each, y)
+        each.requires_grad_()
+        sums = torch.stack(statistics(each, y, gamma=2.0))
+        (of_sums,) = torch.autograd.grad(sums.sum(), each)
+        found.append({"loss": loss, "gradient": grad, "sums": sums, "their gradient": of_sums})
+        assert not grad[ignored].any()
+        assert not of_sums[ignored].any()
+    for what, expected in found[0].items():
+        assert_same_bits(found[1][what], expected, what)
 
 
 @pytest.mark.parametrize("channels", [1, 4, 33])

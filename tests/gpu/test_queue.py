@@ -192,12 +192,15 @@ def test_a_graphed_module():
 
 PRECOMPILE = """
 import os, torch, dice_core, dice_core.torch
+from dice_core.losses import Dice, Focal
 x = torch.randn(1, 6, 40, 41, device="cuda", dtype=torch.float16)
 y = torch.zeros(1, 40, 41, device="cuda", dtype=torch.int16)
 dice_core.precompile(x, y, p=2)
+dice_core.precompile(x, y, loss=Dice(p=2) + Focal(gamma=2))
 before = sorted(os.listdir(os.environ["DICE_CORE_CACHE_DIR"]))
 dice_core.torch.dice_loss(x.requires_grad_(), y, p=2).backward()
 sum(dice_core.torch.statistics(x, y, p=2)).sum().backward()
+sum(dice_core.torch.statistics(x, y, p=2, gamma=2)).sum().backward()
 after = sorted(os.listdir(os.environ["DICE_CORE_CACHE_DIR"]))
 assert before, "nothing was kept"
 assert after == before, "a call compiled more"

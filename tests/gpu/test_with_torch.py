@@ -20,14 +20,8 @@ from dice_core.torch import DiceLoss, dice_loss, statistics
 
 pytestmark = pytest.mark.gpu
 
-OPTIONS = (
-    1,
-    -1,
-    None,
-    None,
-    None,
-    None,
-)  # p, ignore_label, gamma, backend, num_threads, check_labels
+# activation, p, ignore_label, gamma, smoothing, binary_gamma, backend, num_threads, check_labels
+OPTIONS = ("softmax", 1, -1, 2.0, False, None, None, None, None)
 
 
 # ---- autograd ----------------------------------------------------------------------------------
@@ -39,7 +33,7 @@ def test_operators_are_well_formed(name):
     if name == "statistics":
         operator, inputs = torch.ops.dice_core.statistics, (x.requires_grad_(), y)
     else:
-        cotangent = torch.rand(3, 2, 3, dtype=torch.float64, device=DEVICE)
+        cotangent = torch.rand(4, 2, 3, dtype=torch.float64, device=DEVICE)
         operator, inputs = torch.ops.dice_core.statistics_grad, (x, y, cotangent)
     torch.library.opcheck(operator.default, (*inputs, *OPTIONS))
 

@@ -44,20 +44,23 @@ class Volume:
     logits: str = "float32"
     labels: str = "uint8"
     p: int = 1
+    gamma: float | None = None
     ignore: int | None = None  # a fifth of the voxels have this label
     layout: str = "first"
 
     def __str__(self):
         ignore = "" if self.ignore is None else f"-ignore{self.ignore}"
+        gamma = "" if self.gamma is None else f"-gamma{self.gamma:g}"
         voxels = "x".join(map(str, self.voxels))
         return (
-            f"{self.channels}x{voxels}-{self.logits}-{self.labels}-{self.layout}-p{self.p}{ignore}"
+            f"{self.channels}x{voxels}-{self.logits}-{self.labels}-{self.layout}"
+            f"-p{self.p}{gamma}{ignore}"
         )
 
     @property
     def options(self):
-        """Of the statistics and of the loss."""
-        return {"p": self.p, "ignore_label": self.ignore}
+        """Of the statistics."""
+        return {"p": self.p, "gamma": self.gamma, "ignore_label": self.ignore}
 
     def tensors(self, seed=0):
         """x and y."""
@@ -79,7 +82,7 @@ def on_host(x, y):
 
 
 def true_sums(x, y, cotangent, **options):
-    """(3, N, C) statistics and their vector-Jacobian product."""
+    """(K, N, C) statistics and their vector-Jacobian product."""
     x, y = on_host(x, y)
     sums = torch.stack(naive.statistics(x, y, **options))
     return sums.detach(), torch.autograd.grad(sums, x, cotangent.cpu())[0]
