@@ -14,7 +14,7 @@ from layouts import LAYOUTS
 import dice_core
 import dice_core.torch
 from dice_core import spec
-from dice_core.losses import TERMS, CrossEntropy, Dice, Focal, Tversky
+from dice_core.losses import TERMS, CrossEntropy, Dice, Focal, SigmoidFocal, Tversky
 
 REDUCTIONS = spec.REDUCTIONS
 LABELS = ("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
@@ -132,16 +132,17 @@ def test_finite_differences(reduction, channels):
 
 def naive_loss(term, x, y, ignore_label=-1):
     """A term of the naive code's sums, with autograd."""
-    needs = term.needs
-    options = {"p": needs.get("power", 1), "gamma": needs.get("gamma")}
+    options = {spec.OPTIONS[field]: value for field, value in term.needs.items()}
     sums = torch.stack(naive.statistics(x, y, ignore_label=ignore_label, **options))
-    names = (*spec.STATISTICS, spec.CROSS_ENTROPY)[: len(sums)]
+    names = spec.asked(**options).statistics
     return term.with_weights(torch.as_tensor)(sums, names)
 
 
 COMPOUNDS = {
     "dice-ce": Dice(smooth=1) + 0.5 * CrossEntropy(),
     "weighted": Dice(weight=[1, 2, 3, 4], p=2, ignore_channel=0) + Focal(weight=[1, 2, 3, 4]),
+    "smoothed": Dice() + CrossEntropy(label_smoothing=0.1, weight=[1, 2, 3, 4]),
+    "dice-focal": Dice(smooth=1) + SigmoidFocal(alpha=0.3),
     "per sample": Tversky(reduction="none") + CrossEntropy(pool="none", reduction="none"),
     "per class": Dice(reduction="classes", smooth=1),
 }

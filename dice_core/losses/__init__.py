@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import spec
-from .entropy import CrossEntropy, Focal
+from .entropy import BinaryCrossEntropy, CrossEntropy, Entropy, Focal, SigmoidFocal
 from .overlap import (
     MCC,
     Dice,
@@ -34,8 +34,10 @@ from .terms import Ratio, Sum, Sums, Term, assign, times
 __all__ = [
     "MCC",
     "TERMS",
+    "BinaryCrossEntropy",
     "CrossEntropy",
     "Dice",
+    "Entropy",
     "Entry",
     "Focal",
     "FocalTversky",
@@ -45,6 +47,7 @@ __all__ = [
     "LogDice",
     "Overlap",
     "Ratio",
+    "SigmoidFocal",
     "Sum",
     "Sums",
     "Term",
@@ -66,8 +69,8 @@ class Entry(NamedTuple):
     @property
     def statistics(self) -> str:
         """The sums that it needs, by letter."""
-        needs = self.term().needs
-        return ", ".join([*("IPY" if "power" in needs else "Y"), *("H" * ("gamma" in needs))])
+        letters = {"power": "I, P", "gamma": "H", "binary_gamma": "B+, B-"}
+        return ", ".join([*(letters[field] for field in self.term().needs), "Y"])
 
 
 TERMS = (
@@ -110,7 +113,9 @@ TERMS = (
         "MONAI MCCLoss, SMP MCCLoss",
     ),
     Entry(CrossEntropy, "sum w H / sum w Y", "torch", "torch CrossEntropyLoss"),
-    Entry(Focal, "sum w H / sum Y", "Lin et al., 2017", "MONAI FocalLoss(use_softmax=True)"),
+    Entry(Focal, "sum w H / V", "Lin et al., 2017", "MONAI FocalLoss(use_softmax=True)"),
+    Entry(BinaryCrossEntropy, "sum w (u B+ + B-) / (C V)", "torch", "torch BCEWithLogitsLoss"),
+    Entry(SigmoidFocal, "sum w (B+ + B-) / (C V)", "Lin et al., 2017", "MONAI FocalLoss"),
 )
 
 

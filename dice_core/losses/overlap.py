@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import spec
-from .terms import Array, Ratio, Settings, Sums, assign, namespace
+from .terms import Array, Ratio, Settings, Sums, assign, ignored, left_out, namespace
 
 POOLS = ("none", "batch", "classes", "all")
 ABSENT = ("count", "skip", "zero", "one")
@@ -69,15 +69,11 @@ class Overlap(Settings):
             smooth = tuple(map(spec.smoothing, smooth))
         else:
             smooth = spec.smoothing(smooth)
-        channels = self.ignore_channel
-        several = isinstance(channels, (tuple, list, set, frozenset, range))
         assign(
             self,
             p=spec.power(self.p),
             smooth=smooth,
-            ignore_channel=tuple(map(spec.channel, channels))
-            if several
-            else spec.channel(channels),
+            ignore_channel=ignored(self.ignore_channel),
             floor=spec.number(self.floor, "floor"),
         )
 
@@ -111,14 +107,9 @@ class Overlap(Settings):
 
     def _kept(self, like: Array) -> Array | None:
         """(C,): 0 for the classes left out, 1 for the others; None if all are kept."""
-        channels, classes = self.ignore_channel, like.shape[1]
-        if channels == -1:
+        if self.ignore_channel == -1:
             return None
-        out = [
-            c
-            for c in (channels if isinstance(channels, tuple) else (channels,))
-            if 0 <= c < classes
-        ]
+        out = left_out(self.ignore_channel, like.shape[1])
         if not out:
             return None
         kept = namespace(like).ones_like(like.sum(0))

@@ -6,7 +6,7 @@ import copy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -225,25 +225,32 @@ class Settings(Term):
     weight: Any = None
     reduction: str = "mean"
 
+    arrays: ClassVar[tuple[str, ...]] = ("weight",)  # settings that are (C,) numbers
+
     def __post_init__(self) -> None:
-        if self.weight is not None and not hasattr(self.weight, "requires_grad"):
-            assign(self, weight=spec.weights(self.weight))
+        for name in self.arrays:
+            value = getattr(self, name)
+            if value is not None and not hasattr(value, "requires_grad"):
+                assign(self, **{name: spec.weights(value)})
         spec.one_of(self.reduction, "reduction", REDUCTIONS)
 
     def check(self, classes: int) -> None:
-        if self.weight is not None:
-            spec.check_weight(self.weight, classes)
+        for weight in self.weights:
+            spec.check_weight(weight, classes)
 
     @property
     def weights(self) -> tuple[Any, ...]:
-        return () if self.weight is None else (self.weight,)
+        given = (getattr(self, name) for name in self.arrays)
+        return tuple(value for value in given if value is not None)
 
     def with_weights(self: Self, convert: Callable[[Any], Any]) -> Self:
-        weight = self.weights
-        if not weight:
+        if not self.weights:
             return self
         other = copy.copy(self)  # what else it has was checked
-        assign(other, weight=convert(*weight))
+        for name in type(self).arrays:  # type: ignore[attr-defined]
+            value = getattr(self, name)
+            if value is not None:
+                assign(other, **{name: convert(value)})
         return other
 
     def __repr__(self) -> str:
@@ -256,6 +263,19 @@ class Settings(Term):
                 value = value.tolist() if hasattr(value, "tolist") else value
                 given.append(f"{field.name}={value!r}")
         return f"{self.name}({', '.join(given)})"
+
+
+def left_out(channels: Any, classes: int) -> list[int]:
+    """Of the ignored channels, one or several, those that there are."""
+    several = channels if isinstance(channels, tuple) else (channels,)
+    return [channel for channel in several if 0 <= channel < classes]
+
+
+def ignored(channels: Any) -> Any:
+    """An ignore_channel, or several as a tuple, checked."""
+    if isinstance(channels, (tuple, list, set, frozenset, range)):
+        return tuple(map(spec.channel, channels))
+    return spec.channel(channels)
 
 
 def assign(term: Any, **values: Any) -> None:
