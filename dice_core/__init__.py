@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import losses
-from .api import Statistics, loss, loss_and_grad, precompile, statistics
+from .api import Score, Statistics, loss, loss_and_grad, precompile, score, statistics
 from .backends import BackendError
 
 if TYPE_CHECKING:
@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "BackendError",
+    "Score",
     "Statistics",
     "loss",
     "loss_and_grad",
     "losses",
     "precompile",
+    "score",
     "statistics",
     "torch",
 ]

@@ -149,7 +149,7 @@ _TARGETS = {
         "uint8 int8 uint16 int16 uint32 int32 uint64 int64 float32 float64 float16 bfloat16".split()
     )
 } | {"bool": 0}
-_ACTIVATIONS = {"softmax": 0, "sigmoid": 1, "none": 2}
+_ACTIVATIONS = {"softmax": 0, "sigmoid": 1, "none": 2, "argmax": 3, "threshold": 4}
 
 _DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
 
@@ -182,7 +182,7 @@ cdef struct Problem:
     double gamma
     Py_ssize_t whole_gamma  # or 0
     bint plain  # nothing of what follows
-    int activation  # softmax, sigmoid, none
+    int activation  # softmax, sigmoid, none, argmax, threshold
     bint dense  # labels are how much of each class,
     int target_dtype
     double ignore_target
@@ -1012,11 +1012,13 @@ cdef inline vec score_of(const Problem *q, vec v, vec softmax, vec *slope) noexc
     """The score of a logit v, and its derivative for v if it is of this logit alone."""
     cdef vec nought, e
     zero(&nought)
-    if q.activation == 0:
+    if q.activation == 0 or q.activation == 3:
         return softmax
     slope[0] = nought + 1
     if q.activation == 2:
         return v
+    if q.activation == 4:
+        return where(less(nought, v), nought + 1)
     e = faint_exp(v)
     v = sigmoid(v, e)
     slope[0] = e / ((e + 1) * (e + 1))
@@ -1086,7 +1088,7 @@ cdef void sum_more(
         for i in range(lines * VECTORS):
             t = target_of(q, target + c * e_row + i, label[i], which, &left_out)
             v = logit_of(q, x + i * lanes(scale), row, c, t)
-            if q.activation == 0 or q.entropy:
+            if q.activation == 0 or q.activation == 3 or q.entropy:
                 softmax = e[c * e_row + i] * scale[i]
             s = score_of(q, v, softmax, &slope)
             total[0] = total[0] + unless(left_out, t * s)
@@ -1188,6 +1190,29 @@ cdef void grad_more(
                 which = which + 1
 
 
+cdef void decide(
+    const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label, vec *e, vec *scale
+) noexcept nogil:
+    """Scores 1 for the largest logit, the first of equals, 0 for the others."""
+    cdef vec nought, top, found, which, larger, v
+    cdef Py_ssize_t c, i, e_row = q.block // lanes(scale)
+    zero(&nought)
+    for i in range(lines * VECTORS):
+        top = logit_of(q, x + i * lanes(scale), row, 0, nought)
+        found = which = nought
+        for c in range(1, q.classes):
+            which = which + 1
+            v = logit_of(q, x + i * lanes(scale), row, c, nought)
+            larger = less(top, v)
+            top = unless(larger, top) + where(larger, v)
+            found = unless(larger, found) + where(larger, which)
+        which = nought
+        for c in range(q.classes):
+            e[c * e_row + i] = where(equal(found, which), nought + 1)
+            which = which + 1
+        scale[i] = unless(less(label[i], nought), nought + 1)
+
+
 cdef void run_more(
     const Problem *q, const Scratch *t, const logit *x, Py_ssize_t x_row, Py_ssize_t lines, const vec *label,
     vec *e, logit *grad, Py_ssize_t grad_row,
@@ -1196,7 +1221,9 @@ cdef void run_more(
     cdef vec *scale = <vec *>t.scale
     cdef vec *target = <vec *>t.targets
     cdef vec *pivot = <vec *>t.pivot
-    if q.activation == 0 or q.entropy or q.smoothing:
+    if q.activation == 3:
+        decide(q, x, x_row, lines, label, e, scale)
+    elif q.activation == 0 or q.entropy or q.smoothing:
         if q.channels == 1 and q.classes == 2:
             score_few(q, x, x_row, lines, label, e, scale, 2)
         elif q.channels == 1:

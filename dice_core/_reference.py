@@ -98,7 +98,7 @@ class Voxels(NamedTuple):
 def _voxels(logits: Any, labels: Any, spec: Any) -> Voxels:
     x = np.asarray(logits).astype(np.float64)
     x = x.reshape(*x.shape[:2], -1) if x.size else x.reshape(*x.shape[:2], 0)
-    single = spec.activation == "softmax" and x.shape[1] == 1
+    single = spec.classes(x.shape[1]) != x.shape[1]
     y = np.asarray(labels)
     y = y.view(np.uint8) if y.dtype == bool else y  # bool does not compare with every integer
     y = y.reshape(x.shape if spec.dense else (x.shape[0], 1, x.shape[2]))
@@ -128,7 +128,13 @@ def _voxels(logits: Any, labels: Any, spec: Any) -> Voxels:
         entropy = np.where(top == -np.inf, np.nan, entropy)
         softmax = softmax / softmax.sum(1, keepdims=True)
     softmax, entropy = (np.where(any_counted, numbers, 0) for numbers in (softmax, entropy))
-    score = {"softmax": softmax, "sigmoid": np.exp(-_softplus(-x)), "none": x}[spec.activation]
+    score = {
+        "softmax": softmax,
+        "sigmoid": np.exp(-_softplus(-x)),
+        "none": x,
+        "argmax": x.argmax(1, keepdims=True) == np.arange(x.shape[1]).reshape(1, -1, 1),
+        "threshold": x > 0,
+    }[spec.activation].astype(np.float64)
     binary = np.concatenate([-x[:, 1:], x[:, 1:]], axis=1) if single else x
     counted = np.broadcast_to(counted, x.shape)
     return Voxels(score, softmax, entropy, binary, target, counted, any_counted, bad, single)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -198,6 +198,51 @@ def statistics(
     kernels, count = backends.select(at.signature, backend), threads.resolve(num_threads)
     sums = _sums(at, kernels, count, check_labels)
     return Statistics(sums, at.spec, at.logits.dtype, backend, num_threads)
+
+
+class Score(NamedTuple):
+    """How well decisions fit labels, (N, C) each, NaN for a class in neither."""
+
+    dice: Array
+    iou: Array
+
+
+def score(
+    x: Any,
+    y: Any,
+    *,
+    ignore_label: int | None = -1,
+    pool: bool = False,
+    activation: str = "softmax",
+    backend: str | None = None,
+    num_threads: int | None = None,
+) -> Score:
+    """The Dice and IoU (Jaccard index) of each class, of what the logits decide for.
+
+    Replaces, without allocating anything of x's or y's size::
+
+        decided = x.argmax(1)
+        i = ((decided == c) & (y == c) & (y != ignore_label)).sum()
+        dice_c = 2 * i / ((decided == c).sum() + (y == c).sum())  # over what is not ignored
+        iou_c = i / ((decided == c).sum() + (y == c).sum() - i)
+
+    With activation "sigmoid" each channel decides by itself, for logits above 0. `pool` adds the
+    samples' counts first, for arrays (1, C). See `loss` for the other arguments. In host memory
+    alone.
+    """
+    spec.one_of(activation, "activation", spec.ACTIVATIONS)
+    asked = spec.Spec(spec.HARD[activation], 1, spec.label(ignore_label))
+    at = _summed(x, y, asked)
+    kernels, count = backends.select(at.signature, backend), threads.resolve(num_threads)
+    return scores(buffers.to_host(buffers.of(_sums(at, kernels, count, None), "sums")), pool)
+
+
+def scores(sums: Array, pool: bool = False) -> Score:
+    """Dice and IoU of sums (K, N, C) of decisions."""
+    both, decided, there = sums[:3].sum(1, keepdims=True) if pool else sums[:3]
+    total = decided + there
+    with np.errstate(invalid="ignore"):
+        return Score(2 * both / total, both / (total - both))
 
 
 def precompile(

@@ -20,6 +20,7 @@ SMOOTHING = "smoothing_sum"
 BINARY = ("positive_sum", "negative_sum")
 VOXELS = "voxel_sum"
 ACTIVATIONS = ("softmax", "sigmoid", "none")
+HARD = {"softmax": "argmax", "sigmoid": "threshold", "none": "threshold"}  # what they decide for
 # A Spec's fields, as callers call them.
 OPTIONS = {
     "activation": "activation",
@@ -38,7 +39,8 @@ class Spec:
     """What a kernel sums over the voxels of a call.
 
     - activation: scores are "softmax" over the channels, a single one being the second of two whose
-      first is 0; "sigmoid" of each channel; "none", the logits themselves.
+      first is 0; "sigmoid" of each channel; "none", the logits themselves. Or decisions, without a
+      gradient: "argmax" scores the largest 1, the first of equals, and "threshold" logits above 0.
     - power: P sums score**power.
     - ignore_label: voxels so labelled contribute to nothing; None for no such label. Of dense
       targets it is each channel's own.
@@ -83,7 +85,7 @@ class Spec:
 
     def classes(self, channels: int) -> int:
         """How many classes so many channels score."""
-        return max(2, channels) if self.activation == "softmax" else channels
+        return max(2, channels) if self.activation in ("softmax", "argmax") else channels
 
     def sums_shape(self, x: Sequence[int]) -> tuple[int, int, int]:
         """(K, N, C) of the statistics of logits (N, channels, *)."""
@@ -195,8 +197,9 @@ def of_shapes(x: Sequence[int], y: Sequence[int], spec: Spec) -> Spec:
     """
     x, y = tuple(x), tuple(y)
     check_shapes(x, y)
-    dense = y == x and (x[1] > 1 or spec.activation != "softmax")
-    if not dense and spec.activation != "softmax" and x[1] == 1:
+    one_class = x[1] == 1 and spec.classes(1) == 1
+    dense = y == x and (x[1] > 1 or one_class)
+    if one_class and not dense:
         raise ValueError(
             f"y must have x's shape {x} for a single channel of activation {spec.activation!r}, "
             f"got {y}"

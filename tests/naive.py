@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch.nn.functional import softplus
+from torch.nn.functional import one_hot, softplus
 
 
 def statistics(
@@ -46,6 +46,23 @@ def statistics(
         sums.append(t * (1 - b) ** binary_gamma * softplus(-logit))
         sums.append(m * (1 - t) * b**binary_gamma * softplus(logit))
     return tuple(term.sum(2) for term in (*sums, *([m] if dense else [])))
+
+
+def score(x, y, *, ignore_label=-1, activation="softmax"):
+    """Dice and IoU, (N, C), of decisions; y are class indices, or like x."""
+    if activation != "softmax":
+        decided = (x > 0).flatten(2)
+    else:
+        if x.shape[1] == 1:
+            x = torch.cat([torch.zeros_like(x), x], 1)
+        decided = one_hot(x.argmax(1).flatten(1), x.shape[1]).movedim(-1, 1).bool()
+    y = y.reshape(decided.shape) if y.numel() == decided.numel() else y.reshape(len(x), 1, -1)
+    counted = all_but(ignore_label, y)
+    dense = y.shape == decided.shape
+    there = y == 1 if dense else y == torch.arange(decided.shape[1]).reshape(1, -1, 1)
+    both = (decided & there & counted).sum(2).double()
+    total = (decided & counted).sum(2) + (there & counted).sum(2)
+    return 2 * both / total, both / (total - both)
 
 
 def all_but(label, y):

@@ -205,6 +205,54 @@ def test_terms_of_tiles(term):
     assert_close(np.concatenate(grads, -1), grad, rtol=1e-11, atol=1e-15)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("channels", [1, 2, 5])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("ignore_label", [-1, 1])
+def test_score(backend, channels, activation, ignore_label):
+    rng = np.random.default_rng(0)
+    x = np.round(rng.standard_normal((3, channels, 9, 13)), 1).astype("float32")  # with equals
+    y = rng.integers(0, max(2, channels), (3, 9, 13))
+    if activation == "sigmoid":
+        y = rng.integers(0, 2, x.shape)
+    expected = naive.score(
+        torch.tensor(x), torch.tensor(y), ignore_label=ignore_label, activation=activation
+    )
+    options = {"ignore_label": ignore_label, "activation": activation}
+    score = dice_core.score(x, y, **options, backend=backend)
+    assert_close(score.dice, expected[0], rtol=1e-15)
+    assert_close(score.iou, expected[1], rtol=1e-15)
+    flat = np.moveaxis(x, 0, 1).reshape(1, channels, -1)
+    labels = (
+        np.moveaxis(y, 0, 1).reshape(1, channels, -1) if y.shape == x.shape else y.reshape(1, -1)
+    )
+    pooled = dice_core.score(x, y, **options, backend=backend, pool=True)
+    of_all = dice_core.score(flat, labels, **options, backend=backend)
+    assert_close(pooled.dice, of_all.dice, rtol=1e-15)
+    assert_close(pooled.iou, of_all.iou, rtol=1e-15)
+
+
+@pytest.mark.parametrize("iou", [False, True])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_score_of_batches(iou, per_sample):
+    rng = np.random.default_rng(1)
+    x = torch.tensor(rng.standard_normal((4, 3, 50)), requires_grad=True)
+    y = torch.tensor(rng.integers(0, 2, (4, 50)))  # no label is 2
+    with torch.no_grad():
+        x[1:, 2] = -9
+    score = dice_core.torch.DiceScore(iou=iou, per_sample=per_sample)
+    with pytest.raises(RuntimeError, match="called before update"):
+        score.compute()
+    score.update(x[:3], y[:3])
+    last = score(x[3:], y[3:])
+    whole = dice_core.score(x.detach(), y, pool=not per_sample)[iou]
+    alone = dice_core.score(x[3:].detach(), y[3:])[iou]
+    assert_close(score.compute(), np.nanmean(whole, axis=0), rtol=1e-14)
+    assert_close(last, alone[0], rtol=1e-14)
+    score.reset()
+    assert score.total is None
+
+
 def test_one_channel_s_cross_entropy_is_binary():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 1, 50, dtype=torch.float64, generator=generator)

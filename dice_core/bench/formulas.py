@@ -45,6 +45,18 @@ def dice_and_cross_entropy(x: Tensor, y: Tensor) -> Tensor:
     return dice(x, y) + entropy
 
 
+def negative_dice_and_cross_entropy(x: Tensor, y: Tensor) -> Tensor:
+    """`dice_and_cross_entropy` less 1: nnU-Net's DC_and_CE_loss."""
+    return dice_and_cross_entropy(x, y) - 1
+
+
+def dice_and_focal(x: Tensor, y: Tensor) -> Tensor:
+    """`dice` plus the focal loss of each channel's sigmoid, gamma = 2: MONAI's DiceFocalLoss."""
+    target = _one_hot(x, y)
+    entropy = F.binary_cross_entropy_with_logits(x, target, reduction="none")
+    return dice(x, y) + ((1 - (-entropy).exp()) ** 2 * entropy).mean()
+
+
 def _dice(x: Tensor, target: Tensor, batch: bool = False) -> Tensor:
     score = x.sigmoid() if x.shape[1] == 1 else x.softmax(1)
     axes = [0, *range(2, x.ndim)] if batch else [*range(2, x.ndim)]

@@ -137,12 +137,31 @@ def _ours(channels: int) -> Loss:
     return partial(dice_loss, **_options(channels))
 
 
+def _ours_and_entropy(channels: int) -> Loss:
+    from ..losses import CrossEntropy
+
+    return _compound(channels, CrossEntropy())
+
+
+def _ours_and_focal(channels: int) -> Loss:
+    from ..losses import SigmoidFocal
+
+    return _compound(channels, SigmoidFocal(ignore_channel=0 if channels == 1 else -1))
+
+
+def _compound(channels: int, other: Any) -> Loss:
+    from ..losses import Dice
+    from ..torch import Loss as Module
+
+    return Module(Dice(**_options(channels)) + other)
+
+
 def _monai(channels: int, name: str = "DiceLoss") -> Loss:
     import monai.losses
 
     one = channels == 1
     loss = getattr(monai.losses, name)(sigmoid=one, softmax=not one, to_onehot_y=not one)
-    if one and name == "DiceCELoss":  # its binary cross-entropy takes no integers
+    if one and name != "DiceLoss":  # its binary cross-entropy takes no integers
         return lambda x, y: loss(x, y.unsqueeze(1).to(x.dtype))
     return lambda x, y: loss(x, y.unsqueeze(1))
 
@@ -153,6 +172,18 @@ def _nnunet(channels: int) -> Loss:
 
     activation = torch.sigmoid if channels == 1 else partial(torch.softmax, dim=1)
     return MemoryEfficientSoftDiceLoss(activation, smooth=1e-5, ddp=False)
+
+
+def _nnunet_and_entropy(channels: int) -> Loss:
+    import torch
+    from nnunetv2.training.loss import compound_losses, dice
+
+    if channels == 1:
+        raise ValueError("nnU-Net's DC_and_CE_loss has no sigmoid: softmax over one channel is 1")
+    loss = compound_losses.DC_and_CE_loss(
+        {"smooth": 1e-5, "ddp": False}, {}, dice_class=dice.MemoryEfficientSoftDiceLoss
+    )
+    return lambda x, y: loss(x, y.unsqueeze(1).to(torch.int64))
 
 
 def _smp(channels: int) -> Loss:
@@ -214,6 +245,34 @@ IMPLEMENTATIONS = {
             _MONAI,
             partial(_autograd, partial(_monai, name="DiceCELoss")),
             formula="dice_and_cross_entropy",
+        ),
+        Implementation(
+            "ours-ce",
+            "dice_core, Dice + CrossEntropy",
+            "torch",
+            partial(_autograd, _ours_and_entropy),
+            formula="dice_and_cross_entropy",
+        ),
+        Implementation(
+            "ours-focal",
+            "dice_core, Dice + SigmoidFocal",
+            "torch",
+            partial(_autograd, _ours_and_focal),
+            formula="dice_and_focal",
+        ),
+        Implementation(
+            "monai-focal",
+            "MONAI DiceFocalLoss",
+            _MONAI,
+            partial(_autograd, partial(_monai, name="DiceFocalLoss")),
+            formula="dice_and_focal",
+        ),
+        Implementation(
+            "nnunet-ce",
+            "nnU-Net DC_and_CE_loss",
+            "nnunetv2.training.loss.compound_losses",
+            partial(_autograd, _nnunet_and_entropy),
+            formula="negative_dice_and_cross_entropy",
         ),
         Implementation(
             "nnunet",

@@ -23,6 +23,20 @@ class Speed:
 
 
 @dataclass(frozen=True)
+class Compound:
+    """A step of ours of several losses at once on one case; None for what was not measured."""
+
+    case: str
+    seconds: float | None
+    over_dice: float | None  # our time by that of our Dice alone
+    over_monai: float | None  # MONAI's time by ours
+    over_nnunet: float | None
+    peak: float | None  # in units of the logits' bytes
+    peak_of_monai: float | None
+    peak_of_nnunet: float | None
+
+
+@dataclass(frozen=True)
 class Memory:
     """Peak growth of a step, in units of the logits' bytes."""
 
@@ -67,6 +81,26 @@ def speed(result: CaseResult, quantity: str) -> Speed:
         compiled,
         result.above_floor(ours, what),
         ratio(_of(result, EXACTA, what), seconds),
+    )
+
+
+# what is compared: (ours, MONAI's, nnU-Net's)
+COMPOUNDS = {
+    "Dice + cross-entropy": ("ours-ce", "monai-ce", "nnunet-ce"),
+    "Dice + focal": ("ours-focal", "monai-focal", None),
+}
+
+
+def compound(result: CaseResult, name: str) -> Compound:
+    """A row of one of COMPOUNDS."""
+    ours, *peers = COMPOUNDS[name]
+    seconds = _of(result, ours, "step")
+    return Compound(
+        result.case.name,
+        seconds,
+        ratio(seconds, _of(result, OURS, "step")),
+        *(ratio(_of(result, peer, "step"), seconds) for peer in peers),
+        *(_of(result, each, "peak") for each in (ours, *peers)),
     )
 
 
@@ -115,6 +149,7 @@ def as_json(report: Report) -> dict[str, Any]:
     """The whole run and its summary: dictionaries, lists, numbers, None."""
     results = report.cases.values()
     found = {name: [asdict(speed(r, name)) for r in results] for name in QUANTITIES}
+    found |= {name: [asdict(compound(r, name)) for r in results] for name in COMPOUNDS}
     found["memory"] = [asdict(memory(r)) for r in results]
     found["host"] = [asdict(host(r)) for r in results]
     return asdict(report) | {"summary": found}

@@ -107,6 +107,7 @@ def summaries(report: Report) -> list[Table]:
     """Ours against the peers and the floor; then memory and the host's time; what there is."""
     results = list(report.cases.values())
     tables = [_speeds(results, quantity) for quantity in summary.QUANTITIES]
+    tables += [_compounds(results, name) for name in summary.COMPOUNDS]
     tables += [_memory(results), _hosts(results)]
     return [table for table in tables if any(set(row[1:]) != {"-"} for row in table.rows)]
 
@@ -119,6 +120,18 @@ def _speeds(results: list[CaseResult], quantity: str) -> Table:
         rows.append((row.case, _ms(row.seconds), *map(_times, compared), _number(row.above_floor)))
     header = ("case", "ms", "vs MONAI", "vs compile", "vs exacta", "/ floor")
     return Table(f"dice_core, {quantity}", header, rows).without_empty("vs exacta")
+
+
+def _compounds(results: list[CaseResult], name: str) -> Table:
+    rows = []
+    for result in results:
+        row = summary.compound(result, name)
+        speeds = map(_times, (row.over_dice, row.over_monai, row.over_nnunet))
+        peaks = map(_number, (row.peak, row.peak_of_monai, row.peak_of_nnunet))
+        rows.append((row.case, _ms(row.seconds), *speeds, *peaks))
+    header = ("case", "ms", "of Dice", "vs MONAI", "vs nnU-Net", "peak", "MONAI", "nnU-Net")
+    table = Table(f"dice_core, step of {name}, fresh gradient", header, rows)
+    return table.without_empty("vs nnU-Net").without_empty("nnU-Net")
 
 
 def _memory(results: list[CaseResult]) -> Table:
@@ -147,9 +160,10 @@ def legend(report: Report) -> list[str]:
         "torch.compile of the naive code, of the naive code with ==, and of MONAI's DiceLoss. "
         "'vs' is their time divided by ours, '/ floor' ours divided by the time to read the logits "
         "and labels (forward), and to read the labels again and copy the logits (step).",
-        "All compute the same Dice loss, except that DiceCELoss adds the cross-entropy, nnU-Net's "
-        "lacks the 1 and SMP's is of the whole batch. One channel is a Dice of the foreground "
-        "alone; ours has weight (0, 1) there.",
+        "All compute the same Dice loss, except that nnU-Net's lacks the 1 and SMP's is of the "
+        "whole batch. One channel is a Dice of the foreground alone; ours has weight (0, 1) there. "
+        "Compounds add the mean cross-entropy, or the focal loss of each channel's sigmoid; "
+        "'of Dice' is their time divided by that of our Dice alone.",
     ]
     if "gpu" in report.facts:
         lines.append(
