@@ -697,6 +697,8 @@ cdef inline vec entropy_of(
 cdef inline vec focus(vec rest, double gamma, Py_ssize_t whole) noexcept nogil:
     """rest^gamma, for rest from 0 to 1; `whole` is gamma if that is a small whole number above 0."""
     cdef vec nought, lowest
+    if whole == 2:
+        return rest * rest
     if whole:
         return power(rest, whole)
     zero(&nought)
@@ -992,7 +994,7 @@ cdef inline vec softplus(vec v, vec e) noexcept nogil:
     """log(1 + exp(v)), -log of the sigmoid of -v, e being exp(-|v|)."""
     cdef vec nought
     zero(&nought)
-    return maximum(nought, v) + log(e + 1, nought - e)
+    return maximum(nought, v) + log_of_sum(e)
 
 
 cdef inline vec target_of(
@@ -1092,7 +1094,7 @@ cdef void sum_more(
                 softmax = e[c * e_row + i] * scale[i]
             s = score_of(q, v, softmax, &slope)
             total[0] = total[0] + unless(left_out, t * s)
-            total[1] = total[1] + unless(left_out, power(s, q.power))
+            total[1] = total[1] + unless(left_out, s if q.power == 1 else power(s, q.power))
             total[2] = total[2] + t
             total[7] = total[7] + unless(left_out, nought + 1)
             if q.entropy or q.smoothing:
@@ -1104,6 +1106,13 @@ cdef void sum_more(
             if q.binary:
                 z = nought - logit_of(q, x + i * lanes(scale), row, 1, t) if c < q.classes - q.channels else v
                 u = faint_exp(z)
+                if not q.dense:  # each voxel is in one half
+                    v = less(nought, t)
+                    z = where(v, nought - z) + unless(v, z)
+                    h = focus(sigmoid(z, u), q.binary_gamma, q.whole_binary_gamma) * softplus(z, u)
+                    total[5] = total[5] + where(v, h)
+                    total[6] = total[6] + unless(left_out, unless(v, h))
+                    continue
                 h = focus(sigmoid(nought - z, u), q.binary_gamma, q.whole_binary_gamma) * softplus(nought - z, u)
                 total[5] = total[5] + unless(left_out, where(less(nought, t), t * h))
                 h = focus(sigmoid(z, u), q.binary_gamma, q.whole_binary_gamma) * softplus(z, u)
@@ -1122,6 +1131,30 @@ cdef void sum_more(
         which = which + 1
 
 
+cdef inline vec half_slope(const Problem *q, vec score, vec rest, vec entropy) noexcept nogil:
+    """Minus the derivative of rest^gamma (-log s) for the logit of s: rest^gamma (rest + gamma s (-log s))."""
+    cdef vec bound
+    largest(&bound)
+    entropy = number(&rest, q.binary_gamma) * (score * minimum(bound, entropy))
+    return focus(rest, q.binary_gamma, q.whole_binary_gamma) * (rest + entropy)
+
+
+cdef inline vec binary_slope(const Problem *q, vec z, vec target, vec positive, vec negative) noexcept nogil:
+    """The derivative for the logit z of `positive` times what it adds to B+ and `negative` times what to B-."""
+    cdef vec nought, own, other, e, mask
+    zero(&nought)
+    e = faint_exp(z)
+    if not q.dense:  # each voxel is in one half
+        mask = less(nought, target)
+        z = where(mask, nought - z) + unless(mask, z)
+        z = half_slope(q, sigmoid(nought - z, e), sigmoid(z, e), softplus(z, e))
+        return unless(mask, negative * z) - where(mask, positive * z)
+    own = sigmoid(z, e)
+    other = sigmoid(nought - z, e)
+    negative = negative * (nought + 1 - target) * half_slope(q, other, own, softplus(z, e))
+    return negative - positive * target * half_slope(q, own, other, softplus(nought - z, e))
+
+
 cdef void grad_more(
     const Problem *q, const logit *x, Py_ssize_t x_row, Py_ssize_t lines, const vec *label, const vec *e,
     const vec *scale, const vec *target, const vec *pivot, const char *factors, logit *grad, Py_ssize_t row,
@@ -1130,7 +1163,7 @@ cdef void grad_more(
     cdef vec nought, which, t, s, v, softmax, left_out, h, z, u, slope, factor, d, of_entropy, dot, all_entropy
     cdef vec carried
     cdef Py_ssize_t c, i, e_row = q.block // lanes(scale)
-    cdef int turn
+    cdef int turn, first = 0 if q.activation == 0 or q.entropy or q.smoothing else 1
     cdef const logit *at
     cdef logit *to
     zero(&nought)
@@ -1138,7 +1171,7 @@ cdef void grad_more(
     for i in range(lines * VECTORS):
         at = x + i * lanes(scale)
         dot = all_entropy = carried = nought
-        for turn in range(2):  # what depends on all classes, then the rest
+        for turn in range(first, 2):  # what depends on all classes, then the rest
             to = grad + i * lanes(scale)
             which = nought
             for c in range(q.classes):
@@ -1169,24 +1202,15 @@ cdef void grad_more(
                         s = s + (softmax * all_entropy - of_entropy)
                     if q.binary:
                         z = nought - logit_of(q, at, x_row, 1, t) if c < q.classes - q.channels else v
-                        u = faint_exp(z)
-                        v = sigmoid(z, u)
-                        z = nought - z
-                        h = sigmoid(z, u)
                         spread(&factor, factors, 4 * q.classes + c)
-                        d = focus_slope(softplus(z, u), v, h, q.binary_gamma, q.whole_binary_gamma) * h
-                        s = s - carried - unless(left_out, factor * t * d)
-                        spread(&factor, factors, 5 * q.classes + c)
-                        d = focus_slope(softplus(nought - z, u), h, v, q.binary_gamma, q.whole_binary_gamma) * v
-                        d = unless(left_out, factor * (nought + 1 - t) * d)
-                        s = s + d
+                        spread(&d, factors, 5 * q.classes + c)
+                        z = unless(left_out, binary_slope(q, z, t, factor, d))
+                        s = s + (z - carried)
+                        carried = z  # the logit of the first of two classes is the other's negative
                     if c >= q.classes - q.channels:
                         store(to, s)
                         to += row
-                    elif q.binary:  # the logit of the first of two classes is the other's negative
-                        spread(&factor, factors, 4 * q.classes + c)
-                        z = focus_slope(softplus(z, u), v, h, q.binary_gamma, q.whole_binary_gamma) * h
-                        carried = d - unless(left_out, factor * t * z)
+                        carried = nought
                 which = which + 1
 
 

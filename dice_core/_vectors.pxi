@@ -306,6 +306,23 @@ cdef inline vec log(vec x, vec rest) noexcept nogil:
         return n * LN2 + (r + y)
 
 
+cdef inline vec log_of_sum(vec e) noexcept nogil:
+    """log(1 + e), e from 0 to 1, within 2 ulp."""
+    cdef vec y
+    if vec is f64:
+        return log(e + 1.0, e - e - e)
+    else:
+        y = e * <float>-0.00324400025 + <float>0.0198513493
+        y = y * e - <float>0.0569593236
+        y = y * e + <float>0.106036335
+        y = y * e - <float>0.153055802
+        y = y * e + <float>0.196759343
+        y = y * e - <float>0.249541327
+        y = y * e + <float>0.333299637
+        y = y * e - <float>0.499999017
+        return (y * e + <float>1.0) * e
+
+
 cdef vec power(vec s, Py_ssize_t p) noexcept nogil:
     """s**p for p >= 1, by repeated squaring."""
     cdef vec y
