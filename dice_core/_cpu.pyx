@@ -1160,7 +1160,7 @@ cdef void grad_more(
     const vec *scale, const vec *target, const vec *pivot, const char *factors, logit *grad, Py_ssize_t row,
 ) noexcept nogil:
     """The gradient of all that `sum_more` sums, rows `row` apart; it may overwrite x."""
-    cdef vec nought, which, t, s, v, softmax, left_out, h, z, u, slope, factor, d, of_entropy, dot, all_entropy
+    cdef vec nought, which, t, s, v, softmax, left_out, h, z, slope, factor, d, of_entropy, dot, all_entropy
     cdef vec carried
     cdef Py_ssize_t c, i, e_row = q.block // lanes(scale)
     cdef int turn, first = 0 if q.activation == 0 or q.entropy or q.smoothing else 1

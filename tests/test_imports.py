@@ -63,9 +63,12 @@ IN_BENCH = {
     "memory": set(),
     "processes": set(),
 }
+TRANSLATIONS = {"torch", "losses.__init__", "losses.overlap", "spec", "compat._shared"}
+ARROWS |= {f"compat.{name}": TRANSLATIONS for name in ("monai", "nnunet", "smp")}
+ARROWS |= {"compat.__init__": set(), "compat._shared": set()}
 ARROWS |= {f"bench.{name}": {f"bench.{other}" for other in IN_BENCH[name]} for name in IN_BENCH}
 ARROWS["bench.__main__"] |= {"threads"}
-ARROWS["bench.implementations"] |= {"api", "torch"}
+ARROWS["bench.implementations"] |= {"api", "torch", "losses.__init__"}
 ARROWS["bench.machine"] |= {"backends", "threads"}
 
 
