@@ -19,7 +19,7 @@ reason = "MONAI is not installed: there is nothing to compare with"
 monai = pytest.importorskip("monai", reason=reason)
 theirs = pytest.importorskip("monai.losses", reason=reason)
 
-CONFIGURATIONS = 100  # of each loss
+CONFIGURATIONS = 75  # of each loss
 DTYPES = (torch.float64, torch.float32)
 
 
