@@ -230,7 +230,7 @@ def score(
     samples' counts first, for arrays (1, C). See `loss` for the other arguments. In host memory
     alone.
     """
-    spec.one_of(activation, "activation", spec.ACTIVATIONS)
+    spec.one_of(activation, "activation", tuple(spec.HARD))
     asked = spec.Spec(spec.HARD[activation], 1, spec.label(ignore_label))
     at = _summed(x, y, asked)
     kernels, count = backends.select(at.signature, backend), threads.resolve(num_threads)

@@ -7,8 +7,9 @@ A backend is a module with three functions:
   with the vector-Jacobian product of the statistics and cotangent, (K, N, C);
 - ``unsupported(signature) -> list[str]`` says why it does not take such calls; empty if it does.
 
-Arrays are Buffers, logits (N, C, *), labels (N, *), (K, N, C) contiguous float64 in the order of
-``spec.statistics``. The integers count labels that are neither a class nor the ignore label.
+Arrays are Buffers, logits (N, C, *), labels (N, *) or dense (N, C, *), (K, N, C) contiguous float64
+in the order of ``spec.statistics``. The integers count labels that are neither a class nor the
+ignore label.
 
 It may have ``unavailable() -> list[str]``, why it does not run on this machine. Where reading
 numbers back means waiting for a device it has more:

@@ -20,7 +20,7 @@ SMOOTHING = "smoothing_sum"
 BINARY = ("positive_sum", "negative_sum")
 VOXELS = "voxel_sum"
 ACTIVATIONS = ("softmax", "sigmoid", "none")
-HARD = {"softmax": "argmax", "sigmoid": "threshold", "none": "threshold"}  # what they decide for
+HARD = {"softmax": "argmax", "sigmoid": "threshold"}  # what they decide for
 # A Spec's fields, as callers call them.
 OPTIONS = {
     "activation": "activation",
@@ -104,7 +104,8 @@ class Spec:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Signature:
-    """What a call looks like: how its logits (N, C, *) and labels (N, *) lie, and what to sum.
+    """What a call looks like: how its logits (N, C, *) and labels (N, *), or dense (N, C, *), lie,
+    and what to sum.
 
     Calls that look alike share one.
     """

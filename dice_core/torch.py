@@ -325,7 +325,7 @@ class DiceScore(torch.nn.Module):
         iou: bool = False,
     ) -> None:
         super().__init__()
-        spec.one_of(activation, "activation", spec.ACTIVATIONS)
+        spec.one_of(activation, "activation", tuple(spec.HARD))
         self.ignore_label, self.activation = spec.label(ignore_label), activation
         self.per_sample, self.iou = per_sample, iou
         self.reset()

@@ -42,6 +42,11 @@ def test_the_table_of_losses_is_the_list():
     assert table_of_losses() == re.search(r"<!-- losses -->\n\n(.*?)\n\n<!--", text, re.DOTALL)[1]
 
 
+def test_every_term_names_its_source():
+    for entry in dice_core.losses.TERMS:
+        assert f"Source: {entry.source}." in entry.term.__doc__
+
+
 MODULES = [name for _, name, _ in pkgutil.iter_modules(dice_core.__path__) if name != "__main__"]
 
 

@@ -232,6 +232,13 @@ def test_score(backend, channels, activation, ignore_label):
     assert_close(pooled.iou, of_all.iou, rtol=1e-15)
 
 
+@pytest.mark.parametrize("decide", [dice_core.score, dice_core.torch.DiceScore], ids=["", "torch"])
+def test_scores_that_are_given_have_no_threshold(decide):
+    arrays = (np.zeros((1, 2, 3)), np.zeros((1, 3), int)) if decide is dice_core.score else ()
+    with pytest.raises(ValueError, match="activation must be one of 'softmax', 'sigmoid', got"):
+        decide(*arrays, activation="none")
+
+
 @pytest.mark.parametrize("iou", [False, True])
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_score_of_batches(iou, per_sample):

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import losses
-from ..losses.overlap import _Log
+from ..losses.overlap import LogScore
 from ..torch import loss
 from . import _shared
 
@@ -191,12 +191,12 @@ class TverskyLoss(DiceLoss):
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class _LogTversky(_Log, losses.Tversky):
+class _LogTversky(LogScore, losses.Tversky):
     """-log q of each class's Tversky score q."""
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class _LogFocalTversky(_Log, losses.FocalTversky):
+class _LogFocalTversky(LogScore, losses.FocalTversky):
     """(mean of -log q)^gamma."""
 
 

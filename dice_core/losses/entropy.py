@@ -83,6 +83,8 @@ class CrossEntropy(Entropy):
     - label_smoothing: from 0 to 1, how much of the target is spread over all C classes, with L the
       sum of -log s over all voxels: (1 - e) w_c H_c + e w_c L_c / C in place of w_c H_c.
     - divisor: "weights", sum_c w_c Y_c, as torch has it; "voxels", as many as are counted; "one".
+
+    Source: torch. Settings: `Entropy`.
     """
 
     label_smoothing: float = 0.0
@@ -122,6 +124,8 @@ class Focal(Entropy):
     counted.
 
     - divisor: "voxels", V; "one".
+
+    Source: Lin et al., 2017. Settings: `Entropy`.
     """
 
     gamma: float = 2.0
@@ -153,6 +157,8 @@ class BinaryCrossEntropy(Entropy):
     - pos_weight: (C,) numbers u; None for 1.
     - ignore_channel: the class, or classes, left out, of C too; outside [0, C) without effect.
     - divisor: "voxels", how many are counted times C; "one".
+
+    Source: torch. Settings: `Entropy`.
     """
 
     pos_weight: Any = None
@@ -192,6 +198,8 @@ class SigmoidFocal(BinaryCrossEntropy):
     """`BinaryCrossEntropy` with B+ the sum of (1 - s)^gamma (-log s), B- of s^gamma (-log(1 - s)).
 
     - alpha: B+ counts alpha, B- 1 - alpha, from 0 to 1; None for 1 both.
+
+    Source: Lin et al., 2017. Settings: `Entropy`.
     """
 
     gamma: float = 2.0

@@ -269,7 +269,10 @@ class Overlap(Settings):
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Dice(Overlap):
-    """1 - (2 I + smooth) / (P + Y + smooth)."""
+    """1 - (2 I + smooth) / (P + Y + smooth).
+
+    Source: Milletari et al., V-Net, 2016 (p = 2). Settings: `Overlap`.
+    """
 
     def linear(self, i: Array, p: Array, y: Array) -> tuple[Array, Array]:
         """Numerator and denominator of 1 - q."""
@@ -279,7 +282,10 @@ class Dice(Overlap):
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Jaccard(Overlap):
-    """1 - (I + smooth) / (P + Y - I + smooth)."""
+    """1 - (I + smooth) / (P + Y - I + smooth).
+
+    Source: Rahman & Wang, 2016. Settings: `Overlap`.
+    """
 
     def linear(self, i: Array, p: Array, y: Array) -> tuple[Array, Array]:
         """Numerator and denominator of 1 - q."""
@@ -291,6 +297,8 @@ class Jaccard(Overlap):
 class Tversky(Overlap):
     """1 - (I + smooth) / (I + alpha (P - I) + beta (Y - I) + smooth): alpha weighs false positives,
     beta false negatives.
+
+    Source: Salehi et al., 2017. Settings: `Overlap`.
     """
 
     alpha: float = 0.5
@@ -311,6 +319,8 @@ class FocalTversky(Tversky):
     """(1 - q)^gamma of each class's Tversky score q, or with `of_mean` of the mean over classes.
 
     The derivative of 0^gamma is 0.
+
+    Source: Abraham & Khan, 2019. Settings: `Overlap`.
     """
 
     alpha: float = 0.3
@@ -348,7 +358,7 @@ def _power_slope(loss: Array, gamma: float) -> Array:
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class _Log(Overlap):
+class LogScore(Overlap):
     """-log q, the score q being at least eps, below which the derivative is 0."""
 
     eps: float = 1e-7
@@ -368,13 +378,19 @@ class _Log(Overlap):
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class LogDice(_Log, Dice):
-    """-log q of each class's Dice score q."""
+class LogDice(LogScore, Dice):
+    """-log q of each class's Dice score q.
+
+    Source: Wong et al., 2018. Settings: `Overlap`.
+    """
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class LogCoshDice(Dice):
-    """log cosh (1 - q) of each class's Dice score q."""
+    """log cosh (1 - q) of each class's Dice score q.
+
+    Source: Jadon, 2020. Settings: `Overlap`.
+    """
 
     def _penalty(self, loss: Array) -> Array:
         xp = namespace(loss)
@@ -391,6 +407,8 @@ class GeneralizedDice(Dice):
 
     A class that no label has takes the largest w of its sample's others, 0 if there are none. pool:
     "classes", or "all" over samples too.
+
+    Source: Sudre et al., 2017. Settings: `Overlap`.
     """
 
     pool: str = "classes"
@@ -419,6 +437,8 @@ class GeneralizedDice(Dice):
 class MCC(Overlap):
     """1 - q of Matthews' correlation coefficient, q = (I V - P Y) / sqrt(P Y (V - P) (V - Y)) with
     V = sum_c Y_c counted voxels. smooth is added above and below.
+
+    Source: Abhishek & Hamarneh, 2021. Settings: `Overlap`.
     """
 
     def __post_init__(self) -> None:
