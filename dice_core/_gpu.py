@@ -11,14 +11,18 @@ from __future__ import annotations
 import functools
 import math
 import threading
+from dataclasses import replace
 from typing import Any
 
 from . import _gpu_cache, _gpu_driver
 from . import _gpu_kernels as kernels
-from ._gpu_kernels import Plan
+from . import _gpu_plan as plans
+from ._gpu_plan import Plan
+from .spec import STATISTICS
 
 CAPABILITY = (8, 0)  # the least, which converts to bfloat16
 INSTALL = 'pip install "dice_core[gpu]"'
+DIGITS = {"float16": 11, "bfloat16": 8, "float32": 24, "float64": 53}  # binary, of whole numbers
 NO_LOSS = (*[0] * 7, *[0.0] * 9)  # in place of its arguments
 
 
@@ -48,16 +52,15 @@ def unsupported(signature: Any) -> list[str]:
             f"{signature.logits.device} ({_gpu_driver.name(device)}) has compute capability {has}, "
             f"at least {needs} is needed"
         )
-    for what, layout, axis in (("x", signature.logits, 2), ("y", signature.labels, 1)):
+    first = 2 if signature.spec.dense else 1  # of y's axes over voxels
+    for what, layout, axis in (("x", signature.logits, 2), ("y", signature.labels, first)):
         if _voxel_step(layout, axis) is None:
             reasons.append(
                 f"{what}'s voxels are not equally far apart (strides {layout.strides} bytes); "
                 f"call .contiguous() on it"
             )
-    if signature.logits.shape[1] > kernels.MAX_CHANNELS:
-        reasons.append(f"takes up to {kernels.MAX_CHANNELS} channels")
-    if not signature.spec.plain:
-        reasons.append("sums I, P, Y and H of softmax scores and class labels alone")
+    if signature.logits.shape[1] > plans.MAX_CHANNELS:
+        reasons.append(f"takes up to {plans.MAX_CHANNELS} channels")
     return reasons
 
 
@@ -114,7 +117,7 @@ def precompile(logits: Any, labels: Any, spec: Any) -> None:
     """Makes ready what calls with such arrays launch, compiled now if it never was."""
     job, _ = _prepared(logits, labels, spec)
     for kind in kernels.KINDS:
-        if kind != "loss" or spec.gamma is None:  # which is of I, P and Y
+        if kind != "loss" or len(spec.statistics) == len(STATISTICS):  # which it is of
             job.kernel(kind).make_ready(job.device)
 
 
@@ -137,20 +140,20 @@ def _total(logits: Any, labels: Any, spec: Any, sums: int | None, of_loss: Any) 
         *(logits.address, labels.address, scratch.address, 0, 0, 0),
         *(*job.geometry, 0, *job.ignored),
     )
-    groups = -(-job.plan.sums * job.classes // kernels.WARP)
+    groups = -(-job.plan.sums * job.classes // plans.WARP)
     job.launch(
         kind,
         stream,
         max(job.samples, 1) * groups,
         *(scratch.address, sums),
-        *(job.samples, job.runs, job.classes, groups, *of_loss),
+        *(job.samples, job.runs, job.plan.sums, job.classes, groups, *of_loss),
     )
 
 
 def _prepared(logits: Any, labels: Any, spec: Any, grad: Any = None) -> tuple[_Job, int]:
     """What to launch, and on which stream: the logits', which then waits for the labels'."""
     grad = grad or logits
-    offsets = tuple(b.address % kernels.WORD_BYTES for b in (logits, labels, grad))
+    offsets = tuple(b.address % plans.WORD_BYTES for b in (logits, labels, grad))
     job = _job(logits.layout, labels.layout, grad.layout, spec, offsets)
     stream = logits.stream or 0
     _follow(job, stream, labels)
@@ -173,38 +176,39 @@ class _Job:
         self.device = _index(x)
         self.samples, channels = x.shape[:2]
         self.voxels = voxels = math.prod(x.shape[2:]) if self.samples else 0
-        x_v, y_v, dx_v = _voxel_step(x, 2), _voxel_step(y, 1), _voxel_step(dx, 2)
+        x_v, y_v, dx_v = _voxel_step(x, 2), _voxel_step(y, 1 + spec.dense), _voxel_step(dx, 2)
         if dx_v is None:
             raise ValueError(
                 f"out's voxels are not equally far apart (strides {dx.strides} bytes), "
                 f"which the cuda backend cannot write"
             )
-        x_n, x_c, y_n, dx_n, dx_c = (
-            array.strides[axis] if array.shape[axis] > 1 else 0
-            for array, axis in ((x, 0), (x, 1), (y, 0), (dx, 0), (dx, 1))
+        rows = (x_n, x_c), (y_n, y_c), (dx_n, dx_c) = (
+            (_stride(x, 0), _stride(x, 1)),
+            (_stride(y, 0), _stride(y, 1) if spec.dense else 0),
+            (_stride(dx, 0), _stride(dx, 1)),
         )
         side_by_side = 1
         if (x_v, y_v, dx_v) == (x.itemsize, y.itemsize, dx.itemsize):
-            rows = (x_n, x_c), (y_n,), (dx_n, dx_c)
             side_by_side = min(
                 _side_by_side(voxels, array.itemsize, offset, *steps)
                 for array, offset, steps in zip((x, y, dx), offsets, rows, strict=True)
             )
-        self.plan = kernels.plan(x.dtype, y.dtype, channels, spec.power, spec.gamma, side_by_side)
+        of_kernel = replace(spec, ignore_label=None)
+        self.plan = plans.plan(x.dtype, y.dtype, channels, of_kernel, side_by_side)
         self.classes = self.plan.classes
         run = self.plan.run(self.samples, voxels)
         self.runs = max(1, -(-voxels // run))
         self.blocks = max(1, self.samples * self.runs)
         self.geometry = (
             *(self.samples, self.runs, run, voxels),
-            *(x_n, x_c, x_v, y_n, y_v, dx_n, dx_c, dx_v),
+            *(x_n, x_c, x_v, y_n, y_c, y_v, dx_n, dx_c, dx_v),
         )
         self.ignored = _ignored(y.dtype, spec.ignore_label)
         self.real = "float64" if x.dtype == "float64" else "float32"
-        self.of_totals = Plan(self.real, "uint8", 1, gamma=None if spec.gamma is None else 0.0)
-        partials = self.blocks * self.plan.columns * kernels.ITEMSIZE[self.real]
-        words = -(-(kernels.COUNTER_BYTES + partials) // kernels.WORD_BYTES)
-        self.partials = words * kernels.WORD_BYTES  # bytes, the counter included
+        self.of_totals = Plan(self.real, "uint8", 1)  # of which only the first matters
+        partials = self.blocks * self.plan.columns * plans.ITEMSIZE[self.real]
+        words = -(-(plans.COUNTER_BYTES + partials) // plans.WORD_BYTES)
+        self.partials = words * plans.WORD_BYTES  # bytes, the counter included
         self.sums = 8 * self.plan.sums * self.samples * self.classes  # bytes
         self.kernels: dict[str, _gpu_driver.Kernel] = {}
 
@@ -217,7 +221,7 @@ class _Job:
 
     def launch(self, kind: str, stream: int, blocks: int, *arguments: Any) -> None:
         """Queues a kernel."""
-        self.kernel(kind).launch(self.device, stream, blocks, kernels.THREADS, *arguments)
+        self.kernel(kind).launch(self.device, stream, blocks, plans.THREADS, *arguments)
 
 
 _job = functools.lru_cache(1024)(_Job)
@@ -233,9 +237,9 @@ def _kernel(kind: str, plan: Plan, capability: tuple[int, int]) -> _gpu_driver.K
 
 def _side_by_side(voxels: int, itemsize: int, *bytes_apart: int) -> int:
     """How many neighbouring voxels are whole words wherever a multiple of them begins."""
-    count = kernels.WORD_BYTES // min(kernels.ITEMSIZE.values())
+    count = plans.WORD_BYTES // min(plans.ITEMSIZE.values())
     while voxels % count or any(
-        step % min(count * itemsize, kernels.WORD_BYTES) for step in bytes_apart
+        step % min(count * itemsize, plans.WORD_BYTES) for step in bytes_apart
     ):
         count //= 2
     return count
@@ -246,6 +250,8 @@ def _ignored(dtype: str, label: int | None) -> tuple[int, int]:
 
     None is left out by -1, which is bad anyway, and excused by 0, which is not.
     """
+    if dtype in DIGITS:
+        return (label, label) if label is not None and _is_float(label, dtype) else (-1, 0)
     bits = 8 if dtype == "bool" else int(dtype.lstrip("uint"))
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1)) if dtype.startswith("int") else (0, 2**bits)
     if label is None or not low <= label < high:
@@ -253,6 +259,13 @@ def _ignored(dtype: str, label: int | None) -> tuple[int, int]:
     word = max(bits, 32)  # as the kernels hold it, unsigned ones in the same bits
     label = label - 2**word if label >= 2 ** (word - 1) else label
     return label, label
+
+
+def _is_float(label: int, dtype: str) -> bool:
+    """Whether it is a number of this dtype and, as kernels take it, of 64 bits."""
+    odd = abs(label) // (label & -label or 1)
+    room = 16 if dtype == "float16" else 63
+    return odd.bit_length() <= DIGITS[dtype] and label.bit_length() <= room
 
 
 @functools.lru_cache(1024)
@@ -274,6 +287,11 @@ def _voxel_step(layout: Any, first: int) -> int | None:
             return None
         beyond = n * stride
     return step
+
+
+def _stride(layout: Any, axis: int) -> int:
+    """In bytes; 0 along a single element."""
+    return layout.strides[axis] if layout.shape[axis] > 1 else 0
 
 
 def _index(layout: Any) -> int:

@@ -14,10 +14,17 @@ import os
 import tempfile
 from pathlib import Path
 
-from ._gpu_kernels import Plan
+from ._gpu_plan import Plan
 
 VARIABLE = "DICE_CORE_CACHE_DIR"
-SOURCES = ("_gpu_kernels.py", "_gpu_intrinsics.py", "_gpu_compile.py")
+SOURCES = (
+    "_gpu_plan.py",
+    "_gpu_kernels.py",
+    "_gpu_general.py",
+    "_gpu_totals.py",
+    "_gpu_intrinsics.py",
+    "_gpu_compile.py",
+)
 COMPILERS = (
     "numba",
     "numba-cuda",

@@ -16,7 +16,8 @@ from numba import cuda, float64, int32, int64, types
 
 from . import _gpu_intrinsics as intrinsics
 from . import _gpu_kernels as kernels
-from ._gpu_kernels import Plan
+from . import _gpu_plan as plans
+from ._gpu_plan import Plan
 
 # For later GPUs NVVM has another compiler, which leaves loops and so arrays in memory; the linker
 # takes PTX of earlier ones.
@@ -25,8 +26,8 @@ LARGEST = {types.float32: 3.4028234663852886e38, types.float64: 1.79769313486231
 SMALLEST = {types.float32: 1.1754943508222875e-38, types.float64: 2.2250738585072014e-308}  # normal
 
 _P, _L, _D = intrinsics.POINTER, types.int64, types.float64
-_VOXELS = types.void(*[_P] * 5, *[_L] * 16)
-_TOTALS = types.void(*[_P] * 2, *[_L] * 4, *[_P] * 3, *[_L] * 4, *[_D] * 9)
+_VOXELS = types.void(*[_P] * 5, *[_L] * 17)
+_TOTALS = types.void(*[_P] * 2, *[_L] * 5, *[_P] * 3, *[_L] * 4, *[_D] * 9)
 SIGNATURES = {"statistics": _VOXELS, "gradient": _VOXELS, "total": _TOTALS, "loss": _TOTALS}
 
 
@@ -54,7 +55,7 @@ def ptx(kind: str, plan: Plan, capability: tuple[int, int]) -> str:
         abi="numba",
         fastmath=False,
         cc=min(capability, NEWEST),
-        launch_bounds=kernels.THREADS,
+        launch_bounds=plans.THREADS,
     )
     text = text.decode() if isinstance(text, bytes) else text
     (mangled,) = re.findall(r"\.visible \.entry (\w+)\(", text)
@@ -80,7 +81,9 @@ def link(text: str, capability: tuple[int, int]) -> tuple[bytes, str]:
 def operations(plan: Plan) -> Any:
     """What the kernels are written in, for the numbers of a plan."""
     real = intrinsics.REAL[plan.logits]
-    gamma = min(plan.gamma or 0.0, LARGEST[real])
+    gamma, binary_gamma = (
+        min(number or 0.0, LARGEST[real]) for number in (plan.spec.gamma, plan.spec.binary_gamma)
+    )
     return SimpleNamespace(
         cuda=cuda,
         real=real,
@@ -88,7 +91,7 @@ def operations(plan: Plan) -> Any:
         int64=int64,
         float64=float64,
         load_logits=intrinsics.load_numbers(plan.logits, plan.voxels),
-        load_labels=intrinsics.load_labels(plan.labels, plan.voxels),
+        load_targets=intrinsics.load_targets(plan.labels, plan.voxels),
         load_real=intrinsics.load_numbers(real.name, 1),
         load_double=intrinsics.load_numbers("float64", 1),
         load_fresh=intrinsics.load_fresh,
@@ -99,10 +102,13 @@ def operations(plan: Plan) -> Any:
         count_up=intrinsics.count_up,
         exp=intrinsics.exp,
         log=intrinsics.log,
-        power=intrinsics.times_power(1, plan.power),
-        power_slope=intrinsics.times_power(plan.power, plan.power - 1),
+        sigmoid=intrinsics.sigmoid,
+        softplus=intrinsics.softplus,
+        power=intrinsics.times_power(1, plan.spec.power),
+        power_slope=intrinsics.times_power(plan.spec.power, plan.spec.power - 1),
         focus=intrinsics.times_power(1, gamma),
         focus_slope=intrinsics.times_power(gamma, gamma - 1),
+        binary_focus=intrinsics.times_power(1, binary_gamma),
         divide=intrinsics.divide,
         reciprocal=intrinsics.reciprocal,
         label=intrinsics.label_type(plan.labels),

@@ -81,9 +81,16 @@ def load_labels(dtype: str, count: int) -> Callable[..., Any]:
 
 def label_type(dtype: str) -> Any:
     """What labels are compared as: unsigned ones keep their bits, so that those too large are
-    negative.
+    negative; floating-point ones are REAL[dtype].
     """
+    if dtype in REAL:
+        return REAL[dtype]
     return types.int64 if dtype.endswith("64") else types.int32
+
+
+def load_targets(dtype: str, count: int) -> Callable[..., Any]:
+    """`load_labels`, of any dtype: floating-point ones as REAL[dtype]."""
+    return (load_numbers if dtype in REAL else load_labels)(dtype, count)
 
 
 def store_numbers(dtype: str, count: int) -> Callable[..., Any]:
@@ -174,6 +181,37 @@ def log(typingctx: Any, x: Any) -> Any:
 
 
 @intrinsic
+def sigmoid(typingctx: Any, x: Any) -> Any:
+    """1 / (1 + exp(-x)), as exact as `exp` also where it is small; NaN of NaN."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        (x,) = args
+        e, part = _faint(builder, x)
+        negative = builder.fcmp_ordered("<", x, ir.Constant(x.type, 0.0))
+        return builder.select(negative, builder.fmul(e, part), part)
+
+    return x(x), codegen
+
+
+@intrinsic
+def softplus(typingctx: Any, x: Any) -> Any:
+    """log(1 + exp(x)), -log of the sigmoid of -x, as exact as `exp` also where it is small."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        (x,) = args
+        e, part = _faint(builder, x)
+        one = ir.Constant(x.type, 1.0)
+        total = builder.fadd(e, one)
+        lost = builder.fsub(e, builder.fsub(total, one))  # of e, in the rounding of the sum
+        log = builder.fma(lost, part, _log(builder, total))
+        nought = ir.Constant(x.type, 0.0)
+        positive = builder.select(builder.fcmp_ordered(">", x, nought), x, nought)
+        return builder.fadd(positive, log)
+
+    return x(x), codegen
+
+
+@intrinsic
 def divide(typingctx: Any, a: Any, b: Any) -> Any:
     """a / b, rounded once, without numba's test for zero."""
 
@@ -188,9 +226,7 @@ def reciprocal(typingctx: Any, x: Any) -> Any:
     """1 / x: of float32 from 1 on within 1 ulp, of float64 rounded once."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        if signature.return_type == types.float64:
-            return builder.fdiv(ir.Constant(_F64, 1.0), args[0])
-        return _assembled(builder, "rcp.approx.ftz.f32 $0, $1;", _F32, "=f,f", *args)
+        return _reciprocal(builder, *args)
 
     return x(x), codegen
 
@@ -299,6 +335,19 @@ def _exp(builder: ir.IRBuilder, x: Any) -> Any:
         return _of_library(builder, "__nv_exp", x)
     exponent = builder.fmul(x, ir.Constant(_F32, LOG2_E))
     return _assembled(builder, "ex2.approx.ftz.f32 $0, $1;", _F32, "=f,f", exponent)
+
+
+def _reciprocal(builder: ir.IRBuilder, x: Any) -> Any:
+    if x.type == _F64:
+        return builder.fdiv(ir.Constant(_F64, 1.0), x)
+    return _assembled(builder, "rcp.approx.ftz.f32 $0, $1;", _F32, "=f,f", x)
+
+
+def _faint(builder: ir.IRBuilder, x: Any) -> tuple[Any, Any]:
+    """exp(-|x|) and 1 / (1 + exp(-|x|))."""
+    negative = builder.fcmp_ordered("<", x, ir.Constant(x.type, 0.0))
+    e = _exp(builder, builder.select(negative, x, builder.fsub(ir.Constant(x.type, 0.0), x)))
+    return e, _reciprocal(builder, builder.fadd(e, ir.Constant(x.type, 1.0)))
 
 
 def _log(builder: ir.IRBuilder, x: Any) -> Any:

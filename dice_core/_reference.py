@@ -23,7 +23,7 @@ def statistics(logits: Any, labels: Any, sums: Any, spec: Any, threads: int) -> 
     if spec.smoothing:
         rows.append(v.entropy)
     if spec.binary_gamma is not None:
-        positive, negative = _softplus(-v.binary), _softplus(v.binary)
+        positive, negative = _halves(v)
         rows.append(t * _rest(positive) ** spec.binary_gamma * positive)
         rows.append((1 - t) * _rest(negative) ** spec.binary_gamma * negative)
     if spec.dense:
@@ -57,7 +57,7 @@ def gradient(logits: Any, labels: Any, cotangent: Any, grad: Any, spec: Any, thr
     dx = dx + v.softmax * u.sum(1, keepdims=True) - u
     if spec.binary_gamma is not None:
         of_positive, of_negative, *_ = others
-        positive, negative = _softplus(-v.binary), _softplus(v.binary)
+        positive, negative = _halves(v)
         up = of_positive * t * _weight(positive, spec.binary_gamma) * _rest(positive)
         down = of_negative * (1 - t) * _weight(negative, spec.binary_gamma) * _rest(negative)
         through = np.where(v.counted, down - up, 0)
@@ -138,6 +138,14 @@ def _voxels(logits: Any, labels: Any, spec: Any) -> Voxels:
     binary = np.concatenate([-x[:, 1:], x[:, 1:]], axis=1) if single else x
     counted = np.broadcast_to(counted, x.shape)
     return Voxels(score, softmax, entropy, binary, target, counted, any_counted, bad, single)
+
+
+def _halves(v: Voxels) -> tuple[Any, Any]:
+    """-log b where there is a target, -log(1-b) where it is not all; else 0, of what may be
+    infinite.
+    """
+    positive = np.where(v.target > 0, _softplus(-v.binary), 0)
+    return positive, np.where(v.target < 1, _softplus(v.binary), 0)
 
 
 def _softplus(x: Any) -> Any:

@@ -227,8 +227,8 @@ def score(
         iou_c = i / ((decided == c).sum() + (y == c).sum() - i)
 
     With activation "sigmoid" each channel decides by itself, for logits above 0. `pool` adds the
-    samples' counts first, for arrays (1, C). See `loss` for the other arguments. In host memory
-    alone.
+    samples' counts first, for arrays (1, C). See `loss` for the other arguments. The result is
+    NumPy's; of arrays on a GPU it is waited for.
     """
     spec.one_of(activation, "activation", tuple(spec.HARD))
     asked = spec.Spec(spec.HARD[activation], 1, spec.label(ignore_label))

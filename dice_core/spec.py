@@ -83,6 +83,11 @@ class Spec:
             and not self.dense
         )
 
+    @property
+    def softmax(self) -> bool:
+        """Whether there is a sum of softmax scores."""
+        return self.activation == "softmax" or self.gamma is not None or self.smoothing
+
     def classes(self, channels: int) -> int:
         """How many classes so many channels score."""
         return max(2, channels) if self.activation in ("softmax", "argmax") else channels

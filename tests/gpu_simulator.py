@@ -15,7 +15,7 @@ import greenlet
 import ml_dtypes
 import numpy as np
 
-from dice_core import _gpu, _gpu_driver, _gpu_kernels
+from dice_core import _gpu, _gpu_driver, _gpu_kernels, _gpu_plan
 
 WORD = 16  # bytes of the widest access
 ALLOCATED = {}  # address -> bytes
@@ -114,8 +114,8 @@ class Kernel:
 
 def install(monkeypatch, kernel=Kernel, warps=2):
     """The simulator in the place of NVIDIA's driver, with small blocks, which take less time."""
-    monkeypatch.setattr(_gpu_kernels, "WARPS", warps)
-    monkeypatch.setattr(_gpu_kernels, "THREADS", warps * _gpu_kernels.WARP)
+    monkeypatch.setattr(_gpu_plan, "WARPS", warps)
+    monkeypatch.setattr(_gpu_plan, "THREADS", warps * _gpu_plan.WARP)
     monkeypatch.setattr(_gpu, "_job", functools.lru_cache(_gpu._Job))
     Kernel.launched = ()
     monkeypatch.setattr(_gpu, "_kernel", kernel)
@@ -195,8 +195,11 @@ def uninitialised(shape, dtype):
 def operations(plan, cuda):
     """The kernels' operations."""
     real = np.float64 if plan.logits == "float64" else np.float32
-    gamma = plan.gamma or 0.0
-    label = np.int64 if plan.labels.endswith("64") else np.int32
+    gamma, binary_gamma, p = plan.spec.gamma or 0.0, plan.spec.binary_gamma or 0.0, plan.spec.power
+    if plan.labels in _gpu_plan.ITEMSIZE:
+        label = np.float64 if plan.labels == "float64" else np.float32
+    else:
+        label = np.int64 if plan.labels.endswith("64") else np.int32
 
     def load(dtype, count, to):
         return lambda address, at: tuple(elements(address, at, dtype, count).astype(to))
@@ -223,7 +226,7 @@ def operations(plan, cuda):
         int64=np.int64,
         float64=np.float64,
         load_logits=load(plan.logits, plan.voxels, real),
-        load_labels=load(plan.labels, plan.voxels, label),
+        load_targets=load(plan.labels, plan.voxels, label),
         load_real=load(real, 1, real),
         load_double=load("float64", 1, np.float64),
         load_fresh=lambda address, at: elements(address, at, "float64", 1)[0],
@@ -234,10 +237,13 @@ def operations(plan, cuda):
         count_up=count_up,
         exp=lambda x: real(np.exp(x)),
         log=lambda x: real(np.log(x)),
-        power=lambda x: real(x**plan.power),
-        power_slope=lambda x: real(plan.power * x ** (plan.power - 1)),
+        sigmoid=lambda x: real(1 / (1 + np.exp(-np.float64(x)))),
+        softplus=lambda x: real(np.logaddexp(0, np.float64(x))),
+        power=lambda x: real(x**p),
+        power_slope=lambda x: real(p * x ** (p - 1)),
         focus=lambda x: real(x**gamma),
         focus_slope=lambda x: real(gamma * x ** (gamma - 1)),
+        binary_focus=lambda x: real(x**binary_gamma),
         divide=lambda a, b: a / b,
         reciprocal=lambda x: real(1) / x,
         label=label,

@@ -10,7 +10,7 @@ from gpu_simulator import DeviceArray, Kernel
 
 import dice_core
 import dice_core.torch
-from dice_core import _gpu, backends, buffers, losses
+from dice_core import _gpu, backends, buffers, losses, spec
 from dice_core.torch import dice_loss
 
 
@@ -124,6 +124,43 @@ def test_statistics_with_the_cross_entropy(gamma):
     assert_close(found.sums.host, expected.sums, rtol=1e-6, atol=0)
     grad = found.gradient(*on_gpu, smooth=1)
     assert_close(grad.host, dice_core.loss_and_grad(x, y, smooth=1)[1], rtol=1e-5, atol=1e-7)
+
+
+TERMS = {
+    "smoothing": losses.CrossEntropy(label_smoothing=0.1),
+    "compound": losses.Dice(smooth=1) + 0.5 * losses.Focal(gamma=2),
+    "binary": losses.BinaryCrossEntropy(pos_weight=[1, 2, 3]),
+    "sigmoid_focal": losses.Dice() + losses.SigmoidFocal(alpha=0.25),
+}
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("name", TERMS)
+def test_any_loss(name, dense):
+    x, y = example(2, 3, 5, 8)
+    if dense:
+        y = np.random.default_rng(2).random(x.shape).astype(np.float16)
+    options = {"loss": TERMS[name]}
+    if "binary" in name or "sigmoid" in name:
+        options["activation"] = "sigmoid"
+    on_gpu = DeviceArray.holding(x), DeviceArray.holding(y)
+    value, grad = dice_core.loss_and_grad(*on_gpu, **options)
+    assert Kernel.launched == ("statistics", "total", "gradient")
+    expected, expected_grad = dice_core.loss_and_grad(x, y, **options, backend="reference")
+    assert_close(value.host, np.asarray(expected), rtol=1e-6, atol=0)
+    assert_close(grad.host, expected_grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("activation", spec.HARD)
+def test_scores_of_decisions(activation):
+    x, y = example(2, 3, 5, 8)
+    y = y if activation == "softmax" else (y[:, None] == np.arange(3).reshape(3, 1, 1))
+    on_gpu = DeviceArray.holding(x), DeviceArray.holding(y.astype(np.uint8))
+    found = dice_core.score(*on_gpu, activation=activation)
+    assert Kernel.launched == ("statistics", "total")
+    expected = dice_core.score(x, y, activation=activation)
+    assert_close(found.dice, expected.dice, rtol=1e-13)
+    assert_close(found.iou, expected.iou, rtol=1e-13)
 
 
 class TestBadLabels:
@@ -303,6 +340,33 @@ def test_torch_differentiates_the_cross_entropy(torch_gpu, gamma):
     assert Kernel.launched == ("statistics", "total", "gradient")
     assert_close(loss[0].detach(), loss[2].detach(), rtol=1e-13)
     assert_close(loss[1], loss[3], rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("term", "options"),
+    [(losses.Dice() + losses.CrossEntropy(label_smoothing=0.2), {}),
+     (losses.Jaccard() + losses.BinaryCrossEntropy(), {"activation": "sigmoid"}),
+     (losses.Tversky(alpha=0.3, beta=0.7), {"activation": "none"})],
+)  # fmt: skip
+def test_torch_differentiates_any_loss(torch_gpu, term, options):
+    x, y = map(torch.from_numpy, example(2, 3, 5, 8, dtype="float64"))
+    x = x.sigmoid() if options.get("activation") == "none" else x
+    value, grad = dice_core.loss_and_grad(x.numpy(), y.numpy(), loss=term, **options)
+    x = x.requires_grad_()
+    found = dice_core.torch.loss(x, y.long(), term, **options)
+    found.backward()
+    assert Kernel.launched[0] == "statistics"
+    assert_close(found.detach(), np.asarray(value), rtol=1e-13)
+    assert_close(x.grad, grad, rtol=1e-11, atol=1e-14)
+
+
+def test_torch_scores(torch_gpu):
+    x, y = map(torch.from_numpy, example(2, 3, 5, 8))
+    score = dice_core.torch.DiceScore()
+    score.update(x, y)
+    assert Kernel.launched == ("statistics", "total")
+    expected = dice_core.score(x.numpy(), y.numpy(), pool=True)
+    assert_close(score.compute(), expected.dice[0], rtol=1e-13)
 
 
 def test_torch_checks_labels_where_that_is_asked_for(torch_gpu):

@@ -6,12 +6,15 @@ import re
 
 import numpy as np
 import pytest
+from compare import assert_close
 from gpu_simulator import dtype_of
 
 numba = pytest.importorskip("numba", reason="needs the extra gpu")
+llvmlite = pytest.importorskip("llvmlite", reason="comes with numba")
 from numba import types  # noqa: E402
 
-from dice_core import _gpu_compile, _gpu_intrinsics, _gpu_kernels  # noqa: E402
+from dice_core import _gpu_compile, _gpu_intrinsics, _gpu_plan  # noqa: E402
+from dice_core.spec import Spec  # noqa: E402
 
 POINTER, LONG = _gpu_intrinsics.POINTER, types.int64
 COUNTS = (1, 2, 4, 8)
@@ -125,6 +128,34 @@ def test_logarithms():
     assert np.isnan(found[-1])
 
 
+@pytest.mark.parametrize("name", ["sigmoid", "softplus"])
+def test_binary_functions(monkeypatch, name):
+    """With the host's exponential and division in the place of the GPU's."""
+
+    def exp(builder, x):
+        return builder.call(builder.module.declare_intrinsic("llvm.exp", [x.type]), [x])
+
+    monkeypatch.setattr(_gpu_intrinsics, "_exp", exp)
+    monkeypatch.setattr(
+        _gpu_intrinsics,
+        "_reciprocal",
+        lambda builder, x: builder.fdiv(llvmlite.ir.Constant(x.type, 1.0), x),
+    )
+    function = getattr(_gpu_intrinsics, name)
+
+    def apply(count, numbers):
+        for i in range(count):
+            numbers[i] = function(numbers[i])
+
+    x = np.concatenate([np.linspace(-87, 87, 100001), np.logspace(-7, 0, 1001), [np.inf, -np.inf]])
+    x = np.append(x, np.nan).astype(np.float32)
+    found, wide = x.copy(), x.astype(np.float64)
+    on_host(apply, LONG, types.CPointer(types.float32))(len(x), found.ctypes.data)
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = 1 / (1 + np.exp(-wide)) if name == "sigmoid" else np.logaddexp(0, wide)
+    assert_close(found, expected, rtol=4e-7)
+
+
 def test_the_counter_says_what_it_was():
     count_up = _gpu_intrinsics.count_up
 
@@ -138,7 +169,7 @@ def test_the_counter_says_what_it_was():
 
 
 def ptx(kind, logits, channels=2, p=1, gamma=None):
-    made_for = _gpu_kernels.plan(logits, "uint8", channels, p, gamma, 8)
+    made_for = _gpu_plan.plan(logits, "uint8", channels, Spec(power=p, gamma=gamma), 8)
     return _gpu_compile.ptx(kind, made_for, (9, 0))
 
 
@@ -178,7 +209,7 @@ class TestInstructionsOfTheGpuAlone:
         assert "lg2" not in text
 
     def test_the_last_block_sees_what_the_others_wrote(self):
-        text = _gpu_compile.ptx("loss", _gpu_kernels.Plan("float32", "uint8", 1), (9, 0))
+        text = _gpu_compile.ptx("loss", _gpu_plan.Plan("float32", "uint8", 1), (9, 0))
         order = [
             re.search(pattern, text).start()
             for pattern in (r"membar\.gl|fence\.", r"atom\.\S*add", r"ld\.relaxed\.gpu\.f64")

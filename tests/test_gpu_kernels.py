@@ -1,6 +1,7 @@
 """The CUDA kernels in a simulator, against the reference: no GPU, no compiler."""
 
 import itertools
+from dataclasses import replace
 
 import gpu_simulator
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 from compare import assert_close, assert_same_bits
 from gpu_simulator import DeviceArray, dtype_of
 
-from dice_core import _gpu, _gpu_kernels, _reference, buffers, losses, spec
+from dice_core import _gpu, _gpu_plan, _reference, buffers, losses, spec
+from dice_core.spec import Spec
 
 RTOL = {"float16": 1e-6, "bfloat16": 1e-6, "float32": 1e-6, "float64": 1e-14}
 GRAD = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 2e-6, "float64": 1e-14}
@@ -18,16 +20,20 @@ GRAD = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 2e-6, "float64": 1e-14}
 def gpu(monkeypatch):
     """With short runs, so that small volumes have several blocks."""
     gpu_simulator.install(monkeypatch)
-    monkeypatch.setattr(_gpu_kernels, "ROUNDS", 2)
-    monkeypatch.setattr(_gpu_kernels, "BLOCKS", 1)
+    monkeypatch.setattr(_gpu_plan, "ROUNDS", 2)
+    monkeypatch.setattr(_gpu_plan, "BLOCKS", 1)
 
 
-def example(logits, labels, channels, voxels, samples=2):
+def example(logits, labels, channels, voxels, samples=2, dense=False):
+    """Logits, labels or dense targets, and a cotangent of every sum there may be."""
     rng = np.random.default_rng(channels * 1000 + voxels)
     x = (rng.standard_normal((samples, channels, voxels)) * 3).astype(dtype_of(logits))
-    classes = min(max(2, channels), 2 if labels == "bool" else 127)
-    y = rng.integers(0, classes, (samples, voxels)).astype(labels)
-    return x, y, rng.standard_normal((4, samples, max(2, channels)))
+    cotangent = rng.standard_normal((8, samples, max(2, channels)))
+    if labels in _gpu_plan.ITEMSIZE:
+        return x, rng.random(x.shape).round(1).astype(dtype_of(labels)), cotangent
+    classes = min(max(2, channels), 2 if labels == "bool" or dense else 127)
+    shape = x.shape if dense else (samples, voxels)
+    return x, rng.integers(0, classes, shape).astype(labels), cotangent
 
 
 def on_gpu(array, name="array"):
@@ -40,27 +46,37 @@ def nothing(at, shape=None, dtype="float64"):
     return buffers.of(buffers.empty(at.logits, shape, dtype), "new")
 
 
-def call(x, y, p, ignore, gamma=None):
-    return spec.call(on_gpu(x), on_gpu(y), p=p, ignore_label=ignore, gamma=gamma)
+def asked(activation="softmax", **options):
+    """`spec.asked`, also for decisions."""
+    return replace(spec.asked(**options), activation=activation)
 
 
-def run(x, y, cotangent, p=1, ignore=None, gamma=None, scale=None):
+def call(x, y, **options):
+    return spec.call(on_gpu(x), on_gpu(y), asked(**options))
+
+
+def run(x, y, cotangent, scale=None, **options):
     """(sums, gradient) of the kernels, for as much of the cotangent as there are sums."""
-    at = call(x, y, p, ignore, gamma)
+    at = call(x, y, **options)
     sums, grad = nothing(at), on_gpu(np.full_like(x, np.nan))
     assert _gpu.statistics(at.logits, at.labels, sums, at.spec, 1) == 0
-    cotangent = on_gpu(cotangent[: len(at.spec.statistics)])
+    if at.spec.activation not in spec.ACTIVATIONS:  # decisions have none
+        return sums.owner.host, np.zeros_like(x)
+    cotangent = on_gpu(cotangent[: len(at.spec.statistics), :, : at.classes].copy())
     scale = None if scale is None else on_gpu(scale)
     assert _gpu.gradient(at.logits, at.labels, cotangent, grad, at.spec, 1, scale) == 0
     return sums.owner.host, grad.owner.host
 
 
-def expected(x, y, cotangent, p=1, ignore=None, gamma=None):
+def expected(x, y, cotangent, **options):
     x = x.astype(np.float64)
-    at = spec.call(buffers.of(x, "x"), buffers.of(y, "y"), p=p, ignore_label=ignore, gamma=gamma)
-    cotangent = cotangent[: len(at.spec.statistics)]
+    y = y.astype(np.float64) if y.dtype == dtype_of("bfloat16") else y
+    at = spec.call(buffers.of(x, "x"), buffers.of(y, "y"), asked(**options))
+    cotangent = cotangent[: len(at.spec.statistics), :, : at.classes].copy()
     sums, grad = np.empty(at.sums_shape), np.empty_like(x)
     _reference.statistics(at.logits, at.labels, buffers.of(sums, "sums"), at.spec, 1)
+    if at.spec.activation not in spec.ACTIVATIONS:
+        return sums, np.zeros_like(x)
     _reference.gradient(
         at.logits, at.labels, buffers.of(cotangent, "c"), buffers.of(grad, "g"), at.spec, 1
     )
@@ -72,14 +88,14 @@ CASES = {
     "sigmoid_power": ("float16", "uint8", 1, 1024, {"p": 2}),
     "two": ("bfloat16", "uint8", 2, 1200, {}),
     "three_scalar": ("float32", "int64", 3, 701, {}),
-    "four_ignored": ("float32", "uint8", 4, 1024, {"ignore": 255}),
-    "five_negative": ("float16", "int16", 5, 600, {"p": 2, "ignore": -1}),
+    "four_ignored": ("float32", "uint8", 4, 1024, {"ignore_label": 255}),
+    "five_negative": ("float16", "int16", 5, 600, {"p": 2, "ignore_label": -1}),
     "double": ("float64", "int32", 3, 512, {"p": 3}),
-    "unsigned": ("float32", "uint32", 7, 300, {"ignore": 2**32 - 1}),
+    "unsigned": ("float32", "uint32", 7, 300, {"ignore_label": 2**32 - 1}),
     "wide_unsigned": ("float64", "uint64", 2, 130, {}),
     "ragged": ("bfloat16", "uint16", 9, 515, {}),
     "lanes": ("float16", "uint8", 20, 512, {}),
-    "four_lanes": ("float32", "int64", 33, 260, {"p": 2, "ignore": -1}),
+    "four_lanes": ("float32", "int64", 33, 260, {"p": 2, "ignore_label": -1}),
     "eight_lanes": ("float16", "int8", 105, 96, {}),
     "all_lanes": ("float32", "int16", 300, 20, {}),
     "crowded": ("float64", "int16", 600, 10, {}),
@@ -90,20 +106,58 @@ CASES = {
     "channels_last_lanes": ("float16", "int64", 40, 130, {"channels_last": True}),
     "one_voxel": ("float32", "uint8", 3, 1, {}),
     "entropy_sigmoid": ("float16", "bool", 1, 1024, {"gamma": 0.0}),
-    "entropy_two": ("bfloat16", "uint8", 2, 600, {"gamma": 0.0, "ignore": 255}),
+    "entropy_two": ("bfloat16", "uint8", 2, 600, {"gamma": 0.0, "ignore_label": 255}),
     "entropy_double": ("float64", "int32", 5, 512, {"gamma": 0.0, "p": 2}),
-    "entropy_eight_lanes": ("float32", "int8", 105, 96, {"gamma": 0.0, "ignore": -1}),
-    "root_sigmoid": ("float32", "uint8", 1, 700, {"gamma": 0.5, "ignore": 255}),
+    "entropy_eight_lanes": ("float32", "int8", 105, 96, {"gamma": 0.0, "ignore_label": -1}),
+    "root_sigmoid": ("float32", "uint8", 1, 700, {"gamma": 0.5, "ignore_label": 255}),
     "root_two": ("float64", "int64", 2, 300, {"gamma": 0.5}),
-    "root_five": ("float16", "int16", 5, 600, {"gamma": 0.5, "p": 2, "ignore": -1}),
+    "root_five": ("float16", "int16", 5, 600, {"gamma": 0.5, "p": 2, "ignore_label": -1}),
     "root_lanes": ("bfloat16", "uint8", 20, 512, {"gamma": 0.5}),
     "focal_sigmoid": ("float64", "bool", 1, 300, {"gamma": 2.0}),
     "focal_two": ("float32", "int64", 2, 701, {"gamma": 2.0}),
     "focal_five": ("bfloat16", "uint8", 5, 700, {"gamma": 2.0, "channels_last": True}),
-    "focal_lanes": ("float32", "uint32", 20, 260, {"gamma": 2.0, "ignore": 2**32 - 1}),
+    "focal_lanes": ("float32", "uint32", 20, 260, {"gamma": 2.0, "ignore_label": 2**32 - 1}),
     "focal_eight_lanes": ("float16", "uint8", 105, 96, {"gamma": 2.0, "p": 3}),
     "focal_all_lanes": ("float64", "int16", 600, 10, {"gamma": 1.0}),
 }
+BINARY = {"activation": "sigmoid", "binary_gamma": 0.0}
+WHOLE = {**BINARY, "dense": True}
+GENERAL = {
+    "smoothing": ("float32", "uint8", 4, 600, {"smoothing": True, "ignore_label": 255}),
+    "smoothing_single": ("float16", "bool", 1, 700, {"smoothing": True, "gamma": 0.0}),
+    "smoothing_lanes": ("bfloat16", "int8", 40, 130, {"smoothing": True, "gamma": 2.0}),
+    "none": ("float32", "uint8", 3, 300, {"activation": "none", "p": 2}),
+    "none_entropy": ("float64", "int64", 3, 130, {"activation": "none", "gamma": 0.0}),
+    "sigmoids": ("float16", "uint8", 4, 512, {"activation": "sigmoid", "ignore_label": 255}),
+    "sigmoids_power": ("float64", "uint16", 5, 130, {"activation": "sigmoid", "p": 3}),
+    "sigmoids_entropy": ("float32", "uint8", 3, 300, {**BINARY, "gamma": 2.0, "smoothing": True}),
+    "binary_single": ("float16", "uint8", 1, 700, {"binary_gamma": 0.0, "ignore_label": 255}),
+    "binary_softmax": ("float32", "uint8", 3, 300, {"binary_gamma": 2.0}),
+    "binary_lanes": ("bfloat16", "uint8", 20, 260, {**BINARY, "ignore_label": 255}),
+    "binary_root": ("float64", "int32", 2, 130, {**BINARY, "binary_gamma": 0.5}),
+    "dense": ("float32", "float32", 3, 300, {"ignore_label": -1}),
+    "dense_whole": ("float16", "uint8", 2, 600, {"dense": True, "ignore_label": 255, "gamma": 0.0}),
+    "dense_one": ("float32", "uint64", 1, 300, {**WHOLE, "ignore_label": 2**64 - 1}),
+    "dense_half": ("bfloat16", "float16", 4, 512, {**BINARY, "p": 2, "ignore_label": 4096}),
+    "dense_bfloat": ("float64", "bfloat16", 3, 130, {"gamma": 0.5, "smoothing": True}),
+    "dense_double": ("float32", "float64", 5, 260, {"activation": "none", "ignore_label": -7}),
+    "dense_lanes": ("float16", "float32", 30, 96, {**BINARY, "gamma": 2.0, "smoothing": True}),
+    "dense_last": ("float32", "float32", 5, 300, {"gamma": 0.0, "channels_last": True}),
+    "dense_misaligned": ("float16", "float16", 2, 512, {"activation": "sigmoid", "offset": 3}),
+    "argmax": ("float16", "uint8", 4, 600, {"activation": "argmax", "ignore_label": 255}),
+    "argmax_single": ("float32", "bool", 1, 300, {"activation": "argmax"}),
+    "argmax_lanes": ("float32", "int16", 150, 40, {"activation": "argmax"}),
+    "threshold": ("float32", "float32", 3, 300, {"activation": "threshold", "ignore_label": -1}),
+}
+
+
+def split(options):
+    """What to sum, and the rest."""
+    names = "activation", "p", "ignore_label", "gamma", "smoothing", "binary_gamma"
+    return (
+        {name: value for name, value in options.items() if name in names},
+        {name: value for name, value in options.items() if name not in names},
+    )
 
 
 def laid_out(x, y, channels_last=False, offset=0, broadcast=False):
@@ -120,20 +174,22 @@ def laid_out(x, y, channels_last=False, offset=0, broadcast=False):
 
 
 @pytest.mark.parametrize(
-    ("logits", "labels", "channels", "voxels", "options"), CASES.values(), ids=CASES
+    ("logits", "labels", "channels", "voxels", "options"),
+    [*CASES.values(), *GENERAL.values()],
+    ids=[*CASES, *GENERAL],
 )
 def test_against_the_reference(logits, labels, channels, voxels, options):
-    layout = dict(options)
-    numbers = layout.pop("p", 1), layout.pop("ignore", None), layout.pop("gamma", None)
-    x, y, cotangent = example(logits, labels, channels, voxels)
-    ignore = numbers[1]
+    options, layout = split(options)
+    x, y, cotangent = example(logits, labels, channels, voxels, dense=layout.pop("dense", False))
+    ignore = options.get("ignore_label")
     if ignore is not None:
         ignored = np.random.default_rng(1).random(y.shape) < 0.2
         y[ignored] = ignore
-        x[np.broadcast_to(ignored[:, None], x.shape)] = np.nan
+        if y.shape != x.shape:
+            x[np.broadcast_to(ignored[:, None], x.shape)] = np.nan
     x, y = laid_out(x, y, **layout)
-    sums, grad = run(x, y, cotangent, *numbers)
-    true_sums, true_grad = expected(x, y, cotangent, *numbers)
+    sums, grad = run(x, y, cotangent, **options)
+    true_sums, true_grad = expected(x, y, cotangent, **options)
     assert_close(sums, true_sums, rtol=RTOL[logits], atol=RTOL[logits])
     scale = np.abs(true_grad).max()
     assert_close(grad.astype(np.float64), true_grad, rtol=GRAD[logits], atol=GRAD[logits] * scale)
@@ -150,20 +206,20 @@ def test_voxels_are_read_together_as_far_as_they_lie_on_whole_words(
 ):
     x, y, _ = example(dtype, "uint8", 2, voxels)
     x, y = laid_out(x, y, offset=offset)
-    at = call(x, y, 1, None)
+    at = call(x, y)
     job, _ = _gpu._prepared(at.logits, at.labels, at.spec)
     assert job.plan.voxels == expected
 
 
-@pytest.mark.parametrize("gamma", [None, 2.0])
-def test_same_bits_in_any_order_of_threads_and_blocks(monkeypatch, gamma):
+@pytest.mark.parametrize("options", [{}, {"gamma": 2.0}, BINARY | {"smoothing": True}])
+def test_same_bits_in_any_order_of_threads_and_blocks(monkeypatch, options):
     gpu_simulator.install(monkeypatch, warps=8)  # as on a GPU
     x, y, cotangent = example("float32", "uint8", 20, 512)
-    sums, grad = run(x, y, cotangent, gamma=gamma)
-    true_sums, _ = expected(x, y, cotangent, gamma=gamma)
+    sums, grad = run(x, y, cotangent, **options)
+    true_sums, _ = expected(x, y, cotangent, **options)
     assert_close(sums, true_sums, rtol=RTOL["float32"], atol=RTOL["float32"])
     # The simulator shuffles every launch anew.
-    other_sums, other_grad = run(x, y, cotangent, gamma=gamma)
+    other_sums, other_grad = run(x, y, cotangent, **options)
     assert_same_bits(other_sums, sums)
     assert_same_bits(other_grad, grad)
 
@@ -172,7 +228,7 @@ def test_same_bits_in_any_order_of_threads_and_blocks(monkeypatch, gamma):
 def test_arrays_between_others_are_read_and_written_as_they_lie(what):
     x, y, cotangent = example("float16", "uint8", 4, 1024)
     wide = np.zeros((2, 4, 1028), np.float16), np.zeros((2, 1027), np.uint8)
-    at, grad = call(x, y, 1, None), on_gpu(np.full_like(x, np.nan))
+    at, grad = call(x, y), on_gpu(np.full_like(x, np.nan))
     if what == "gradient":
         grad = buffers.of(DeviceArray.holding(wide[0])[..., 1:1025], "out")
     else:
@@ -192,8 +248,8 @@ def test_arrays_between_others_are_read_and_written_as_they_lie(what):
 )
 def test_how_many_blocks_there_are(monkeypatch, channels, voxels, blocks):
     for name, value in (("THREADS", 256), ("ROUNDS", 64), ("BLOCKS", 1024)):
-        monkeypatch.setattr(_gpu_kernels, name, value)
-    plan = _gpu_kernels.plan("float16", "uint8", channels, 1, None, 8)
+        monkeypatch.setattr(_gpu_plan, name, value)
+    plan = _gpu_plan.plan("float16", "uint8", channels, Spec(), 8)
     assert -(-voxels // plan.run(1, voxels)) == blocks
 
 
@@ -224,7 +280,7 @@ def test_the_loss_and_its_derivative_follow_in_the_second_launch(channels, smoot
     y[y == 1] = 0
     x[:, -1] = -200  # neither there nor predicted
     y[y == channels - 1] = 0
-    at = call(x, y, 1, -1)
+    at = call(x, y, ignore_label=-1)
     weight = np.arange(1, at.classes + 1) / 7 if smooth else None
     dice = losses.dice(weight, 0 if smooth else -1, smooth, 1, reduction)
     ratio = dice.ratio(3, at.classes)
@@ -247,7 +303,7 @@ def test_nothing_to_sum(shape, reduction):
     assert sums.shape == (3, shape[0], 3)
     assert not sums.any()
     assert grad.shape == shape
-    at = call(x, y, 1, None)
+    at = call(x, y)
     value = nothing(at, shape[:1] if reduction == "none" else (), "float32")
     dice = losses.dice(None, -1, 0, 1, reduction)
     ratio = dice.ratio(shape[0], at.classes)
@@ -255,21 +311,46 @@ def test_nothing_to_sum(shape, reduction):
     np.testing.assert_array_equal(value.owner.host, dice(np.zeros(at.sums_shape)))
 
 
-@pytest.mark.parametrize("gamma", [None, 0.0, 0.5, 2.0])
-def test_bad_labels_make_their_sample_nan(gamma):
+@pytest.mark.parametrize(
+    "options", [{}, {"gamma": 0.0}, {"gamma": 0.5}, {"gamma": 2.0}, BINARY, {"smoothing": True}]
+)
+def test_bad_labels_make_their_sample_nan(options):
     x, y, cotangent = example("float32", "int64", 3, 600)
     y[1, [5, 99]] = -7, 2**40
-    sums, grad = run(x, y, cotangent, gamma=gamma)
+    sums, grad = run(x, y, cotangent, **options)
     assert np.isnan(sums[:, 1]).all()
     assert not np.isnan(sums[:, 0]).any()
     assert not grad[1, :, [5, 99]].any()
 
 
+@pytest.mark.parametrize(("labels", "bad"), [("float16", 1.01), ("float64", np.nan), ("int8", -1)])
+@pytest.mark.parametrize("channels", [3, 30])
+def test_bad_targets_make_their_sample_nan(labels, bad, channels):
+    x, y, cotangent = example("float32", labels, channels, 90, dense=True)
+    y[1, 2, 5] = bad
+    sums, _ = run(x, y, cotangent)
+    assert np.isnan(sums[:, 1]).all()
+    assert not np.isnan(sums[:, 0]).any()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "label", "can_be"),
+    [("float16", 2048, True), ("float16", 2049, False), ("float16", 4096, True),
+     ("float16", 65504, True), ("float16", 65536, False), ("bfloat16", -255, True),
+     ("bfloat16", 257, False), ("float32", 2**24 + 1, False), ("float64", 2**24 + 1, True),
+     ("float32", 0, True), ("float64", 2**70, False)],
+)  # fmt: skip
+def test_ignore_labels_of_floating_point_targets(dtype, label, can_be):
+    assert _gpu._ignored(dtype, label) == ((label, label) if can_be else (-1, 0))
+    if can_be:
+        assert dtype_of(dtype).type(label) == label
+
+
 def test_an_ignore_label_that_labels_cannot_be():
     x, y, cotangent = example("float64", "uint64", 2, 130)
     y[0, 3] = 2**64 - 1
-    assert np.isnan(run(x, y, cotangent, ignore=-1)[0][:, 0]).all()
-    assert not np.isnan(run(x, y, cotangent, ignore=2**64 - 1)[0]).any()
+    assert np.isnan(run(x, y, cotangent, ignore_label=-1)[0][:, 0]).all()
+    assert not np.isnan(run(x, y, cotangent, ignore_label=2**64 - 1)[0]).any()
 
 
 def test_infinities_are_as_in_the_limit():
@@ -281,6 +362,34 @@ def test_infinities_are_as_in_the_limit():
         at = np.s_[..., voxel : voxel + 1]
         sums, _ = run(x[at], y[at], np.ones((3, 1, 3)))
         np.testing.assert_array_equal(sums[1, 0], scores)
+
+
+@pytest.mark.parametrize("channels", [4, 150])
+def test_the_first_of_equal_logits_wins(channels):
+    x, y, cotangent = example("float32", "int16", channels, 5)
+    x[:] = np.minimum(x.astype(int), 2)
+    sums, _ = run(x, y, cotangent, activation="argmax")
+    winners = np.stack([np.bincount(sample, minlength=channels) for sample in x.argmax(1)])
+    np.testing.assert_array_equal(sums[1], winners)
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("binary_gamma", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("infinity", [np.inf, -np.inf])
+def test_infinities_of_the_general_sums_are_as_in_the_limit(activation, binary_gamma, infinity):
+    x, y, cotangent = example("float32", "uint8", 3, 6, samples=1)
+    x[0, 1, ::2] = infinity
+    options = {"activation": activation, "binary_gamma": binary_gamma}
+    for label in range(3):
+        y[:] = label
+        for voxel in range(2):
+            one = x[..., voxel : voxel + 1], y[:, voxel : voxel + 1], cotangent
+            sums, grad = run(*one, **options)
+            with np.errstate(invalid="ignore"):
+                true_sums, true_grad = expected(*one, **options)
+            what = f"label {label} of voxel {voxel}"
+            assert_close(sums, true_sums, rtol=1e-6, atol=1e-6, what=what)
+            assert_close(grad, true_grad, rtol=2e-6, atol=2e-6, what=what)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
@@ -356,20 +465,45 @@ class Faults:
 
     @staticmethod
     def unread(ops):
-        ops.load_labels = lambda address, at: (np.int64(0),) * 4
+        ops.load_targets = lambda address, at: (np.int64(0),) * 4
 
     @staticmethod
     def beyond(ops):
         ops.load_logits = lambda address, at, load=ops.load_logits: load(address, at + 16)
 
 
-@pytest.mark.parametrize("fault", [name for name in vars(Faults) if name[0] != "_"])
-def test_the_comparison_bites(monkeypatch, fault):
+class GeneralFaults:
+    """Of operations that the general kernels alone use."""
+
+    @staticmethod
+    def crude(ops):
+        ops.sigmoid = lambda x, sigmoid=ops.sigmoid: np.float32(np.float16(sigmoid(x)))
+
+    @staticmethod
+    def rough(ops):
+        ops.softplus = lambda x, softplus=ops.softplus: np.float32(np.float16(softplus(x)))
+
+    @staticmethod
+    def unfocused(ops):
+        ops.binary_focus = lambda x: x
+
+
+@pytest.mark.parametrize(
+    ("faults", "fault"),
+    [
+        (faults, name)
+        for faults in (Faults, GeneralFaults)
+        for name in vars(faults)
+        if name[0] != "_"
+    ],
+)
+def test_the_comparison_bites(monkeypatch, faults, fault):
     def broken(plan, cuda, whole=gpu_simulator.operations):
         ops = whole(plan, cuda)
-        getattr(Faults, fault)(ops)
+        getattr(faults, fault)(ops)
         return ops
 
     monkeypatch.setattr(gpu_simulator, "operations", broken)
+    options = {"gamma": 2.0} if faults is Faults else {**BINARY, "binary_gamma": 2.0}
     with pytest.raises(AssertionError):
-        test_against_the_reference("float32", "uint8", 4, 512, {"gamma": 2.0})
+        test_against_the_reference("float32", "uint8", 4, 512, options)

@@ -16,7 +16,7 @@ import pytest
 
 import dice_core
 from dice_core import _gpu, _gpu_cache, _gpu_driver, _gpu_kernels, backends, buffers, spec
-from dice_core._gpu_kernels import Plan
+from dice_core._gpu_plan import Plan
 
 STUB = Path(__file__).parent / "stub_driver.c"
 PLAN = Plan("float16", "uint8", 4, voxels=8)
@@ -225,7 +225,7 @@ class TestCache:
     @pytest.mark.parametrize(
         "other",
         [("loss", PLAN, (9, 0)), ("total", Plan("float16", "uint8", 5), (9, 0)),
-         ("total", replace(PLAN, gamma=0.0), (9, 0)), ("total", PLAN, (8, 0))],
+         ("total", replace(PLAN, spec=spec.Spec(gamma=0.0)), (9, 0)), ("total", PLAN, (8, 0))],
     )  # fmt: skip
     def test_another_is_another_file(self, compiled, other):
         code = _gpu_cache.cubin("total", PLAN, (9, 0))
@@ -352,21 +352,23 @@ def test_a_warm_process_imports_no_numba_and_queues_three_launches(library, tmp_
     assert statistics[:2] == gradient[:2] == [second["x"], second["y"]]
     assert gradient[2] == second["grad"]
     assert loss[0] == statistics[2]
-    assert loss[6] == second["value"]
-    assert loss[7] == gradient[3]
-    geometry = [2, 1, 2048, 128, 1024, 256, 2, 128, 1, 1024, 256, 2]
+    assert loss[7] == second["value"]
+    assert loss[8] == gradient[3]
+    geometry = [2, 1, 2048, 128, 1024, 256, 2, 128, 0, 1, 1024, 256, 2]
     minus_one = 2**64 - 1
     assert statistics[6:] == [*geometry, 0, minus_one, 0]
     assert gradient[4:] == [0, 0, *geometry, 0, minus_one, 0]
-    assert len(statistics) == 21
-    assert loss[2:6] == [2, 1, 4, 1]
-    assert len(loss) == 22
+    assert len(statistics) == 22
+    assert loss[2:7] == [2, 1, 3, 4, 1]
+    assert len(loss) == 23
 
 
-def test_a_launch_has_as_many_arguments_as_its_kernel():
+@pytest.mark.parametrize("asked", [spec.Spec(), spec.Spec("sigmoid", dense=True)])
+def test_a_launch_has_as_many_arguments_as_its_kernel(asked):
     compiled = pytest.importorskip("dice_core._gpu_compile", reason="needs the extra gpu")
     for kind in _gpu_kernels.KINDS:
-        kernel = _gpu_kernels.kernel(kind, PLAN, compiled.operations(PLAN))
+        plan = replace(PLAN, spec=asked)
+        kernel = _gpu_kernels.kernel(kind, plan, compiled.operations(plan))
         types = compiled.SIGNATURES[kind].args
         assert kernel.__code__.co_argcount == len(types)
         codes = "".join("d" if numba_type == compiled.float64 else "q" for numba_type in types)

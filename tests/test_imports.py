@@ -29,11 +29,14 @@ ARROWS = {
     "buffers": set(),
     "threads": set(),
     "_reference": set(),
-    "_gpu": {"_gpu_kernels", "_gpu_cache", "_gpu_driver"},
-    "_gpu_kernels": set(),
+    "_gpu": {"_gpu_plan", "_gpu_kernels", "_gpu_cache", "_gpu_driver", "spec"},
+    "_gpu_kernels": {"_gpu_plan", "_gpu_general", "_gpu_totals"},
+    "_gpu_general": {"_gpu_plan"},
+    "_gpu_totals": {"_gpu_plan"},
+    "_gpu_plan": {"spec"},
     "_gpu_intrinsics": set(),
-    "_gpu_compile": {"_gpu_kernels", "_gpu_intrinsics"},
-    "_gpu_cache": {"_gpu_kernels", "_gpu_compile"},
+    "_gpu_compile": {"_gpu_plan", "_gpu_kernels", "_gpu_intrinsics"},
+    "_gpu_cache": {"_gpu_plan", "_gpu_compile"},
     "_gpu_driver": set(),
 }
 IN_BENCH = {
