@@ -18,12 +18,12 @@ from . import _gpu_cache, _gpu_driver
 from . import _gpu_kernels as kernels
 from . import _gpu_plan as plans
 from ._gpu_plan import Plan
-from .spec import STATISTICS
+from .spec import STATISTICS, VOXELS
 
 CAPABILITY = (8, 0)  # the least, which converts to bfloat16
 INSTALL = 'pip install "dice_core[gpu]"'
 DIGITS = {"float16": 11, "bfloat16": 8, "float32": 24, "float64": 53}  # binary, of whole numbers
-NO_LOSS = (*[0] * 7, *[0.0] * 9)  # in place of its arguments
+NO_LOSS = (*[0] * 7, *[0.0] * 10)  # in place of its arguments
 
 
 def unavailable() -> list[str]:
@@ -79,7 +79,8 @@ def loss(
     of_loss = (
         *(value.address, derivative.address, weight.address if weight else 0),
         *(int(ratio.pooled), int(ratio.each), int(weight is not None)),
-        *(ratio.left_out, ratio.share, ratio.start, ratio.smooth, *ratio.num, *ratio.den),
+        *(ratio.left_out, ratio.share, ratio.start, ratio.excess, ratio.smooth),
+        *(*ratio.num, *ratio.den),
     )
     _total(logits, labels, spec, None, of_loss)
 
@@ -117,7 +118,7 @@ def precompile(logits: Any, labels: Any, spec: Any) -> None:
     """Makes ready what calls with such arrays launch, compiled now if it never was."""
     job, _ = _prepared(logits, labels, spec)
     for kind in kernels.KINDS:
-        if kind != "loss" or len(spec.statistics) == len(STATISTICS):  # which it is of
+        if kind != "loss" or {*STATISTICS, VOXELS}.issuperset(spec.statistics):
             job.kernel(kind).make_ready(job.device)
 
 

@@ -27,7 +27,7 @@ SMALLEST = {types.float32: 1.1754943508222875e-38, types.float64: 2.225073858507
 
 _P, _L, _D = intrinsics.POINTER, types.int64, types.float64
 _VOXELS = types.void(*[_P] * 5, *[_L] * 17)
-_TOTALS = types.void(*[_P] * 2, *[_L] * 5, *[_P] * 3, *[_L] * 4, *[_D] * 9)
+_TOTALS = types.void(*[_P] * 2, *[_L] * 5, *[_P] * 3, *[_L] * 4, *[_D] * 10)
 SIGNATURES = {"statistics": _VOXELS, "gradient": _VOXELS, "total": _TOTALS, "loss": _TOTALS}
 
 

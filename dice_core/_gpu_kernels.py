@@ -37,7 +37,7 @@ from ._gpu_totals import total_kernel
 OF_VOXELS, OF_TOTALS = ("statistics", "gradient"), ("total", "loss")
 KINDS = OF_VOXELS + OF_TOTALS
 # Of each kind, as `struct` calls them: 64 bits all, addresses, integers and flags q, numbers d.
-ARGUMENTS = dict.fromkeys(OF_VOXELS, "22q") | dict.fromkeys(OF_TOTALS, "14q9d")
+ARGUMENTS = dict.fromkeys(OF_VOXELS, "22q") | dict.fromkeys(OF_TOTALS, "14q10d")
 ENTRY = "kernel"  # the name of every one in its cubin
 
 

@@ -14,7 +14,7 @@ def total_kernel(loss: bool, ops: Any) -> Callable[..., None]:
     With `loss`, its last block goes on to a loss of I, P and Y and the derivative of that.
 
     A block is a sample's next WARP columns, its warps take the runs in turn. Arguments, integers
-    but for what `losses.Dice` has as float64, and the flags:
+    but for what `losses.Ratio` has as float64, and the flags:
 
     - addresses of counter and partials, and of sums, (K, samples, classes) float64;
     - samples, runs of a sample, K, classes, blocks of a sample;
@@ -22,8 +22,8 @@ def total_kernel(loss: bool, ops: Any) -> Callable[..., None]:
       the classes' weights, (classes,) float64;
     - whether the samples' sums are pooled, each sample has a loss, there are weights;
     - the class left out;
-    - what a class's loss counts, what the total starts from, what is added to the denominator, and
-      what I, P and Y count in the numerator and in the denominator.
+    - what a class's loss counts, what the total starts from, what is added to numerator and
+      denominator, and what I, P and Y count in the one and in the other.
     """
     cuda, int32, int64, float64 = ops.cuda, ops.int32, ops.int64, ops.float64
     load_real, store_real, load_fresh = ops.load_real, ops.store_real, ops.load_fresh
@@ -49,6 +49,7 @@ def total_kernel(loss: bool, ops: Any) -> Callable[..., None]:
         left_out,
         share,
         start,
+        excess,
         smooth,
         num_i,
         num_p,
@@ -116,7 +117,7 @@ def total_kernel(loss: bool, ops: Any) -> Callable[..., None]:
                             of_p += load_fresh(sums, (entry + step) * int64(8))
                             of_y += load_fresh(sums, (entry + step + step) * int64(8))
                             entry += classes
-                        num = num_i * of_i + num_p * of_p + num_y * of_y
+                        num = num_i * of_i + num_p * of_p + num_y * of_y + excess
                         den = den_i * of_i + den_p * of_p + den_y * of_y + smooth
                         if den == float64(0):
                             den = float64(INFINITY)  # 0/0 is 0, with derivative 0

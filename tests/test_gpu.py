@@ -151,6 +151,22 @@ def test_any_loss(name, dense):
     assert_close(grad.host, expected_grad, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    "term",
+    [losses.Dice(p=2), losses.Jaccard(smooth=(0, 1), ignore_channel=0, divisor="kept")],
+    ids=str,
+)
+def test_a_ratio_of_dense_targets_stays_on_the_device(term):
+    x, _ = example(2, 3, 5, 8)
+    y = np.random.default_rng(2).random(x.shape).astype(np.float32)
+    on_gpu = DeviceArray.holding(x), DeviceArray.holding(y)
+    value, grad = dice_core.loss_and_grad(*on_gpu, loss=term)
+    assert Kernel.launched == ("statistics", "loss", "gradient")
+    expected, expected_grad = dice_core.loss_and_grad(x, y, loss=term)
+    assert_close(value.host, np.asarray(expected), rtol=1e-6, atol=0)
+    assert_close(grad.host, expected_grad, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("activation", spec.HARD)
 def test_scores_of_decisions(activation):
     x, y = example(2, 3, 5, 8)

@@ -282,17 +282,37 @@ def test_the_loss_and_its_derivative_follow_in_the_second_launch(channels, smoot
     y[y == channels - 1] = 0
     at = call(x, y, ignore_label=-1)
     weight = np.arange(1, at.classes + 1) / 7 if smooth else None
-    dice = losses.dice(weight, 0 if smooth else -1, smooth, 1, reduction)
-    ratio = dice.ratio(3, at.classes)
-    shape = (3,) if reduction == "none" else ()
-    value, derivative, sums = nothing(at, shape, "float32"), nothing(at), nothing(at)
+    check_ratio(at, losses.dice(weight, 0 if smooth else -1, smooth, 1, reduction))
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize(
+    "term",
+    [
+        losses.Jaccard(smooth=(0.25, 2)),
+        losses.Dice(smooth=(1, 0), ignore_channel=2, divisor="kept", reduction="none"),
+        losses.Tversky(alpha=0.3, beta=0.7, weight=[1, 2, 3], divisor="kept", ignore_channel=0),
+        losses.Dice(divisor="kept", pool="batch", reduction="sum"),
+    ],
+    ids=str,
+)
+def test_any_ratio_follows_in_the_second_launch(term, dense):
+    x, y, _ = example("float32", "float32" if dense else "uint8", 3, 100, samples=3)
+    check_ratio(call(x, y), term)
+
+
+def check_ratio(at, term):
+    """Value and derivative are those that NumPy finds for the sums."""
+    ratio, weight = term.ratio(3, at.classes), next(iter(term.weights), None)
+    value = nothing(at, (3,) if term.reduction == "none" else (), "float32")
+    derivative, sums = nothing(at), nothing(at)
     on_device = None if weight is None else on_gpu(weight)
     _gpu.loss(at.logits, at.labels, value, derivative, at.spec, ratio, on_device)
     assert gpu_simulator.Kernel.launched == ("statistics", "loss")
     _gpu.statistics(at.logits, at.labels, sums, at.spec, 1)
-    true_value, true_derivative = dice.with_derivative(sums.owner.host)
+    true_value, true_derivative = term.with_derivative(sums.owner.host, at.spec.statistics)
     assert_close(value.owner.host, np.asarray(true_value), rtol=2e-7, atol=0)
-    assert_close(derivative.owner.host, true_derivative, rtol=1e-13, atol=1e-16)
+    assert_close(derivative.owner.host[:3], true_derivative[:3], rtol=1e-13, atol=1e-16)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 5), (2, 3, 0), (0, 3, 0)])

@@ -182,23 +182,25 @@ class Overlap(Settings):
             or self.pool not in ("none", "batch")
             or self.reduction == "classes"
             or self.absent != "count"
-            or self.divisor in ("kept", "weights")
+            or self.divisor == "weights"
             or isinstance(self.ignore_channel, tuple)
-            or above != below
             or self.floor
         ):
             return None
-        rows = 1 if self.pool == "batch" else samples
-        share = 1.0
-        if (self.divisor or ("classes" if self.weight is None else "one")) == "classes":
-            share = share / classes
+        rows, out = 1 if self.pool == "batch" else samples, left_out(self.ignore_channel, classes)
+        divisor, share = self.divisor or ("classes" if self.weight is None else "one"), 1.0
+        if divisor != "one":
+            kept = classes - len(out) if divisor == "kept" else classes
+            share = share / kept if kept else 0.0
         if self.reduction == "mean":
             share = share / max(rows, 1)
-        left_out = self.ignore_channel if 0 <= self.ignore_channel < classes else -1
         each = self.reduction == "none"
         start = math.nan if self.reduction == "mean" and not rows else 0.0
         num, den = self._coefficients.reshape(2, 3).tolist()
-        return Ratio(self.pool == "batch", each, left_out, share, start, below, num, den)
+        return Ratio(
+            *(self.pool == "batch", each, out[0] if out else -1),
+            *(share, start, below - above, below, num, den),
+        )
 
     # penalise
 

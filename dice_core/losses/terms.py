@@ -46,8 +46,8 @@ class Sums(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """The loss start + sum_c share w_c num / (den + smooth), what a GPU computes right behind the
-    sums.
+    """The loss start + sum_c share w_c (num + excess) / (den + smooth), what a GPU computes right
+    behind the sums.
     """
 
     pooled: bool  # whether the samples' sums are added first,
@@ -55,6 +55,7 @@ class Ratio(NamedTuple):
     left_out: int  # class, -1 for none
     share: float
     start: float
+    excess: float
     smooth: float
     num: tuple[float, ...]  # coefficients of I, P and Y
     den: tuple[float, ...]
