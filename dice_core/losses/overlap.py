@@ -194,13 +194,11 @@ class Overlap(Settings):
             share = share / kept if kept else 0.0
         if self.reduction == "mean":
             share = share / max(rows, 1)
-        each = self.reduction == "none"
+        pooled, each, excess = self.pool == "batch", self.reduction == "none", below - above
         start = math.nan if self.reduction == "mean" and not rows else 0.0
         num, den = self._coefficients.reshape(2, 3).tolist()
-        return Ratio(
-            *(self.pool == "batch", each, out[0] if out else -1),
-            *(share, start, below - above, below, num, den),
-        )
+        first_out = out[0] if out else -1
+        return Ratio(pooled, each, first_out, share, start, excess, below, num, den)
 
     # penalise
 
