@@ -365,7 +365,7 @@ def test_deep_supervision():
         value = dice_core.torch.DeepSupervision(criterion, [0.25, 4])([x, coarse], labels)
         assert_close(value.detach(), (0.25 * parts[0] + 4 * parts[1]).detach(), rtol=1e-14)
     nearest = F.interpolate(y[:, None].double(), (4, 3), mode="nearest")[:, 0]
-    assert torch.equal(dice_core.torch._nearest(y, coarse), nearest.long())
+    assert torch.equal(dice_core.torch.modules._nearest(y, coarse), nearest.long())
 
 
 @pytest.mark.parametrize(
