@@ -47,7 +47,7 @@ def gradient(logits: Any, labels: Any, cotangent: Any, grad: Any, spec: Any, thr
     if spec.activation == "softmax":
         dx = s * (d - (d * s).sum(1, keepdims=True))
     else:
-        dx = d * s * (1 - s) if spec.activation == "sigmoid" else d
+        dx = np.where(v.counted, d * s * (1 - s), 0) if spec.activation == "sigmoid" else d
     u = np.zeros_like(s)
     if spec.gamma is not None:
         u += others.pop(0) * np.where(t > 0, t * _weight(v.entropy, spec.gamma), 0)

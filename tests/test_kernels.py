@@ -319,6 +319,24 @@ def test_same_bits_for_any_number_of_threads(kernels, dtype, shape, gamma):
 
 @backend
 @floats
+@pytest.mark.parametrize("activation", ["sigmoid", "none"])
+def test_ignored_targets_leak_nothing(kernels, dtype, activation):
+    x, _ = example((2, 3, 500), dtype)
+    rng = np.random.default_rng(2)
+    y = rng.random(x.shape).astype(np.float32)
+    ignored = rng.random(x.shape) < 0.3
+    y[ignored] = 99
+    options = {"activation": activation, "binary_gamma": 2, "ignore_label": 99}
+    clean, clean_grad = run(kernels, x, y, **options)
+    x[ignored] = np.nan
+    sums, grad = run(kernels, x, y, **options)
+    assert_same_bits(sums, clean)
+    assert_same_bits(grad, clean_grad)
+    assert not grad[ignored].any()
+
+
+@backend
+@floats
 @pytest.mark.parametrize("channels", [1, 4])
 @pytest.mark.parametrize("gamma", [None, 0, 2])
 def test_ignored_voxels_leak_nothing(kernels, dtype, channels, gamma):
