@@ -53,8 +53,9 @@ def gradient(logits: Any, labels: Any, cotangent: Any, grad: Any, spec: Any, thr
         u += others.pop(0) * np.where(t > 0, t * _weight(v.entropy, spec.gamma), 0)
     if spec.smoothing:
         u += others.pop(0)
-    u = np.where(v.counted, u, 0)
-    dx = dx + v.softmax * u.sum(1, keepdims=True) - u
+    if spec.gamma is not None or spec.smoothing:
+        u = np.where(v.counted, u, 0)
+        dx = dx + v.softmax * u.sum(1, keepdims=True) - u
     if spec.binary_gamma is not None:
         of_positive, of_negative, *_ = others
         positive, negative = _halves(v)
