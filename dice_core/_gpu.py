@@ -59,8 +59,9 @@ def unsupported(signature: Any) -> list[str]:
                 f"{what}'s voxels are not equally far apart (strides {layout.strides} bytes); "
                 f"call .contiguous() on it"
             )
-    if signature.logits.shape[1] > plans.MAX_CHANNELS:
-        reasons.append(f"takes up to {plans.MAX_CHANNELS} channels")
+    most = plans.most_channels(signature.logits.dtype, signature.spec)
+    if signature.logits.shape[1] > most:
+        reasons.append(f"takes up to {most} channels")
     return reasons
 
 

@@ -12,7 +12,8 @@ WARPS = THREADS // WARP
 ROUNDS = 64  # of loads that a thread makes at most, so that its sums stay exact enough,
 BLOCKS = 1024  # fewer if there are not so many blocks,
 RUN = 256  # but as many as make a block's sums small beside its logits
-TABLE_BYTES = 40960  # of shared memory for a block's sums
+TABLE_BYTES = 40960  # of shared memory for several tables of a block's sums,
+SHARED_BYTES = 49152  # and for one
 BAD = 1  # columns of a partial beside the sums: how many bad labels
 COUNTER_BYTES = 16  # before the partials: how many blocks of `total_kernel` are done
 WORD_BYTES = 16  # of the widest load
@@ -94,6 +95,12 @@ def plan(logits: str, labels: str, channels: int, spec: Spec, side_by_side: int)
     while voxels > 1 and held * voxels > most:
         voxels //= 2
     return Plan(logits, labels, channels, spec, voxels, lanes)
+
+
+def most_channels(logits: str, spec: Spec) -> int:
+    """So many, and a block's sums fit in shared memory."""
+    columns = SHARED_BYTES // max(4, ITEMSIZE[logits])
+    return min(MAX_CHANNELS, (columns - BAD) // len(spec.statistics))
 
 
 def _lane_classes(spec: Spec, lanes: int) -> int:

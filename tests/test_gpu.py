@@ -245,6 +245,12 @@ class TestRefusals:
         x, y = example(1, 1025, 2)
         assert "takes up to 1024 channels" in self.refusal(x, DeviceArray.holding(y))
 
+    def test_more_sums_than_shared_memory_holds(self):
+        x = DeviceArray.holding(np.zeros((1, 800, 1)))
+        sums = {"gamma": 0, "smoothing": True, "binary_gamma": 0}
+        with pytest.raises(dice_core.BackendError, match="takes up to 767 channels"):
+            dice_core.statistics(x, x, **sums, backend="cuda")
+
 
 @pytest.mark.parametrize("ordered", [False, True])
 def test_a_library_that_orders_nothing_is_waited_for(monkeypatch, ordered):
