@@ -177,8 +177,8 @@ cdef struct Problem:
     bint has_ignore
     uint64_t ignore  # bits
     Py_ssize_t power
-    Py_ssize_t sums  # of a class: I, P, Y and maybe H,
-    bint entropy  # if this says so,
+    Py_ssize_t sums  # of a class: I, P, Y and what else is asked for,
+    bint entropy  # H if this says so,
     bint focal  # with a gamma above 0
     double gamma
     Py_ssize_t whole_gamma  # or 0
@@ -203,7 +203,7 @@ cdef struct Scratch:
     char *entropy  # (block,): what a voxel adds to H, or what a focal loss's cotangent of H is multiplied by
     char *label  # (TILE,): class, -1 where ignored, -2 where bad
     char *targets  # (classes, block): how much of each class, negative where it does not count
-    char *pivot  # (3, block): of a class near the voxels', -log s, its logit and which it is
+    char *pivot  # (2, block): of the voxels' largest class, -log s and its logit
     char *sums  # (K, classes) vectors
     char *factors  # (6, classes): of I, P, H, L, B+ and B-
 
@@ -1004,7 +1004,7 @@ cdef class Workspace:
         cdef Py_ssize_t sums = cache_lines(q.sums * q.classes * vector_size(q))
         cdef Py_ssize_t factors = cache_lines(6 * q.classes * q.number)
         cdef Py_ssize_t targets = scores if q.dense else 0
-        cdef Py_ssize_t pivot = 3 * scale if not q.plain else 0
+        cdef Py_ssize_t pivot = 2 * scale if not q.plain else 0
         cdef Py_ssize_t size = staged + scores + 2 * scale + label + targets + pivot + sums + factors
         cdef Py_ssize_t i
         cdef char *at
@@ -1149,7 +1149,7 @@ cdef int team(const Problem *q, threads) except -1:
 cdef Py_ssize_t run_chunks(
     const Problem *q, const Scratch *of_thread, int workers, const double *cotangent, double *sums
 ) noexcept nogil:
-    """Every chunk of every sample; sums are (samples, chunks, 3 or 4, classes). Returns how many bad labels."""
+    """Every chunk of every sample; sums are (samples, chunks, K, classes). Returns how many bad labels."""
     cdef Py_ssize_t i, bad = 0
     cdef const Scratch *t
     for i in prange(q.samples * q.chunks, num_threads=workers, schedule="static"):
@@ -1166,7 +1166,7 @@ cdef Py_ssize_t run_chunks(
 
 
 def statistics(logits, labels, sums, spec, threads):
-    """Fills sums, (K, N, C) contiguous float64, with I, P, Y and maybe H. Returns how many labels were out of range."""
+    """Fills sums, (K, N, C) contiguous float64, with what is asked for. Returns how many labels were out of range."""
     cdef Problem q
     describe(&q, logits, labels, None, spec)
     cdef Py_ssize_t width = q.sums * q.classes

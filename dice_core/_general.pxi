@@ -68,48 +68,36 @@ cdef inline vec score_of(const Problem *q, vec v, vec softmax, vec *slope) noexc
 
 cdef void find_pivot(
     const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label, const vec *e,
-    const vec *scale, const vec *target, vec *pivot,
+    const vec *scale, vec *pivot,
 ) noexcept nogil:
-    """-log s, logit and index of each voxel's own class; of dense targets of the first above 1/2, else class 0.
-
-    Those of other classes follow from their logits, and are as exact as these where it matters.
-    """
-    cdef vec own, rest, which, mask, of_own, found, nought, v
+    """-log s and logit of each voxel's largest class, from which those of the others are as far as their logits."""
+    cdef vec own, rest, which, mask, found, nought, top, v
     cdef Py_ssize_t c, i, e_row = q.block // lanes(scale)
     zero(&nought)
     for i in range(lines * VECTORS):
-        found = label[i]
-        if q.dense:
-            found = nought - 1
-            which = nought
-            for c in range(q.classes):
-                mask = where(less(found, nought), less(number(&nought, 0.5), target[c * e_row + i]))
-                found = unless(mask, found) + where(mask, which)
-                which = which + 1
-            found = unless(less(found, nought), found)
-        own = rest = which = of_own = nought
+        top = logit_of(q, x + i * lanes(scale), row, 0, nought)
+        found = which = nought
+        for c in range(1, q.classes):
+            which = which + 1
+            v = logit_of(q, x + i * lanes(scale), row, c, nought)
+            mask = less(top, v)
+            top = unless(mask, top) + where(mask, v)
+            found = unless(mask, found) + where(mask, which)
+        own = rest = which = nought
         for c in range(q.classes):
             mask = equal(found, which)
             v = e[c * e_row + i]
             own = own + where(mask, v)
             rest = rest + unless(mask, v)
-            of_own = of_own + where(mask, logit_of(q, x + i * lanes(scale), row, c, v))
             which = which + 1
-        mask = less(label[i], nought)
-        own = entropy_of(
-            own * scale[i], rest * scale[i], unless(mask, found) - where(mask, nought + 1), x + i * lanes(scale), row,
-            q.channels,
-        )
-        pivot[i] = own
-        pivot[e_row + i] = of_own
-        pivot[2 * e_row + i] = found
+        own = own * scale[i] + where(less(label[i], nought), nought + 1)  # 1 where there is none
+        pivot[i] = nought - log(own, rest * scale[i])
+        pivot[e_row + i] = top
 
 
-cdef inline vec entropy_by(const vec *pivot, Py_ssize_t e_row, vec which, vec v) noexcept nogil:
-    """-log s of the class `which` of logit v."""
-    cdef vec nought, mask = equal(pivot[2 * e_row], which)
-    zero(&nought)
-    return pivot[0] + maximum(nought - pivot[0], unless(mask, pivot[e_row] - v))
+cdef inline vec entropy_by(const vec *pivot, Py_ssize_t e_row, vec v) noexcept nogil:
+    """-log s of the class of logit v, a sum of nothing negative."""
+    return pivot[0] + unless(equal(v, pivot[e_row]), pivot[e_row] - v)
 
 
 cdef void sum_more(
@@ -137,7 +125,7 @@ cdef void sum_more(
             total[2] = total[2] + t
             total[7] = total[7] + unless(left_out, nought + 1)
             if q.entropy or q.smoothing:
-                h = entropy_by(pivot + i, e_row, which, v)
+                h = entropy_by(pivot + i, e_row, v)
                 total[4] = total[4] + unless(left_out, h)
                 if q.entropy:
                     h = t * focus(maximum(nought, nought + 1 - softmax), q.gamma, q.whole_gamma) * h
@@ -200,7 +188,7 @@ cdef void grad_more(
 ) noexcept nogil:
     """The gradient of all that `sum_more` sums, rows `row` apart; it may overwrite x."""
     cdef vec nought, which, t, s, v, softmax, left_out, h, z, slope, factor, d, of_entropy, dot, all_entropy
-    cdef vec carried
+    cdef vec carried, some
     cdef Py_ssize_t c, i, e_row = q.block // lanes(scale)
     cdef int turn, first = 0 if q.activation == 0 or q.entropy or q.smoothing else 1
     cdef const logit *at
@@ -209,7 +197,7 @@ cdef void grad_more(
     softmax = slope = h = nought
     for i in range(lines * VECTORS):
         at = x + i * lanes(scale)
-        dot = all_entropy = carried = nought
+        dot = all_entropy = carried = some = nought
         for turn in range(first, 2):  # what depends on all classes, then the rest
             to = grad + i * lanes(scale)
             which = nought
@@ -225,7 +213,7 @@ cdef void grad_more(
                 d = unless(left_out, d + factor * t)
                 of_entropy = nought
                 if q.entropy:
-                    h = entropy_by(pivot + i, e_row, which, v)
+                    h = entropy_by(pivot + i, e_row, v)
                     h = focus_slope(h, softmax, maximum(nought, nought + 1 - softmax), q.gamma, q.whole_gamma)
                     spread(&factor, factors, 2 * q.classes + c)
                     of_entropy = where(less(nought, t), factor * t * h)
@@ -235,10 +223,13 @@ cdef void grad_more(
                 if turn == 0:
                     dot = dot + s * d
                     all_entropy = all_entropy + of_entropy
+                    some = some + unless(left_out, nought + 1)
                 else:
                     s = s * (d - dot) if q.activation == 0 else unless(left_out, d * slope)
                     if q.entropy or q.smoothing:
                         s = s + (softmax * all_entropy - of_entropy)
+                    if first == 0:
+                        s = where(less(nought, some), s)  # no class counts: whatever its logits
                     if q.binary:
                         z = nought - logit_of(q, at, x_row, 1, t) if c < q.classes - q.channels else v
                         spread(&factor, factors, 4 * q.classes + c)
@@ -256,16 +247,20 @@ cdef void grad_more(
 cdef void decide(
     const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label, vec *e, vec *scale
 ) noexcept nogil:
-    """Scores 1 for the largest logit, the first of equals, 0 for the others."""
-    cdef vec nought, top, found, which, larger, v
+    """Scores 1 for the largest logit, the first of equals, 0 for the others. NaN is as +inf."""
+    cdef vec nought, endless, top, found, which, larger, v
     cdef Py_ssize_t c, i, e_row = q.block // lanes(scale)
     zero(&nought)
+    largest(&endless)
+    endless = endless + endless
     for i in range(lines * VECTORS):
-        top = logit_of(q, x + i * lanes(scale), row, 0, nought)
-        found = which = nought
-        for c in range(1, q.classes):
+        top = nought - endless
+        found = nought
+        which = nought - 1
+        for c in range(q.classes):
             which = which + 1
             v = logit_of(q, x + i * lanes(scale), row, c, nought)
+            v = where(equal(v, v), v) + unless(equal(v, v), endless)
             larger = less(top, v)
             top = unless(larger, top) + where(larger, v)
             found = unless(larger, found) + where(larger, which)
@@ -294,7 +289,7 @@ cdef void run_more(
         else:
             score_many(q, x, x_row, lines, label, e, scale)
     if q.entropy or q.smoothing:
-        find_pivot(q, x, x_row, lines, label, e, scale, target, pivot)
+        find_pivot(q, x, x_row, lines, label, e, scale, pivot)
     if q.grad == NULL:
         sum_more(q, x, x_row, lines, label, e, scale, target, pivot, <vec *>t.sums)
     else:

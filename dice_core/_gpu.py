@@ -74,7 +74,7 @@ def statistics(logits: Any, labels: Any, sums: Any, spec: Any, threads: int) -> 
 def loss(
     logits: Any, labels: Any, value: Any, derivative: Any, spec: Any, ratio: Any, weight: Any
 ) -> None:
-    """The value of a `losses.Ratio`, its weights on the device or None, and, (3, N, C), the
+    """The value of a `losses.Ratio`, its weights on the device or None, and, (K, N, C), the
     derivative of each sample's loss for its sums.
     """
     of_loss = (

@@ -18,6 +18,7 @@ from ._gpu_plan import Plan
 
 VARIABLE = "DICE_CORE_CACHE_DIR"
 SOURCES = (
+    "spec.py",
     "_gpu_plan.py",
     "_gpu_kernels.py",
     "_gpu_general.py",

@@ -42,7 +42,7 @@ def general_kernel(made_for: Plan, gradient: bool, ops: Any) -> Callable[..., No
     SUMS_HELD, FACTORS_HELD = SUMS * SHARE, FACTORS * WIDTH
     ROW_L = 3 + OWN
     ROW_B = ROW_L + SMOOTHING
-    BINARY_GAMMA = spec.binary_gamma or 0.0
+    BINARY_GAMMA = min(spec.binary_gamma or 0.0, ops.largest)
     TABLES = WARPS  # of sums in shared memory, which the warps share if they are large
     while TABLES > 1 and TABLES * COLUMNS * ops.size > TABLE_BYTES:
         TABLES //= 2
@@ -156,20 +156,23 @@ def general_kernel(made_for: Plan, gradient: bool, ops: Any) -> Callable[..., No
                     total = real(-0.0)
                     for c in range(SHARE):
                         below = logit[c * V + j] - top
-                        if infinite:
-                            below = real(0) if logit[c * V + j] > real(LARGEST) else real(LOWEST)
+                        if infinite:  # NaN stays NaN
+                            far = logit[c * V + j] > real(LARGEST)
+                            below = real(0) if far else logit[c * V + j] + real(LOWEST)
                         total += exp(below)
                     for k in range(SHUFFLES):
                         total += shuffle(MASK, total, 1 << k)
                     part = reciprocal(total)
                 if ENTROPY:
                     log_total = log(total)
-                if LARGEST_WINS:  # the first of equals
-                    top = logit[j]
+                if LARGEST_WINS:  # the first of equals, NaN as +inf
+                    top = real(LOWEST)
                     winner = own
-                    for c in range(1, SHARE):
-                        if logit[c * V + j] > top:
-                            top = logit[c * V + j]
+                    for c in range(SHARE):
+                        v = logit[c * V + j]
+                        v = v if v <= real(LARGEST) else real(-LOWEST)
+                        if v > top:
+                            top = v
                             winner = own + int32(c)
                     for k in range(SHUFFLES):
                         other = shuffle(MASK, top, 1 << k)
@@ -178,6 +181,14 @@ def general_kernel(made_for: Plan, gradient: bool, ops: Any) -> Callable[..., No
                             top = other
                             winner = index
 
+                if DENSE and SOFTMAX:
+                    some = int32(0)  # of the voxel's classes that count
+                    for c in range(SHARE):
+                        some += int32(1) if target[c * V + j] >= real(0) else int32(0)
+                    for k in range(SHUFFLES):
+                        some += shuffle(MASK, some, 1 << k)
+                # The gradient is s (slope - dot) of softmax scores and q pull - of_entropy of
+                # their entropies: dot the sum of s slope, pull of of_entropy, over the classes.
                 dot, pull = real(0), real(0)
                 for turn in range(TURN, 2):
                     for c in range(SHARE):
@@ -190,7 +201,7 @@ def general_kernel(made_for: Plan, gradient: bool, ops: Any) -> Callable[..., No
                         if SOFTMAX:
                             below = v - top
                             if infinite:
-                                below = real(0) if v > real(LARGEST) else real(LOWEST)
+                                below = real(0) if v > real(LARGEST) else v + real(LOWEST)
                             e = exp(below)
                         if SCORED:
                             s = e * part
@@ -264,6 +275,8 @@ def general_kernel(made_for: Plan, gradient: bool, ops: Any) -> Callable[..., No
                         if BINARY:
                             up = factor[int32((ROW_B - 1) * WIDTH) + at_class]
                             down = factor[int32(ROW_B * WIDTH) + at_class]
+                            # -t w(1-b) (1-b + g b (-log b)) up and (1-t) w(b) (b + g (1-b)
+                            # (-log(1-b))) down, of b and w(r) = r^g
                             through = real(0)
                             if t > real(0):
                                 bound = real(LARGEST) if positive > real(LARGEST) else positive
@@ -279,7 +292,8 @@ def general_kernel(made_for: Plan, gradient: bool, ops: Any) -> Callable[..., No
                                 dx += through - carried
                             else:
                                 dx += through
-                        logit[c * V + j] = dx if DENSE or counts else real(0)
+                        keep = some > int32(0) if DENSE and SOFTMAX else counts
+                        logit[c * V + j] = dx if keep else real(0)
 
                     if turn == 0:
                         for k in range(SHUFFLES):
@@ -306,16 +320,16 @@ def general_kernel(made_for: Plan, gradient: bool, ops: Any) -> Callable[..., No
                 column += int32(THREADS)
             warp = thread // int32(WARP)
             mine = warp % int32(TABLES) * int32(COLUMNS)
-            for turn in range(PASSES):
+            for wave in range(PASSES):
                 cuda.syncthreads()
-                if warp // int32(TABLES) == int32(turn) and thread % int32(WARP) < int32(LANES):
+                if warp // int32(TABLES) == int32(wave) and thread % int32(WARP) < int32(LANES):
                     if own == int32(0):
                         table[mine + int32(COLUMNS - 1)] += real(bad)
                     for c in range(SHARE):
                         if c < FULL or own + int32(c) < int32(CLASSES):
                             for k in range(SUMS):
-                                at_class = mine + int32(k * CLASSES + c) + own
-                                table[at_class] += sums[k * SHARE + c]
+                                place = mine + int32(k * CLASSES + c) + own
+                                table[place] += sums[k * SHARE + c]
             cuda.syncthreads()
             column = thread
             while column < int32(COLUMNS):

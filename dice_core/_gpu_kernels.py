@@ -58,9 +58,9 @@ def voxel_kernel(made_for: Plan, gradient: bool, ops: Any) -> Callable[..., None
     - addresses of the cotangent, (K, samples, classes) float64, and of what each sample's is
       multiplied by, if `scaled`, and the byte stride of that;
     - samples, runs of a sample, voxels of a run and of a sample;
-    - byte strides of x for sample, channel and voxel, of y (for the channel 0) and of the gradient
-      likewise;
-    - the label to leave out, -1 for none, and the one that is not bad, 0 for none.
+    - byte strides of x for sample, channel and voxel, of y (a channel's is that of dense targets,
+      else 0) and of the gradient likewise;
+    - the label, or target, to leave out, -1 for none, and the one that is not bad, 0 for none.
     """
     cuda, real, int32, int64 = ops.cuda, ops.real, ops.int32, ops.int64
     load_logits, load_labels, load_double = ops.load_logits, ops.load_targets, ops.load_double

@@ -137,6 +137,10 @@ def total_kernel(loss: bool, ops: Any) -> Callable[..., None]:
                             store_double(derivative, entry * int64(8), of_i)
                             store_double(derivative, (entry + step) * int64(8), of_p)
                             store_double(derivative, (entry + step + step) * int64(8), of_y)
+                            k = int64(3)
+                            while k < kinds:
+                                store_double(derivative, (entry + k * step) * int64(8), float64(0))
+                                k += int64(1)
                             entry += classes
                         term += stride
                     if each != int64(0):

@@ -102,6 +102,7 @@ def _voxels(logits: Any, labels: Any, spec: Any) -> Voxels:
     single = spec.classes(x.shape[1]) != x.shape[1]
     y = np.asarray(labels)
     y = y.view(np.uint8) if y.dtype == bool else y  # bool does not compare with every integer
+    y = y.astype(np.float64) if y.dtype.kind not in "iu" else y  # exactly, to be compared
     y = y.reshape(x.shape if spec.dense else (x.shape[0], 1, x.shape[2]))
     ignored = np.zeros(y.shape, bool) if spec.ignore_label is None else y == spec.ignore_label
     if single:
@@ -109,7 +110,7 @@ def _voxels(logits: Any, labels: Any, spec: Any) -> Voxels:
     if spec.dense:
         counted = ~ignored & (y >= 0) & (y <= 1)
         target = np.where(counted, y, 0).astype(np.float64)
-        any_counted = np.ones_like(counted[:, :1])
+        any_counted = counted.any(1, keepdims=True)
     else:
         onehot = (y == np.arange(x.shape[1]).reshape(1, -1, 1)) & ~ignored
         counted = any_counted = onehot.any(1, keepdims=True)
@@ -129,11 +130,12 @@ def _voxels(logits: Any, labels: Any, spec: Any) -> Voxels:
         entropy = np.where(top == -np.inf, np.nan, entropy)
         softmax = softmax / softmax.sum(1, keepdims=True)
     softmax, entropy = (np.where(any_counted, numbers, 0) for numbers in (softmax, entropy))
+    winner = np.where(np.isnan(x), np.inf, x).argmax(1, keepdims=True)
     score = {
         "softmax": softmax,
         "sigmoid": np.exp(-_softplus(-x)),
         "none": x,
-        "argmax": x.argmax(1, keepdims=True) == np.arange(x.shape[1]).reshape(1, -1, 1),
+        "argmax": winner == np.arange(x.shape[1]).reshape(1, -1, 1),
         "threshold": x > 0,
     }[spec.activation].astype(np.float64)
     binary = np.concatenate([-x[:, 1:], x[:, 1:]], axis=1) if single else x

@@ -40,7 +40,8 @@ class Spec:
 
     - activation: scores are "softmax" over the channels, a single one being the second of two whose
       first is 0; "sigmoid" of each channel; "none", the logits themselves. Or decisions, without a
-      gradient: "argmax" scores the largest 1, the first of equals, and "threshold" logits above 0.
+      gradient: "argmax" scores the largest 1, the first of equals, NaN as +inf, and "threshold"
+      logits above 0.
     - power: P sums score**power.
     - ignore_label: voxels so labelled contribute to nothing; None for no such label. Of dense
       targets it is each channel's own.
@@ -259,6 +260,8 @@ def check_labels(at: Call, bad: int = 0) -> None:
     y = buffers.to_host(at.labels)
     position, found = None, 0
     for n, sample in enumerate(y):  # one sample at a time: a mask of all of y could be large
+        if dense and sample.dtype.kind not in "biu":  # half precision would round the ignore label
+            sample = sample.astype(np.float64)
         wrong = ~(sample <= 1) if dense else sample >= at.classes
         wrong |= sample < 0
         if ignore is not None:

@@ -185,6 +185,7 @@ class Simulator:
         self.thread.arrays += 1
         if number not in self.shared_arrays:
             self.shared_arrays[number] = uninitialised(shape, dtype)
+            assert sum(a.nbytes for a in self.shared_arrays.values()) <= _gpu_plan.SHARED_BYTES
         return self.shared_arrays[number]
 
 
@@ -195,7 +196,11 @@ def uninitialised(shape, dtype):
 def operations(plan, cuda):
     """The kernels' operations."""
     real = np.float64 if plan.logits == "float64" else np.float32
-    gamma, binary_gamma, p = plan.spec.gamma or 0.0, plan.spec.binary_gamma or 0.0, plan.spec.power
+    gamma, binary_gamma = (
+        min(number or 0.0, float(np.finfo(real).max))
+        for number in (plan.spec.gamma, plan.spec.binary_gamma)
+    )
+    p = plan.spec.power
     if plan.labels in _gpu_plan.ITEMSIZE:
         label = np.float64 if plan.labels == "float64" else np.float32
     else:

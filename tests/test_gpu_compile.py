@@ -75,16 +75,17 @@ COSTS = {
 BINARY = Spec("sigmoid", binary_gamma=0.0)
 EVERYTHING = Spec(gamma=2.0, smoothing=True, binary_gamma=2.0, dense=True)
 COSTS |= {  # of the general kernels
-    ("statistics", "float16", "uint8", 4, Spec(gamma=0.0, smoothing=True)): (80, 34),
+    ("statistics", "float16", "uint8", 4, Spec(gamma=0.0, smoothing=True)): (80, 44),
     ("statistics", "float16", "uint8", 1, Spec(binary_gamma=0.0)): (80, 66),
     ("statistics", "float16", "uint8", 4, BINARY): (112, 84),
     ("statistics", "bfloat16", "uint8", 20, replace(BINARY, binary_gamma=0.5)): (112, 132),
     ("statistics", "float32", "float32", 3, Spec("sigmoid", dense=True)): (64, 33),
     ("statistics", "float16", "uint8", 14, Spec("none")): (120, None),
-    ("statistics", "float32", "float16", 150, EVERYTHING): (152, 160),
+    ("statistics", "float32", "float16", 150, EVERYTHING): (152, 170),
     ("statistics", "float64", "float64", 3, Spec(gamma=0.0, dense=True)): (152, None),
     ("statistics", "float16", "uint8", 4, Spec("argmax")): (72, None),
     ("statistics", "float16", "uint8", 150, Spec("argmax")): (128, None),
+    ("statistics", "float16", "uint8", 512, BINARY): (255, 100),
     ("gradient", "float16", "uint8", 4, Spec(gamma=0.0, smoothing=True)): (80, 96),
     ("gradient", "float16", "uint8", 1, Spec(binary_gamma=0.0)): (96, 90),
     ("gradient", "float16", "uint8", 4, BINARY): (144, 104),

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -195,6 +196,19 @@ class TestUnavailable:
         assert _gpu_driver.capability(0) == (9, 0)
         assert _gpu_driver.capability(1) == (12, 0)
         assert _gpu_driver.name(1) == "Stub 41"
+
+
+def test_the_cache_knows_every_source():
+    """Of what a kernel is made from: the modules and those of the package that they import."""
+    folder, named = Path(_gpu.__file__).parent, set()
+    waiting = {"_gpu_compile.py"}
+    while waiting - named:
+        named |= waiting
+        for name in tuple(waiting):
+            for line in (folder / name).read_text().splitlines():
+                for module in re.findall(r"^from \.(\w+) import|^from \. import (\w+)", line):
+                    waiting.add(f"{''.join(module)}.py")
+    assert named - {"buffers.py"} == set(_gpu_cache.SOURCES)
 
 
 class TestCache:

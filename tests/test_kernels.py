@@ -173,6 +173,68 @@ def test_more_sums_of_logits_of_any_size(kernels, dtype, scale, kind, activation
 
 
 @backend
+@floats
+@pytest.mark.parametrize("low", [-3e4, -1e9, -np.inf])
+@pytest.mark.parametrize("gamma", [0, 0.5, 2])
+@pytest.mark.parametrize("kind", ["dense", "labels"])
+def test_classes_far_below_the_others_have_exact_entropies(kernels, dtype, low, gamma, kind):
+    if low == -1e9 and dtype == "float16":
+        low = -65504
+    x = np.array([low, 1, 0]).astype(FLOATS[dtype]).reshape(1, 3, 1).repeat(40, 2)
+    y = np.array([0, 0.5, 0.5]).reshape(1, 3, 1).repeat(40, 2)
+    if kind == "labels":  # of classes that there are
+        y = np.arange(40).reshape(1, 40) % 2 + 1
+    check(kernels, x, y, gamma=gamma)
+    sums, _ = run(kernels, x, y, smoothing=True)
+    expected, _ = run(_reference, x.astype(np.float64), y, smoothing=True)
+    assert_close(sums, expected, rtol=8 * ARITHMETIC[dtype])
+
+
+@backend
+@floats
+def test_smoothing_beside_a_label_that_is_impossible(kernels, dtype):
+    x = np.array([-np.inf, 1, 0]).astype(FLOATS[dtype]).reshape(1, 3, 1)
+    sums, _ = run(kernels, x, np.zeros((1, 1), np.uint8), smoothing=True)
+    entropies = np.log1p(np.exp([-1, 1]))
+    assert_close(sums[3, 0], [np.inf, *entropies], rtol=8 * ARITHMETIC[dtype])
+
+
+@backend
+def test_a_voxel_without_targets_is_nothing_whatever_its_logits(kernels):
+    x, y = example((2, 3, 300), "float32")
+    y = targets("soft", x, y)
+    x[:, :, 7] = np.nan
+    y[:, :, 7] = 255
+    sums, grad = run(kernels, x, y, ignore_label=255, gamma=1, smoothing=True)
+    assert np.isfinite(sums).all()
+    assert np.isfinite(grad).all()
+    assert not grad[:, :, 7].any()
+
+
+@backend
+@pytest.mark.parametrize("channels", [1, 3, 20])
+def test_decisions_take_nan_for_infinite(kernels, channels):
+    x, y = example((1, channels, 300), "float32")
+    x[:, channels // 2, ::3], x[:, 0, 1::7] = np.nan, np.inf
+    at = spec.call(buffers.of(x, "x"), buffers.of(y, "y"), spec.Spec("argmax"))
+    sums, expected = np.empty(at.sums_shape), np.empty(at.sums_shape)
+    for kernels_of, into in ((kernels, sums), (_reference, expected)):
+        kernels_of.statistics(at.logits, at.labels, buffers.of(into, "sums"), at.spec, 1)
+    assert_same_bits(sums, expected)
+
+
+@backend
+def test_half_precision_is_not_rounded_to_the_ignore_label(kernels):
+    x, y = np.zeros((1, 2, 2), np.float32), np.full((1, 2, 2), 10_000, np.float16)
+    y[..., 1] = 0.5
+    at = spec.call(buffers.of(x, "x"), buffers.of(y, "y"), ignore_label=9_999)
+    sums = buffers.of(np.empty(at.sums_shape), "sums")
+    assert kernels.statistics(at.logits, at.labels, sums, at.spec, 1) == 2
+    with pytest.raises(ValueError, match=r"2 values outside \[0, 1\] \(9999 is ignored\)"):
+        spec.check_labels(at)
+
+
+@backend
 def test_bad_dense_targets_are_counted_and_skipped(kernels):
     x, y = example((2, 3, 300), "float32")
     y = targets("soft", x, y)
