@@ -81,11 +81,15 @@ def _autograd(build: Callable[[int], Loss], inputs: Inputs) -> Step:
     return step
 
 
-def _into_out(inputs: Inputs) -> Step:
-    """Both in one call, the gradient into memory that is already mapped."""
+def _into_out(inputs: Inputs, term: Callable[[int], Any] | None = None) -> Step:
+    """Both in one call, the gradient into memory that is already mapped; `term` takes the number of
+    channels.
+    """
     from .. import api
 
-    out, options, turns = inputs[0][0].clone(), _options(_channels(inputs)), cycle(inputs)
+    channels = _channels(inputs)
+    options = _options(channels) if term is None else {"loss": term(channels)}
+    out, turns = inputs[0][0].clone(), cycle(inputs)
 
     def step() -> Iterator[Any]:
         x, y = next(turns)
@@ -137,23 +141,23 @@ def _ours(channels: int) -> Loss:
     return partial(dice_loss, **_options(channels))
 
 
-def _ours_and_entropy(channels: int) -> Loss:
-    from ..losses import CrossEntropy
-
-    return _compound(channels, CrossEntropy())
-
-
-def _ours_and_focal(channels: int) -> Loss:
-    from ..losses import SigmoidFocal
-
-    return _compound(channels, SigmoidFocal(ignore_channel=0 if channels == 1 else -1))
-
-
-def _compound(channels: int, other: Any) -> Loss:
-    from ..losses import Dice
+def _ours_of(channels: int, term: Callable[[int], Any]) -> Loss:
     from ..torch import Loss as Module
 
-    return Module(Dice(**_options(channels)) + other)
+    return Module(term(channels))
+
+
+def _dice_and_entropy(channels: int) -> Any:
+    from ..losses import CrossEntropy, Dice
+
+    return Dice(**_options(channels)) + CrossEntropy()
+
+
+def _dice_and_focal(channels: int) -> Any:
+    from ..losses import Dice, SigmoidFocal
+
+    focal = SigmoidFocal(ignore_channel=0 if channels == 1 else -1)
+    return Dice(**_options(channels)) + focal
 
 
 def _monai(channels: int, name: str = "DiceLoss") -> Loss:
@@ -250,14 +254,28 @@ IMPLEMENTATIONS = {
             "ours-ce",
             "dice_core, Dice + CrossEntropy",
             "torch",
-            partial(_autograd, _ours_and_entropy),
+            partial(_autograd, partial(_ours_of, term=_dice_and_entropy)),
+            formula="dice_and_cross_entropy",
+        ),
+        Implementation(
+            "ours-ce-out",
+            "dice_core, Dice + CrossEntropy, into out=",
+            "torch",
+            partial(_into_out, term=_dice_and_entropy),
             formula="dice_and_cross_entropy",
         ),
         Implementation(
             "ours-focal",
             "dice_core, Dice + SigmoidFocal",
             "torch",
-            partial(_autograd, _ours_and_focal),
+            partial(_autograd, partial(_ours_of, term=_dice_and_focal)),
+            formula="dice_and_focal",
+        ),
+        Implementation(
+            "ours-focal-out",
+            "dice_core, Dice + SigmoidFocal, into out=",
+            "torch",
+            partial(_into_out, term=_dice_and_focal),
             formula="dice_and_focal",
         ),
         Implementation(

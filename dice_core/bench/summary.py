@@ -84,21 +84,23 @@ def speed(result: CaseResult, quantity: str) -> Speed:
     )
 
 
-# what is compared: (ours, MONAI's, nnU-Net's)
+# what is compared: (ours, our Dice alone, MONAI's, nnU-Net's)
 COMPOUNDS = {
-    "Dice + cross-entropy": ("ours-ce", "monai-ce", "nnunet-ce"),
-    "Dice + focal": ("ours-focal", "monai-focal", None),
+    "Dice + cross-entropy, fresh gradient": ("ours-ce", OURS, "monai-ce", "nnunet-ce"),
+    "Dice + cross-entropy, into out=": ("ours-ce-out", OUT, "monai-ce", "nnunet-ce"),
+    "Dice + focal, fresh gradient": ("ours-focal", OURS, "monai-focal", None),
+    "Dice + focal, into out=": ("ours-focal-out", OUT, "monai-focal", None),
 }
 
 
 def compound(result: CaseResult, name: str) -> Compound:
     """A row of one of COMPOUNDS."""
-    ours, *peers = COMPOUNDS[name]
+    ours, dice, *peers = COMPOUNDS[name]
     seconds = _of(result, ours, "step")
     return Compound(
         result.case.name,
         seconds,
-        ratio(seconds, _of(result, OURS, "step")),
+        ratio(seconds, _of(result, dice, "step")),
         *(ratio(_of(result, peer, "step"), seconds) for peer in peers),
         *(_of(result, each, "peak") for each in (ours, *peers)),
     )

@@ -130,7 +130,7 @@ def _compounds(results: list[CaseResult], name: str) -> Table:
         peaks = map(_number, (row.peak, row.peak_of_monai, row.peak_of_nnunet))
         rows.append((row.case, _ms(row.seconds), *speeds, *peaks))
     header = ("case", "ms", "of Dice", "vs MONAI", "vs nnU-Net", "peak", "MONAI", "nnU-Net")
-    table = Table(f"dice_core, step of {name}, fresh gradient", header, rows)
+    table = Table(f"dice_core, step of {name}", header, rows)
     return table.without_empty("vs nnU-Net").without_empty("nnU-Net")
 
 
