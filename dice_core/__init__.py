@@ -1,41 +1,50 @@
-"""dice_core: the Dice loss and its family on the fly.
+"""dice_core: the Dice loss and its family, computed on the fly.
 
-`loss`, `loss_and_grad` and `statistics` take NumPy arrays and whatever shares their memory (torch
-tensors, DLPack), or arrays on a GPU (CuPy, numba); `dice_core.torch` has the same losses with
-autograd, as functions and as an `nn.Module`. Which losses there are is in `dice_core.losses`.
+`loss`, `loss_and_grad`, `statistics`, `gradient` and `score` take NumPy arrays and whatever shares
+their memory (torch tensors, DLPack), or arrays on a GPU (CuPy, numba). `dice_core.torch` has the
+same losses with autograd, as functions and as modules; `dice_core.losses` lists them all;
+`dice_core.compat` has those of MONAI, nnU-Net and segmentation_models_pytorch by their names.
 """
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from . import losses
-from .api import Score, Statistics, loss, loss_and_grad, precompile, score, statistics
+from .api import Score, gradient, loss, loss_and_grad, precompile, score, statistics
 from .backends import BackendError
+from .sums import Statistics
 
 if TYPE_CHECKING:
-    from . import torch
+    from . import compat as compat
+    from . import torch as torch
 
 __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "Score",
     "Statistics",
+    "gradient",
     "loss",
     "loss_and_grad",
     "losses",
     "precompile",
     "score",
     "statistics",
-    "torch",
 ]
+
+_LAZY = ("compat", "torch")  # need torch, which is imported when they are asked for (PEP 562)
 
 
 def __getattr__(name: str) -> Any:
-    # torch is imported when it is asked for, not before (PEP 562).
-    if name == "torch":
-        return importlib.import_module(f"{__name__}.torch")
+    if name in _LAZY:
+        try:
+            return importlib.import_module(f"{__name__}.{name}")
+        except ImportError as error:  # hasattr and inspect expect an AttributeError
+            raise AttributeError(str(error), name=name) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    lazy = _LAZY if importlib.util.find_spec("torch") else ()
+    return sorted({*globals(), *lazy})

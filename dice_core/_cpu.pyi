@@ -1,9 +1,21 @@
+from typing import Any
+
 from dice_core.buffers import Buffer
 from dice_core.spec import Signature, Spec
 
 LEVEL: str
 
 def statistics(logits: Buffer, labels: Buffer, sums: Buffer, spec: Spec, threads: int) -> int: ...
+def loss(
+    logits: Buffer,
+    labels: Buffer,
+    value: Buffer,
+    derivative: Buffer,
+    spec: Spec,
+    ratio: tuple[Any, ...],
+    weight: Buffer | None,
+    threads: int,
+) -> int: ...
 def gradient(
     logits: Buffer, labels: Buffer, cotangent: Buffer, grad: Buffer, spec: Spec, threads: int
 ) -> int: ...

@@ -1,9 +1,8 @@
-"""The cuda backend: which kernels a call needs, and with which arguments.
+"""The cuda backend: which kernels a call needs, and what they are launched with.
 
-Everything is queued on the logits' stream and nothing waits for the device. Bad labels are not
-reported: they make their sample's statistics NaN. The kernels are in `_gpu_kernels`; beside them
-`_gpu_intrinsics` has what they are written in, `_gpu_compile` makes machine code, `_gpu_cache`
-keeps it and `_gpu_driver` launches it.
+Everything is queued on the logits' stream and nothing synchronizes, so labels out of range are not
+reported: they make their sample's sums NaN. `dice_core.gpu` has the kernels, and how they are
+compiled, cached and launched.
 """
 
 from __future__ import annotations
@@ -14,28 +13,27 @@ import threading
 from dataclasses import replace
 from typing import Any
 
-from . import _gpu_cache, _gpu_driver
-from . import _gpu_kernels as kernels
-from . import _gpu_plan as plans
-from ._gpu_plan import Plan
-from .spec import STATISTICS, VOXELS
+from . import allocators, buffers
+from .gpu import cache, driver, kernels
+from .gpu import plan as plans
+from .gpu.plan import Plan
+from .spec import BASIC, VOXELS
 
-CAPABILITY = (8, 0)  # the least, which converts to bfloat16
+CAPABILITY = (8, 0)  # at least: conversions to bfloat16 need it
 INSTALL = 'pip install "dice_core[gpu]"'
-DIGITS = {"float16": 11, "bfloat16": 8, "float32": 24, "float64": 53}  # binary, of whole numbers
-NO_LOSS = (*[0] * 7, *[0.0] * 10)  # in place of its arguments
+SIGNIFICANT_BITS = {"float16": 11, "bfloat16": 8, "float32": 24, "float64": 53}
 
 
 def unavailable() -> list[str]:
     """Why it does not run on this machine; empty if it does."""
-    reasons = _gpu_driver.unavailable()
-    if _gpu_cache.version("numba-cuda") is None:
+    reasons = driver.unavailable()
+    if cache.version("numba-cuda") is None:
         reasons.append(f"needs numba-cuda, beside or instead of numba's own CUDA target: {INSTALL}")
-    linker = _gpu_cache.version("nvidia-nvjitlink")
-    if not reasons and linker and _gpu_driver.version() < int(linker.split(".")[0]):
+    linker = cache.version("nvidia-nvjitlink")
+    if not reasons and linker and driver.version() < int(linker.split(".")[0]):
         reasons.append(
-            f"the NVIDIA driver is made for CUDA {_gpu_driver.version()}, the compiler "
-            f"(nvidia-nvjitlink {linker}) for a later one; update the driver, or install a "
+            f"the NVIDIA driver supports CUDA {driver.version()}, the compiler "
+            f"(nvidia-nvjitlink {linker}) needs a later one; update the driver, or install a "
             f"compiler of its version: pip install numba-cuda[cu12]"
         )
     return reasons
@@ -45,19 +43,19 @@ def unsupported(signature: Any) -> list[str]:
     """Why it does not take such calls; empty if it does."""
     reasons = []
     device = _index(signature.logits)
-    found = _gpu_driver.capability(device)
+    found = driver.capability(device)
     if found < CAPABILITY:
         has, needs = (".".join(map(str, number)) for number in (found, CAPABILITY))
         reasons.append(
-            f"{signature.logits.device} ({_gpu_driver.name(device)}) has compute capability {has}, "
+            f"{signature.logits.device} ({driver.name(device)}) has compute capability {has}, "
             f"at least {needs} is needed"
         )
-    first = 2 if signature.spec.dense else 1  # of y's axes over voxels
+    first = 2 if signature.spec.soft_targets else 1  # of y's axes over voxels
     for what, layout, axis in (("x", signature.logits, 2), ("y", signature.labels, first)):
         if _voxel_step(layout, axis) is None:
             reasons.append(
-                f"{what}'s voxels are not equally far apart (strides {layout.strides} bytes); "
-                f"call .contiguous() on it"
+                f"{what}'s voxels are not equally spaced in memory (strides {layout.strides} "
+                f"bytes); call .contiguous() on it"
             )
     most = plans.most_channels(signature.logits.dtype, signature.spec)
     if signature.logits.shape[1] > most:
@@ -66,24 +64,41 @@ def unsupported(signature: Any) -> list[str]:
 
 
 def statistics(logits: Any, labels: Any, sums: Any, spec: Any, threads: int) -> int:
-    """The sums, NaN for a sample with bad labels; 0."""
-    _total(logits, labels, spec, sums.address, NO_LOSS)
+    """The sums, NaN for a sample with labels out of range; returns 0."""
+    _sum(logits, labels, spec, "total", sums.address, kernels.NO_LOSS)
     return 0
 
 
 def loss(
-    logits: Any, labels: Any, value: Any, derivative: Any, spec: Any, ratio: Any, weight: Any
-) -> None:
-    """The value of a `losses.Ratio`, its weights on the device or None, and, (K, N, C), the
-    derivative of each sample's loss for its sums.
+    logits: Any,
+    labels: Any,
+    value: Any,
+    derivative: Any,
+    spec: Any,
+    ratio: Any,
+    weight: Any,
+    threads: int,
+) -> int:
+    """The value of a `losses.Ratio`, whose class weights are on the device or None, and, (K, N, C),
+    the derivative of each sample's loss for its sums; 0.
     """
-    of_loss = (
-        *(value.address, derivative.address, weight.address if weight else 0),
-        *(int(ratio.pooled), int(ratio.each), int(weight is not None)),
-        *(ratio.left_out, ratio.share, ratio.start, ratio.excess, ratio.smooth),
-        *(*ratio.num, *ratio.den),
-    )
-    _total(logits, labels, spec, None, of_loss)
+    of_loss = {
+        "value": value.address,
+        "derivative": derivative.address,
+        "weights": weight.address if weight else 0,
+        "pooled": ratio.pooled,
+        "per_sample": ratio.per_sample,
+        "weighted": weight is not None,
+        "ignore_channel": ratio.ignore_channel,
+        "share": ratio.share,
+        "start": ratio.start,
+        "excess": ratio.excess,
+        "smooth": ratio.smooth,
+        **dict(zip(("num_i", "num_p", "num_y"), ratio.num, strict=True)),
+        **dict(zip(("den_i", "den_p", "den_y"), ratio.den, strict=True)),
+    }
+    _sum(logits, labels, spec, "loss", None, of_loss)
+    return 0
 
 
 def gradient(
@@ -95,8 +110,8 @@ def gradient(
     threads: int,
     scale: Any = None,
 ) -> int:
-    """The gradient for the cotangent, each sample's times its entry of `scale`, numbers () or (N,)
-    of the loss's dtype; 0. Raises ValueError for strides of `grad` that it cannot write.
+    """The gradient for the cotangent, of each sample times its entry of `scale`, () or (N,) numbers
+    of the loss's dtype; returns 0. Raises ValueError for strides of `grad` that it cannot write.
     """
     job, stream = _prepared(logits, labels, spec, grad)
     for other in (grad, scale):
@@ -107,53 +122,70 @@ def gradient(
             "gradient",
             stream,
             job.blocks,
-            *(logits.address, labels.address, grad.address, cotangent.address),
-            scale.address if scale else 0,
-            scale.strides[0] if scale and scale.shape else 0,
-            *(*job.geometry, int(scale is not None), *job.ignored),
+            **job.geometry,
+            x=logits.address,
+            y=labels.address,
+            out=grad.address,
+            cotangent=cotangent.address,
+            scale=scale.address if scale else 0,
+            scale_n=scale.strides[0] if scale and scale.shape else 0,
+            scaled=scale is not None,
         )
     return 0
 
 
 def precompile(logits: Any, labels: Any, spec: Any) -> None:
-    """Makes ready what calls with such arrays launch, compiled now if it never was."""
+    """Compiles what calls with such arrays launch, and loads it on the device."""
     job, _ = _prepared(logits, labels, spec)
     for kind in kernels.KINDS:
-        if kind != "loss" or {*STATISTICS, VOXELS}.issuperset(spec.statistics):
-            job.kernel(kind).make_ready(job.device)
+        if kind != "loss" or {*BASIC, VOXELS}.issuperset(spec.fields):
+            job.kernel(kind).load_on(job.device)
 
 
 def wait(logits: Any) -> None:
-    """Waits until what was queued for such logits is done."""
-    _gpu_driver.synchronize(_index(logits.layout), logits.stream or 0)
+    """Synchronizes with what was queued for such logits."""
+    driver.synchronize(_index(logits.layout), logits.stream or 0)
 
 
-def _total(logits: Any, labels: Any, spec: Any, sums: int | None, of_loss: Any) -> None:
-    """Sums to this address or, without one, the loss of them, in two launches."""
+def _sum(
+    logits: Any, labels: Any, spec: Any, kind: str, sums: int | None, of_loss: dict[str, Any]
+) -> None:
+    """Two launches: the partials of all blocks; and their totals, at the address `sums` or, with
+    None, in scratch memory, for the loss.
+    """
     job, stream = _prepared(logits, labels, spec)
-    kind, size = ("total", 0) if of_loss is NO_LOSS else ("loss", job.sums)
-    scratch = logits.scratch(job.partials + size)
-    if sums is None:
-        sums = scratch.address + job.partials
+    size = job.partials_size + (job.sums_size if sums is None else 0)
+    scratch = buffers.of(allocators.empty(logits, (size,), "uint8"), "scratch")
     job.launch(
         "statistics",
         stream,
         job.blocks,
-        *(logits.address, labels.address, scratch.address, 0, 0, 0),
-        *(*job.geometry, 0, *job.ignored),
+        **job.geometry,
+        x=logits.address,
+        y=labels.address,
+        out=scratch.address,
+        **dict.fromkeys(("cotangent", "scale", "scale_n", "scaled"), 0),
     )
-    groups = -(-job.plan.sums * job.classes // plans.WARP)
+    groups = -(-job.plan.fields * job.plan.classes // plans.WARP)
     job.launch(
         kind,
         stream,
         max(job.samples, 1) * groups,
-        *(scratch.address, sums),
-        *(job.samples, job.runs, job.plan.sums, job.classes, groups, *of_loss),
+        partials=scratch.address,
+        sums=scratch.address + job.partials_size if sums is None else sums,
+        samples=job.samples,
+        runs=job.runs,
+        fields=job.plan.fields,
+        classes=job.plan.classes,
+        groups=groups,
+        **of_loss,
     )
+    if not allocators.is_ordered(logits):
+        wait(logits)  # else the library may reuse the scratch memory while the kernels run
 
 
 def _prepared(logits: Any, labels: Any, spec: Any, grad: Any = None) -> tuple[_Job, int]:
-    """What to launch, and on which stream: the logits', which then waits for the labels'."""
+    """What to launch, and the stream to queue it on: the logits', which waits for the labels'."""
     grad = grad or logits
     offsets = tuple(b.address % plans.WORD_BYTES for b in (logits, labels, grad))
     job = _job(logits.layout, labels.layout, grad.layout, spec, offsets)
@@ -163,67 +195,81 @@ def _prepared(logits: Any, labels: Any, spec: Any, grad: Any = None) -> tuple[_J
 
 
 def _follow(job: _Job, stream: int, array: Any) -> None:
-    """What is queued from now on finds in the array what its own stream has written."""
+    """Makes the stream wait for what was queued on the array's own."""
     if (array.stream or 0) != stream:
-        _gpu_driver.wait(job.device, stream, array.stream or 0)
+        driver.wait(job.device, stream, array.stream or 0)
 
 
 class _Job:
-    """What calls with arrays that lie alike have in common, found out once.
+    """What calls whose arrays have the same layouts have in common.
 
-    `offsets`: how many bytes behind a whole word logits, labels and gradient begin.
+    `offsets`: the addresses of logits, labels and gradient modulo a word.
     """
 
     def __init__(self, x: Any, y: Any, dx: Any, spec: Any, offsets: tuple[int, ...]) -> None:
         self.device = _index(x)
         self.samples, channels = x.shape[:2]
         self.voxels = voxels = math.prod(x.shape[2:]) if self.samples else 0
-        x_v, y_v, dx_v = _voxel_step(x, 2), _voxel_step(y, 1 + spec.dense), _voxel_step(dx, 2)
+        soft = spec.soft_targets
+        x_v, y_v, dx_v = _voxel_step(x, 2), _voxel_step(y, 2 if soft else 1), _voxel_step(dx, 2)
         if dx_v is None:
             raise ValueError(
-                f"out's voxels are not equally far apart (strides {dx.strides} bytes), "
+                f"out's voxels are not equally spaced in memory (strides {dx.strides} bytes), "
                 f"which the cuda backend cannot write"
             )
-        rows = (x_n, x_c), (y_n, y_c), (dx_n, dx_c) = (
-            (_stride(x, 0), _stride(x, 1)),
-            (_stride(y, 0), _stride(y, 1) if spec.dense else 0),
-            (_stride(dx, 0), _stride(dx, 1)),
+        (x_n, x_c), (y_n, y_c), (dx_n, dx_c) = steps = (
+            (_step(x, 0), _step(x, 1)),
+            (_step(y, 0), _step(y, 1) if soft else 0),
+            (_step(dx, 0), _step(dx, 1)),
         )
-        side_by_side = 1
+        adjacent = 1
         if (x_v, y_v, dx_v) == (x.itemsize, y.itemsize, dx.itemsize):
-            side_by_side = min(
-                _side_by_side(voxels, array.itemsize, offset, *steps)
-                for array, offset, steps in zip((x, y, dx), offsets, rows, strict=True)
+            adjacent = min(
+                _adjacent(voxels, array.itemsize, offset, *others)
+                for array, offset, others in zip((x, y, dx), offsets, steps, strict=True)
             )
         of_kernel = replace(spec, ignore_label=None)
-        self.plan = plans.plan(x.dtype, y.dtype, channels, of_kernel, side_by_side)
-        self.classes = self.plan.classes
+        self.plan = plans.plan(x.dtype, y.dtype, channels, of_kernel, adjacent)
         run = self.plan.run(self.samples, voxels)
         self.runs = max(1, -(-voxels // run))
         self.blocks = max(1, self.samples * self.runs)
-        self.geometry = (
-            *(self.samples, self.runs, run, voxels),
-            *(x_n, x_c, x_v, y_n, y_c, y_v, dx_n, dx_c, dx_v),
-        )
-        self.ignored = _ignored(y.dtype, spec.ignore_label)
-        self.real = "float64" if x.dtype == "float64" else "float32"
-        self.of_totals = Plan(self.real, "uint8", 1)  # of which only the first matters
-        partials = self.blocks * self.plan.columns * plans.ITEMSIZE[self.real]
+        ignored, excused = _ignored(y.dtype, spec.ignore_label)
+        self.geometry = {
+            "samples": self.samples,
+            "runs": self.runs,
+            "run": run,
+            "voxels": voxels,
+            "x_n": x_n,
+            "x_c": x_c,
+            "x_v": x_v,
+            "y_n": y_n,
+            "y_c": y_c,
+            "y_v": y_v,
+            "out_n": dx_n,
+            "out_c": dx_c,
+            "out_v": dx_v,
+            "ignored": ignored,
+            "excused": excused,
+        }
+        real = "float64" if x.dtype == "float64" else "float32"
+        self.totals_plan = Plan(real, "uint8", 1)  # they depend on the dtype of the numbers only
+        partials = self.blocks * self.plan.columns * plans.ITEMSIZE[real]
         words = -(-(plans.COUNTER_BYTES + partials) // plans.WORD_BYTES)
-        self.partials = words * plans.WORD_BYTES  # bytes, the counter included
-        self.sums = 8 * self.plan.sums * self.samples * self.classes  # bytes
-        self.kernels: dict[str, _gpu_driver.Kernel] = {}
+        self.partials_size = words * plans.WORD_BYTES  # bytes, with the counter
+        self.sums_size = 8 * self.plan.fields * self.samples * self.plan.classes  # bytes
+        self.kernels: dict[str, driver.Kernel] = {}
 
-    def kernel(self, kind: str) -> _gpu_driver.Kernel:
-        """Of KINDS, compiled for the device."""
+    def kernel(self, kind: str) -> driver.Kernel:
+        """The kernel of this kind, compiled for the device."""
         if kind not in self.kernels:
-            plan = self.plan if kind in kernels.OF_VOXELS else self.of_totals
-            self.kernels[kind] = _kernel(kind, plan, _gpu_driver.capability(self.device))
+            plan = self.plan if kind in kernels.OF_VOXELS else self.totals_plan
+            self.kernels[kind] = _kernel(kind, plan, driver.capability(self.device))
         return self.kernels[kind]
 
-    def launch(self, kind: str, stream: int, blocks: int, *arguments: Any) -> None:
+    def launch(self, kind: str, stream: int, blocks: int, **arguments: Any) -> None:
         """Queues a kernel."""
-        self.kernel(kind).launch(self.device, stream, blocks, plans.THREADS, *arguments)
+        parameters = kernels.ARGUMENTS[kind].pack(arguments)
+        self.kernel(kind).launch(self.device, stream, blocks, plans.THREADS, parameters)
 
 
 _job = functools.lru_cache(1024)(_Job)
@@ -231,49 +277,48 @@ _lock = threading.Lock()
 
 
 @functools.cache
-def _kernel(kind: str, plan: Plan, capability: tuple[int, int]) -> _gpu_driver.Kernel:
-    with _lock:  # compilers are not made for several threads
-        cubin = _gpu_cache.cubin(kind, plan, capability)
-        return _gpu_driver.load(cubin, kernels.ENTRY, kernels.ARGUMENTS[kind])
+def _kernel(kind: str, plan: Plan, capability: tuple[int, int]) -> driver.Kernel:
+    with _lock:  # numba's compiler is not thread-safe
+        return driver.load(cache.cubin(kind, plan, capability), kernels.ENTRY)
 
 
-def _side_by_side(voxels: int, itemsize: int, *bytes_apart: int) -> int:
-    """How many neighbouring voxels are whole words wherever a multiple of them begins."""
+def _adjacent(voxels: int, itemsize: int, *steps: int) -> int:
+    """How many adjacent voxels can be accessed as whole words, wherever a multiple of them starts.
+
+    `steps`: the bytes by which rows of voxels are apart, and by which the first is off a word.
+    """
     count = plans.WORD_BYTES // min(plans.ITEMSIZE.values())
-    while voxels % count or any(
-        step % min(count * itemsize, plans.WORD_BYTES) for step in bytes_apart
-    ):
+    while voxels % count or any(step % min(count * itemsize, plans.WORD_BYTES) for step in steps):
         count //= 2
     return count
 
 
 def _ignored(dtype: str, label: int | None) -> tuple[int, int]:
-    """The label to leave out and the one that is not bad, if labels of this dtype can be it.
-
-    None is left out by -1, which is bad anyway, and excused by 0, which is not.
+    """The kernels' `ignored` and `excused`: the sentinels -1 and 0 without an ignore label, or for
+    one that no label of this dtype equals.
     """
-    if dtype in DIGITS:
+    if dtype in SIGNIFICANT_BITS:
         return (label, label) if label is not None and _is_float(label, dtype) else (-1, 0)
     bits = 8 if dtype == "bool" else int(dtype.lstrip("uint"))
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1)) if dtype.startswith("int") else (0, 2**bits)
     if label is None or not low <= label < high:
         return -1, 0
-    word = max(bits, 32)  # as the kernels hold it, unsigned ones in the same bits
+    word = max(bits, 32)  # kernels compare labels as signed numbers of so many bits
     label = label - 2**word if label >= 2 ** (word - 1) else label
     return label, label
 
 
 def _is_float(label: int, dtype: str) -> bool:
-    """Whether it is a number of this dtype and, as kernels take it, of 64 bits."""
-    odd = abs(label) // (label & -label or 1)
-    room = 16 if dtype == "float16" else 63
-    return odd.bit_length() <= DIGITS[dtype] and label.bit_length() <= room
+    """Whether it is exactly a number of this dtype, and of int64, which kernels take it as."""
+    odd_part = abs(label) // (label & -label or 1)
+    bits = 16 if dtype == "float16" else 63
+    return odd_part.bit_length() <= SIGNIFICANT_BITS[dtype] and label.bit_length() <= bits
 
 
 @functools.lru_cache(1024)
 def _voxel_step(layout: Any, first: int) -> int | None:
-    """How many bytes apart neighbouring voxels are, the axes from `first` on being one; None where
-    they are not equally far apart.
+    """Bytes from a voxel to the next, the axes from `first` on taken as one; None if that differs
+    between voxels.
     """
     step, beyond = layout.itemsize, None
     if 0 in layout.shape:
@@ -291,8 +336,8 @@ def _voxel_step(layout: Any, first: int) -> int | None:
     return step
 
 
-def _stride(layout: Any, axis: int) -> int:
-    """In bytes; 0 along a single element."""
+def _step(layout: Any, axis: int) -> int:
+    """The stride in bytes; 0 for an axis of one element, whose stride is arbitrary."""
     return layout.strides[axis] if layout.shape[axis] > 1 else 0
 
 

@@ -8,69 +8,78 @@ import numpy as np
 
 
 def statistics(logits: Any, labels: Any, sums: Any, spec: Any, threads: int) -> int:
-    """Fills sums, (K, N, C), over the counted voxels m:
+    """Fills sums, (K, N, C), over the valid voxels m:
 
-    I = sum s t, P = sum s^p, Y = sum t, with s the scores and t the targets, one-hot or dense;
-    H = sum t (1-q)^gamma (-log q), L = sum (-log q), with q the softmax;
-    B+ = sum t (1-b)^g (-log b), B- = sum (1-t) b^g (-log(1-b)), with b the sigmoid; V = sum m.
+    I = sum m s t, P = sum m s^p, Y = sum m t, with s the probabilities and t the targets;
+    H = sum m t (1-q)^gamma (-log q), L = sum m (-log q), with q the softmax;
+    B+ = sum m t (1-b)^g (-log b), B- = sum m (1-t) b^g (-log(1-b)), with b the sigmoid;
+    sum m t^2; sum m.
     """
     v = _voxels(logits, labels, spec)
-    t = v.target
-    rows = [v.score * t, np.where(v.counted, v.score, 0) ** spec.power, t]
+    m, s, t = v.valid, v.probability, v.target
+    rows = [s * t, np.where(m, s, 0) ** spec.p, t]
     if spec.gamma is not None:
-        own = np.where(t > 0, v.entropy, 0)  # of the others it may be infinite
-        rows.append(t * _rest(own) ** spec.gamma * own)
-    if spec.smoothing:
-        rows.append(v.entropy)
+        # An infinite nll does not matter where t is 0; NaN does.
+        nll = np.where((t > 0) | np.isnan(v.nll), v.nll, 0)
+        rows.append(t * _complement(nll) ** spec.gamma * nll)
+    if spec.nll:
+        rows.append(v.nll)
     if spec.binary_gamma is not None:
-        positive, negative = _halves(v)
-        rows.append(t * _rest(positive) ** spec.binary_gamma * positive)
-        rows.append((1 - t) * _rest(negative) ** spec.binary_gamma * negative)
-    if spec.dense:
+        positive, negative = _binary_nll(v)
+        # torch's (1 - t) x + log(1 + exp(-x)) has 0 * inf for t = 1, and inf - inf for x = -inf.
+        nan_if_infinite = np.where(np.isinf(v.logit), np.nan, 0)
+        positive = positive + np.where(t == 1, nan_if_infinite, 0)
+        negative = negative + np.where((t < 1) & (v.logit < 0), nan_if_infinite, 0)
+        rows.append(t * _complement(positive) ** spec.binary_gamma * positive)
+        rows.append((1 - t) * _complement(negative) ** spec.binary_gamma * negative)
+    if spec.target_square and spec.soft_targets:
+        rows.append(t**2)
+    if spec.soft_targets:
         rows.append(np.ones_like(t))
-    np.asarray(sums)[:] = [np.where(v.counted, row, 0).sum(-1) for row in rows]
-    return v.bad
+    np.asarray(sums)[:] = [np.where(m, row, 0).sum(-1) for row in rows]
+    return v.out_of_range
 
 
 def gradient(logits: Any, labels: Any, cotangent: Any, grad: Any, spec: Any, threads: int) -> int:
-    """Fills grad with dx, for (a, b, -, h, l, b+, b-) of (I, P, Y, H, L, B+, B-):
+    """Fills grad with dx for a cotangent (a, b, _, h, l, b+, b-, ...) of the sums.
 
-    d = a t + b p s^(p-1) through the scores, s (d - sum d s), d s (1-s) or d;
-    q sum u - u with u = h t w + l and w = (1-q)^gamma (1 + gamma q (-log q) / (1-q));
-    and through the sigmoid -b+ t (1-b) w(b) + b- (1-t) b w(1-b), w with g.
+    Through the probabilities, with d = a t + b p s^(p-1): s (d - sum d s) for the softmax,
+    d s (1-s) for the sigmoid, d for neither.
+    Through the softmax q of the nll, with u = h t w + l: q sum u - u, where
+    w = (1-q)^gamma (1 + gamma q (-log q) / (1-q)).
+    Through the sigmoid b: -b+ t (1-b) w(b) + b- (1-t) b w(1-b), with g for gamma in w.
     """
     v = _voxels(logits, labels, spec)
-    a, b, _, *others = np.asarray(cotangent)[..., None]
-    s, t = v.score, v.target
-    d = a * t + b * spec.power * s ** (spec.power - 1)
-    d = np.where(v.counted, d, 0)
+    of = dict(zip(spec.fields, np.asarray(cotangent)[..., None], strict=True))
+    m, s, t = v.valid, v.probability, v.target
+    d = of["intersection"] * t + of["pred_sum"] * spec.p * s ** (spec.p - 1)
+    d = np.where(m, d, 0)
     if spec.activation == "softmax":
         dx = s * (d - (d * s).sum(1, keepdims=True))
     else:
-        dx = np.where(v.counted, d * s * (1 - s), 0) if spec.activation == "sigmoid" else d
-    u = np.zeros_like(s)
-    if spec.gamma is not None:
-        u += others.pop(0) * np.where(t > 0, t * _weight(v.entropy, spec.gamma), 0)
-    if spec.smoothing:
-        u += others.pop(0)
-    if spec.gamma is not None or spec.smoothing:
-        u = np.where(v.counted, u, 0)
+        dx = np.where(m, d * s * (1 - s), 0) if spec.activation == "sigmoid" else d
+    if spec.gamma is not None or spec.nll:
+        u = np.zeros_like(s)
+        if spec.gamma is not None:
+            slope = np.where(t > 0, t * _modulated_slope(v.nll, spec.gamma), 0)
+            u += of["cross_entropy_sum"] * slope
+        if spec.nll:
+            u += of["nll_sum"]
+        u = np.where(m, u, 0)
         dx = dx + v.softmax * u.sum(1, keepdims=True) - u
     if spec.binary_gamma is not None:
-        of_positive, of_negative, *_ = others
-        positive, negative = _halves(v)
-        up = of_positive * t * _weight(positive, spec.binary_gamma) * _rest(positive)
-        down = of_negative * (1 - t) * _weight(negative, spec.binary_gamma) * _rest(negative)
-        through = np.where(v.counted, down - up, 0)
-        if v.single:  # the second logit is the first's negative
-            through = through[:, 1:] - through[:, :1]
-            dx = dx + np.concatenate([np.zeros_like(through), through], 1)
-        else:
-            dx = dx + through
-    if v.single:
+        positive, negative = _binary_nll(v)
+        up = t * _modulated_slope(positive, spec.binary_gamma) * _complement(positive)
+        down = (1 - t) * _modulated_slope(negative, spec.binary_gamma) * _complement(negative)
+        binary = np.where(m, of["negative_sum"] * down - of["positive_sum"] * up, 0)
+        if v.two_of_one:  # the logit of the first class is minus that of the second
+            binary[:, 1] -= binary[:, 0]
+            binary[:, 0] = 0
+        dx = dx + binary
+    if v.two_of_one:
         dx = dx[:, 1:]
-    np.asarray(grad)[:] = np.where(v.any_counted, dx, 0).reshape(logits.shape)
-    return v.bad
+    np.asarray(grad)[:] = np.where(v.any_valid, dx, 0).reshape(logits.shape)
+    return v.out_of_range
 
 
 def unsupported(signature: Any) -> list[str]:
@@ -81,89 +90,97 @@ def unsupported(signature: Any) -> list[str]:
 
 
 class Voxels(NamedTuple):
-    """Numbers of each class and voxel, (N, C, V); scores and the like are finite where not counted,
-    targets 0.
-    """
+    """Numbers of each class and voxel, (N, C, V). Where no class is valid the logit is 0."""
 
-    score: Any
+    logit: Any  # of the class against all others, for the sigmoid
+    probability: Any
     softmax: Any
-    entropy: Any  # -log softmax
-    binary: Any  # the logit of the class against all others
-    target: Any
-    counted: Any
-    any_counted: Any  # (N, 1, V)
-    bad: int
-    single: bool  # one channel is two classes
+    nll: Any  # -log softmax
+    target: Any  # 0 where not valid
+    valid: Any
+    any_valid: Any  # (N, 1, V)
+    out_of_range: int  # labels or targets
+    two_of_one: bool  # one channel is two classes
 
 
 def _voxels(logits: Any, labels: Any, spec: Any) -> Voxels:
     x = np.asarray(logits).astype(np.float64)
     x = x.reshape(*x.shape[:2], -1) if x.size else x.reshape(*x.shape[:2], 0)
-    single = spec.classes(x.shape[1]) != x.shape[1]
+    samples, channels, voxels = x.shape
+    classes = spec.classes(channels)
+    two_of_one = classes != channels
+    index = np.arange(classes).reshape(1, -1, 1)
+
     y = np.asarray(labels)
     y = y.view(np.uint8) if y.dtype == bool else y  # bool does not compare with every integer
     y = y.astype(np.float64) if y.dtype.kind not in "iu" else y  # exactly, to be compared
-    y = y.reshape(x.shape if spec.dense else (x.shape[0], 1, x.shape[2]))
+    y = y.reshape(x.shape if spec.soft_targets else (samples, 1, voxels))
     ignored = np.zeros(y.shape, bool) if spec.ignore_label is None else y == spec.ignore_label
-    if single:
-        x = np.concatenate([np.zeros_like(x), x], axis=1)
-    if spec.dense:
-        counted = ~ignored & (y >= 0) & (y <= 1)
-        target = np.where(counted, y, 0).astype(np.float64)
-        any_counted = counted.any(1, keepdims=True)
+    if not spec.soft_targets:
+        allowed = (y >= 0) & (y < classes)
+    elif spec.targets == "binary":
+        allowed = (y == 0) | (y == 1)
     else:
-        onehot = (y == np.arange(x.shape[1]).reshape(1, -1, 1)) & ~ignored
-        counted = any_counted = onehot.any(1, keepdims=True)
-        target = onehot.astype(np.float64)
-    bad = int(counted.size - (counted | ignored).sum())
+        allowed = (y >= 0) & (y <= 1)
+    valid = allowed & ~ignored
+    out_of_range = int((~allowed & ~ignored).sum())
+    target = np.where(valid, y if spec.soft_targets else y == index, 0).astype(np.float64)
+    any_valid = valid.any(1, keepdims=True)
 
-    x = np.where(any_counted, x, 0)
-    largest = np.finfo(np.float64).max
-    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        top = x.max(1, keepdims=True)
-        below = np.minimum(x - np.clip(top, -largest, largest), 0)
-        below = np.where((top == np.inf) & (x < np.inf), -np.inf, below)
-        softmax = np.exp(below)
-        others = softmax.copy()  # than the largest, which is 1
-        np.put_along_axis(others, x.argmax(1, keepdims=True), 0, axis=1)
-        entropy = np.log1p(others.sum(1, keepdims=True)) - below
-        entropy = np.where(top == -np.inf, np.nan, entropy)
-        softmax = softmax / softmax.sum(1, keepdims=True)
-    softmax, entropy = (np.where(any_counted, numbers, 0) for numbers in (softmax, entropy))
-    winner = np.where(np.isnan(x), np.inf, x).argmax(1, keepdims=True)
-    score = {
+    x = np.where(any_valid, x, 0)
+    rank = np.where(np.isnan(x), np.inf, x)
+    if two_of_one:  # the logit of the first class is 0
+        rank = np.concatenate([np.zeros_like(x), rank], 1)
+        x = np.concatenate([-x, x], 1)  # each class against the other
+        softmax, nll = _sigmoid(x), _softplus(-x)
+    else:
+        softmax, nll = _softmax(x)
+    probability = {
         "softmax": softmax,
-        "sigmoid": np.exp(-_softplus(-x)),
+        "sigmoid": _sigmoid(x),
         "none": x,
-        "argmax": winner == np.arange(x.shape[1]).reshape(1, -1, 1),
+        "argmax": rank.argmax(1, keepdims=True) == index,
         "threshold": x > 0,
     }[spec.activation].astype(np.float64)
-    binary = np.concatenate([-x[:, 1:], x[:, 1:]], axis=1) if single else x
-    counted = np.broadcast_to(counted, x.shape)
-    return Voxels(score, softmax, entropy, binary, target, counted, any_counted, bad, single)
+    valid = np.broadcast_to(valid, x.shape)
+    return Voxels(x, probability, softmax, nll, target, valid, any_valid, out_of_range, two_of_one)
 
 
-def _halves(v: Voxels) -> tuple[Any, Any]:
-    """-log b where there is a target, -log(1-b) where it is not all; else 0, of what may be
-    infinite.
-    """
-    positive = np.where(v.target > 0, _softplus(-v.binary), 0)
-    return positive, np.where(v.target < 1, _softplus(v.binary), 0)
+def _softmax(x: Any) -> tuple[Any, Any]:
+    """The softmax over axis 1 and its -log. Both are NaN if the largest logit is infinite."""
+    with np.errstate(invalid="ignore"):
+        shifted = x - x.max(1, keepdims=True)
+    e = np.exp(shifted)
+    total = e.sum(1, keepdims=True)
+    others = e.copy()  # all but the largest, which is 1, so that log1p loses nothing
+    np.put_along_axis(others, x.argmax(1, keepdims=True), 0, axis=1)
+    nll = np.log1p(others.sum(1, keepdims=True)) - shifted
+    return e / total, np.where(np.isnan(total), np.nan, nll)
+
+
+def _binary_nll(v: Voxels) -> tuple[Any, Any]:
+    """-log b where t > 0 and -log(1 - b) where t < 1; else 0, where it may be infinite."""
+    positive = np.where(v.target > 0, _softplus(-v.logit), 0)
+    return positive, np.where(v.target < 1, _softplus(v.logit), 0)
 
 
 def _softplus(x: Any) -> Any:
-    """log(1 + e^x), -log of the sigmoid of -x."""
+    """log(1 + exp(x)), which is -log(sigmoid(-x))."""
     return np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x)))
 
 
-def _rest(entropy: Any) -> Any:
-    """1 - s of -log s."""
-    return -np.expm1(-entropy)
+def _sigmoid(x: Any) -> Any:
+    return np.exp(-_softplus(-x))
 
 
-def _weight(entropy: Any, gamma: float) -> Any:
-    """What (1-s)^gamma (-log s) has for a slope where -log s has 1, s being -log s's own."""
-    rest = _rest(entropy)
+def _complement(nll: Any) -> Any:
+    """1 - s, given -log s."""
+    return -np.expm1(-nll)
+
+
+def _modulated_slope(nll: Any, gamma: float) -> Any:
+    """The derivative of (1-s)^gamma (-log s) for -log s."""
+    rest = _complement(nll)
     inside = (rest > 0) & (rest < 1)
-    slope = np.divide(entropy, rest, out=np.ones_like(entropy), where=inside)
-    return rest**gamma * (1 + gamma * (1 - rest) * slope)
+    ratio = np.divide(nll, rest, out=np.ones_like(nll), where=inside)
+    return rest**gamma * (1 + gamma * (1 - rest) * ratio)

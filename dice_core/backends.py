@@ -1,27 +1,30 @@
-"""One ordered table of backends: selection, override, refusal.
+"""The table of backends, and which of them takes a call.
 
 A backend is a module with three functions:
 
 - ``statistics(logits, labels, sums, spec, threads) -> int`` fills sums, (K, N, C);
-- ``gradient(logits, labels, cotangent, grad, spec, threads) -> int`` fills grad, like the logits,
-  with the vector-Jacobian product of the statistics and cotangent, (K, N, C);
+- ``gradient(logits, labels, cotangent, grad, spec, threads) -> int`` fills grad, of the logits'
+  shape and dtype, with the vector-Jacobian product of the statistics and cotangent, (K, N, C);
 - ``unsupported(signature) -> list[str]`` says why it does not take such calls; empty if it does.
 
-Arrays are Buffers, logits (N, C, *), labels (N, *) or dense (N, C, *), (K, N, C) contiguous float64
-in the order of ``spec.statistics``. The integers count labels that are neither a class nor the
-ignore label.
+Arrays are Buffers: logits (N, C, *), labels (N, *) or soft targets (N, C, *), (K, N, C) contiguous
+float64 in the order of ``spec.fields``. The integers count labels and targets out of range.
 
-It may have ``unavailable() -> list[str]``, why it does not run on this machine. Where reading
-numbers back means waiting for a device it has more:
+It may have
 
-- bad labels are not counted, they make their sample's sums NaN;
-- ``loss(logits, labels, value, derivative, spec, ratio, weight)`` fills the value of a
-  losses.Ratio, () or (N,), in the loss's dtype, and its derivative for the sums, (K, N, C), the
-  weights being in (C,) float64 or None;
+- ``unavailable() -> list[str]``, why it does not run on this machine;
+- ``loss(logits, labels, value, derivative, spec, ratio, weight, threads) -> int``, which fills the
+  value of a ``losses.Ratio``, () or (N,), in the loss's dtype, and its derivative for the sums,
+  (K, N, C); the class weights are (C,) float64 or None.
+
+A backend whose arrays lie on a device, where reading a number back means to synchronize, has
+`loss`, and more:
+
+- labels out of range are not counted: they make their sample's sums NaN;
 - ``gradient(..., scale=None)`` multiplies each sample's cotangent by scale, () or (N,), in the
   loss's dtype;
-- ``precompile(logits, labels, spec)`` makes ready what calls with such arrays need;
-- ``wait(logits)`` waits until what was queued for such logits is done.
+- ``precompile(logits, labels, spec)`` compiles what calls with such arrays need;
+- ``wait(logits)`` synchronizes with what was queued for such logits.
 """
 
 from __future__ import annotations
@@ -35,19 +38,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from . import buffers, spec
-from .buffers import Buffer
-from .spec import Call, Signature
+from .spec import Signature
 
 VARIABLE = "DICE_CORE_BACKEND"
-CHECK = "DICE_CORE_CHECK"
 ENTRY_POINTS = "dice_core.backends"
 
 
 class BackendError(RuntimeError):
-    """No backend takes a call, or the one asked for does not; each one's reasons are given."""
+    """No backend takes a call, or the named one does not; the message gives the reasons of each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,24 +54,27 @@ class Backend:
 
     name: str
     module: str
-    device: str | None  # the kind of memory it reads, "cpu" or "cuda"; None if it says so itself
+    device: str | None  # whose memory it reads, "cpu" or "cuda"; None if `unsupported` checks that
     description: str
     level: str | None = None  # the processor level its code needs
     remedy: str = ""
-    automatic: bool = True  # whether it is chosen unasked
+    automatic: bool = True  # whether it may be chosen without being named
 
     def unavailable(self) -> list[str]:
-        """Why it does not run on this machine; empty if it does. Found out once."""
+        """Why it does not run on this machine; empty if it does. Cached."""
         return list(_unavailable(self))
 
     def load(self) -> Any:
-        """Its module, imported only now: its code may need what the processor lacks."""
+        """Its module, imported on first use: it may need instructions that the processor lacks."""
         return importlib.import_module(self.module)
 
     def unsupported(self, signature: Signature) -> list[str]:
         """Why it does not take such calls; empty if it does."""
         device = signature.logits.device
-        if self.device not in (None, device.partition(":")[0]):  # and a driver is not even asked
+        if self.device not in (
+            None,
+            device.partition(":")[0],
+        ):  # checked first, so that no driver is loaded in vain
             return [f"reads {self.device} memory, and the logits are on {device}"]
         return self.unavailable() or list(self.load().unsupported(signature))
 
@@ -139,60 +140,6 @@ def _first(signature: Signature) -> Any:
                 return row.load()
         refused[row.name] = reasons
     raise BackendError(_refusal(signature, refused, "no backend takes this call"))
-
-
-def statistics(
-    kernels: Any, call: Call, sums: Buffer, threads: int, check_labels: bool | None
-) -> None:
-    """Fills sums, (K, N, C). Raises ValueError for bad labels; see `loss` for those on a device."""
-    bad = kernels.statistics(call.logits, call.labels, sums, call.spec, threads)
-    if bad or _is_to_check(call, check_labels, sums):
-        spec.check_labels(call, bad)
-
-
-def loss(
-    kernels: Any,
-    call: Call,
-    value: Buffer,
-    derivative: Buffer,
-    ratio: Any,
-    weight: Buffer | None,
-    check_labels: bool | None,
-) -> None:
-    """Fills a loss, of a losses.Ratio, and its derivative for the sums, on a device.
-
-    `check_labels` (None: as DICE_CORE_CHECK says) waits for it and raises ValueError for bad
-    labels.
-    """
-    kernels.loss(call.logits, call.labels, value, derivative, call.spec, ratio, weight)
-    if _is_to_check(call, check_labels, derivative):
-        spec.check_labels(call)
-
-
-def gradient(
-    kernels: Any,
-    call: Call,
-    cotangent: Buffer,
-    grad: Buffer,
-    threads: int,
-    scale: Buffer | None = None,
-) -> None:
-    """Fills grad, the gradient for the logits, each sample's cotangent times `scale`, on a device.
-    Raises ValueError for bad labels in host memory.
-    """
-    scales = () if scale is None else (scale,)
-    bad = kernels.gradient(call.logits, call.labels, cotangent, grad, call.spec, threads, *scales)
-    if bad:
-        spec.check_labels(call, bad)
-
-
-def _is_to_check(call: Call, check_labels: bool | None, sums: Buffer) -> bool:
-    """Whether labels on a device may be bad: sums are NaN then, and if logits are."""
-    if call.logits.device == "cpu":
-        return False
-    if check_labels is None:
-        check_labels = os.environ.get(CHECK, "0") not in ("", "0")
-    return check_labels and bool(np.isnan(buffers.to_host(sums)).any())
 
 
 def _by_name(name: str, asked_by: str) -> Backend:

@@ -1,29 +1,28 @@
-"""Buffer: where an array of any library lies in memory.
+"""Buffer: address, shape, strides and dtype of an array of any library, read in place.
 
-A library is looked up only if the caller has already imported it; nothing is copied.
+No library is imported that the caller has not imported already, and nothing is copied.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import mmap
 import operator
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-_HUGE_PAGE = 2 << 20  # bytes
+HOST, CUDA, CUDA_MANAGED = 1, 2, 13  # DLDeviceType
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Layout:
-    """How an array lies in memory, wherever that is.
+    """Shape, strides, dtype and device of an array, without its address.
 
-    Arrays that lie alike share one, so that what follows from it is found out once.
+    Instances are cached and compared by identity: whatever is derived from one is computed once
+    for all arrays that have it.
     """
 
     shape: tuple[int, ...]
@@ -51,18 +50,16 @@ class Buffer:
     layout: Layout
     owner: Any  # the caller's array, or NumPy's view of it; keeps the memory alive
     readonly: bool = False
-    stream: int | None = None  # the CUDA stream, if any, of the array's work; 0 is the default one
-    keep: Any = None  # whatever else keeps the memory alive
+    stream: int | None = (
+        None  # the CUDA stream that the array is used on, if any; 0 is the default stream
+    )
+    keep: Any = None  # anything else that keeps the memory alive
 
     shape = property(operator.attrgetter("layout.shape"))
     strides = property(operator.attrgetter("layout.strides"))
     dtype = property(operator.attrgetter("layout.dtype"))
     itemsize = property(operator.attrgetter("layout.itemsize"))
     device = property(operator.attrgetter("layout.device"))
-
-    def scratch(self, size: int) -> Buffer:
-        """So many bytes beside it, uninitialised, from the allocator of the array's library."""
-        return of(empty(self, (size,), "uint8"), "scratch")
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
@@ -109,193 +106,8 @@ def of(array: Any, name: str) -> Buffer:
     )
 
 
-def empty(near: Buffer, shape: Sequence[int], dtype: str) -> Any:
-    """An uninitialised C-contiguous array of the library and on the device of `near.owner`.
-
-    The memory thus comes from the caller's allocator. Raises TypeError where the library is not
-    known, or lacks the dtype.
-    """
-    owner, shape = near.owner, tuple(shape)
-    library, module = _library(near)
-    if library == "torch":
-        return module.empty(shape, dtype=getattr(module, dtype), device=owner.device)
-    if library == "numpy":
-        return np.empty(shape, dtype)
-    if library == "cupy":
-        with module.cuda.Device(_index(near)):
-            return module.empty(shape, dtype)
-    if library == "numba":
-        with module.gpus[_index(near)]:
-            return module.device_array(shape, dtype, stream=owner.stream)
-    if library == "array API":
-        new = module.empty(shape, dtype=getattr(module, dtype, None), device=owner.device)
-        if of(new, "new").dtype != dtype:  # JAX makes 64 bits only where it was told so
-            raise TypeError(f"{module.__name__} makes no {dtype} arrays; {_REMEDY}")
-        return new
-    raise TypeError(f"no array like a {type(owner).__name__} can be made; {_REMEDY}")
-
-
-def empty_like(array: Any, name: str) -> Any:
-    """An uninitialised array of the same kind, shape, dtype, device and, where dense, strides.
-
-    Libraries that follow the array API standard have no strides to ask for: theirs is C-contiguous.
-    """
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(array, torch.Tensor):
-        empty = torch.empty_like(array, requires_grad=False)
-        if empty.is_cpu:
-            _advise_huge_pages(empty.data_ptr(), empty.nbytes)
-        return empty
-    like = of(array, name)
-    library, module = _library(like)
-    if library == "numpy":
-        return np.empty_like(like.owner, subok=False)
-    if library == "cupy":
-        with module.cuda.Device(_index(like)):
-            return module.empty_like(array)
-    if library == "numba":
-        strides = like.strides if _dense(like.layout) else None
-        with module.gpus[_index(like)]:
-            return module.device_array(
-                like.shape, array.dtype, strides=strides, stream=array.stream
-            )
-    if library == "array API":
-        return module.empty(like.shape, dtype=array.dtype, device=array.device)
-    raise TypeError(f"no array like {name}, a {type(array).__name__}, can be made; {_REMEDY}")
-
-
-def from_host(array: np.ndarray[Any, Any], near: Buffer) -> Any:
-    """A copy of the library and on the device of `near.owner`. Raises TypeError as `empty` does."""
-    owner = near.owner
-    library, module = _library(near)
-    if library == "torch":
-        return module.from_numpy(array).to(owner.device)
-    if library == "cupy":
-        with module.cuda.Device(_index(near)):
-            return module.asarray(array)
-    if library == "numba":
-        with module.gpus[_index(near)]:
-            return module.to_device(array, stream=owner.stream)
-    if library == "array API":
-        new = module.asarray(array, device=owner.device)
-        if of(new, "new").dtype != array.dtype.name:
-            raise TypeError(f"{module.__name__} makes no {array.dtype.name} arrays; {_REMEDY}")
-        return new
-    raise TypeError(f"no array like a {type(owner).__name__} can be made; {_REMEDY}")
-
-
-def is_ordered(buffer: Buffer) -> bool:
-    """Whether its library orders its own work on the device after what is queued on
-    `buffer.stream`, also where it gives memory to somebody else.
-    """
-    return _library(buffer)[0] in ("numpy", "torch", "cupy", "numba")
-
-
-def is_on_host(array: Any) -> bool:
-    """Whether it lies in the host's memory, or is no array."""
-    if hasattr(array, "__cuda_array_interface__"):
-        return False
-    return not hasattr(array, "__dlpack_device__") or array.__dlpack_device__()[0] == _HOST
-
-
-def to_host(buffer: Buffer) -> np.ndarray[Any, Any]:
-    """The array in host memory: host memory itself, a copy of a device's.
-
-    It waits for kernels on `buffer.stream` where the library knows that stream, as torch, CuPy and
-    numba do; one that is read through DLPack does not: wait for the kernels first.
-    """
-    if buffer.device == "cpu":
-        return np.asarray(buffer)
-    owner = buffer.owner
-    library, _ = _library(buffer)
-    if library == "torch":
-        array = owner.detach().cpu().numpy()
-    elif library == "cupy":
-        array = owner.get()
-    elif library == "numba":
-        array = owner.copy_to_host()
-        if owner.stream:  # else it has waited
-            owner.stream.synchronize()
-    else:
-        try:
-            array = np.from_dlpack(_OnHost(owner))
-        except (AttributeError, TypeError, ValueError, BufferError, RuntimeError) as error:
-            raise TypeError(
-                f"a {type(owner).__name__} cannot be copied to the host ({error}); {_REMEDY}"
-            ) from error
-    return array.reshape(buffer.shape)  # labels (N, 1, *) lie as (N, *)
-
-
-_REMEDY = "view it as torch or CuPy first: torch.as_tensor(x), cupy.asarray(x)"
-
-
-class _OnHost:
-    """What NumPy reads through DLPack is a copy in host memory, made by the array's library."""
-
-    def __init__(self, array: Any):
-        self.array = array
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return _HOST, 0
-
-    def __dlpack__(self, **_: Any) -> Any:
-        return self.array.__dlpack__(dl_device=(_HOST, 0), copy=True)
-
-
-def _library(buffer: Buffer) -> tuple[str, Any]:
-    """Who allocates and copies what lies like this: a name, and the module to ask."""
-    owner = buffer.owner
-    roots = {kind.__module__.partition(".")[0] for kind in type(owner).__mro__}
-    if "torch" in roots:
-        return "torch", sys.modules["torch"]
-    if buffer.device == "cpu":
-        return "numpy", np
-    if "cupy" in roots:
-        return "cupy", sys.modules["cupy"]
-    if "numba" in roots:
-        return "numba", sys.modules["numba.cuda"]
-    if hasattr(owner, "__array_namespace__"):
-        return "array API", owner.__array_namespace__()
-    return "", None
-
-
-def _index(buffer: Buffer) -> int:
-    """The device's number."""
-    return int(buffer.device.partition(":")[2])
-
-
-def _dense(a: Layout) -> bool:
-    """Whether its elements, in some order of the axes, lie one behind the other without gaps."""
-    span = a.itemsize
-    for step, n in sorted((step, n) for step, n in zip(a.strides, a.shape, strict=True) if n > 1):
-        if step != span:
-            return False
-        span *= n
-    return True
-
-
-def _advise_huge_pages(address: int, size: int) -> None:
-    """Asks Linux for huge pages for fresh memory, whose page faults cost more than a gradient.
-
-    NumPy does so for its own arrays, from the same size; torch's allocator does not.
-    """
-    if size < 4 << 20 or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return
-    first, stop = (
-        -(-address // _HUGE_PAGE) * _HUGE_PAGE,
-        (address + size) // _HUGE_PAGE * _HUGE_PAGE,
-    )
-    if first < stop:
-        _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(stop - first), mmap.MADV_HUGEPAGE)
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
-
-
 def may_overlap(a: Buffer, b: Buffer) -> bool:
-    """Whether the two share memory; True as well where that would take long to find out."""
+    """Whether the two share memory; also True where an exact answer would take too long."""
     if a.device != b.device or 0 in a.shape or 0 in b.shape:
         return False
     (a_first, a_end), (b_first, b_end) = _extent(a.layout), _extent(b.layout)
@@ -425,21 +237,18 @@ def _cuda_index(array: Any) -> int:
 
 def _of_dlpack(array: Any, name: str) -> Buffer:
     kind, index = array.__dlpack_device__()
-    if kind not in (_HOST, _CUDA, _CUDA_MANAGED):
+    if kind not in (HOST, CUDA, CUDA_MANAGED):
         raise TypeError(
             f"{name} lies on DLPack device ({int(kind)}, {index}) and has no "
             f"__cuda_array_interface__; only host and CUDA memory is read through DLPack"
         )
     try:
-        if kind != _HOST:
+        if kind != HOST:
             return _of_capsule(array, array.__dlpack__(stream=1), name)
         view = np.from_dlpack(array)
     except (BufferError, RuntimeError) as error:
         raise TypeError(f"{name} cannot be read through DLPack: {error}") from error
     return _of_numpy(view, name)
-
-
-_HOST, _CUDA, _CUDA_MANAGED = 1, 2, 13  # DLDeviceType
 
 
 class _DLTensor(ctypes.Structure):

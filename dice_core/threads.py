@@ -12,7 +12,7 @@ from pathlib import Path
 def resolve(num_threads: int | None) -> int:
     """`num_threads`, else OMP_NUM_THREADS, else the cores this process may use."""
     if num_threads is None:
-        return _from_environment() or available_cores()
+        return _omp_num_threads() or available_cores()
     if isinstance(num_threads, bool):
         raise TypeError("num_threads must be an integer, got bool")
     try:
@@ -36,8 +36,10 @@ def available_cores() -> int:
     return max(1, min(cores, math.ceil(quota)) if quota else cores)
 
 
-def _from_environment() -> int | None:
-    # OMP_NUM_THREADS may list a number per nesting level; ours is the outermost.
+@functools.cache
+def _omp_num_threads() -> int | None:
+    """OMP_NUM_THREADS, read once, as OpenMP's own runtime does."""
+    # It may list a number per nesting level; ours is the outermost.
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     return int(first) if first.isdecimal() and int(first) > 0 else None
 

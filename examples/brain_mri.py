@@ -1,7 +1,7 @@
 """Segment grey and white matter in a T1 brain MRI with a small 3-D U-Net and a loss of dice_core.
 
-The network learns from random patches of the left hemisphere and is tested on the right one. By
-default it segments the MNI152 template, which comes with nilearn, so nothing is downloaded:
+The network is trained on random patches of the left hemisphere and tested on the right one. By
+default it segments the MNI152 template, which is part of nilearn, so nothing is downloaded:
 
     python examples/brain_mri.py
 
@@ -9,16 +9,16 @@ It also takes your own NIfTI image and label map (classes 0, 1, 2, ... on the sa
 
     python examples/brain_mri.py --volume t1.nii.gz --labels labels.nii.gz
 
-The loss is Dice and cross-entropy in one pass. --loss dice is Dice alone, --loss dice-focal takes
-focal loss for the cross-entropy; several names train a network each, from the same start, to be
-compared. The optimizer and its settings are nnU-Net's.
+The loss is Dice plus cross-entropy. --loss dice is Dice alone, --loss dice-focal has focal loss in
+place of cross-entropy. With several names, one network is trained for each, from the same initial
+weights, and the results are compared. The optimizer and its settings are nnU-Net's.
 
-Besides dice_core it needs torch, nilearn, matplotlib and tqdm, and Linux or macOS. It prints the
-Dice of each class on the held-out hemisphere and draws it. On the template, the exit status is 1
-if a class stays below 0.93.
+The script needs dice_core, torch, nilearn, matplotlib and tqdm, on Linux or macOS. It prints the
+Dice of each class on the held-out hemisphere and draws the segmentation. On the template, the exit
+status is 1 if the Dice of a class is below 0.93.
 
-The template is left-right symmetric and its labels follow its intensities closely. So this shows
-that the loss trains a network, and says nothing about how well it would do on another subject.
+The template is left-right symmetric and its labels follow its intensities closely. So the result
+shows that the loss trains a network, not how well the network would do on another subject.
 """
 
 import argparse
@@ -26,11 +26,12 @@ import copy
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -42,13 +43,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from dice_core.torch import DiceCELoss, DiceFocalLoss, DiceLoss
+from dice_core.torch import DiceCELoss, DiceFocalLoss, DiceLoss, DiceScore
 
 RESOLUTION = 2  # of the template, in mm
 PATCH = 16  # voxels along each side
 BATCH = 32
 REQUIRED_DICE = 0.93
-LOSSES = {  # smooth is not 0, as a patch may well lack a class
+LOSSES: dict[str, Callable[[], nn.Module]] = {  # smooth > 0, since a patch may lack a class
     "dice": partial(DiceLoss, smooth=1.0),
     "dice-ce": partial(DiceCELoss, smooth=1.0),
     "dice-focal": partial(DiceFocalLoss, smooth=1.0),
@@ -56,12 +57,12 @@ LOSSES = {  # smooth is not 0, as a patch may well lack a class
 
 
 class InputError(Exception):
-    """An option or a file is not usable, and the message says why."""
+    """An option or a file cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)
 class Scan:
-    """An image and its labels, with axes that run to the right, to the front and upwards."""
+    """An image and its labels; the axes run to the right, to the front and upwards (RAS)."""
 
     image: np.ndarray
     labels: np.ndarray
@@ -76,7 +77,7 @@ class Scan:
 
 def load_template() -> Scan:
     """Load the MNI152 template, each voxel labelled with its most probable tissue."""
-    from nilearn import datasets  # slow to import, and your own files do without it
+    from nilearn import datasets  # slow to import, and not needed for other files
 
     image = datasets.load_mni152_template(resolution=RESOLUTION)
     grey = datasets.load_mni152_gm_template(resolution=RESOLUTION).get_fdata()
@@ -90,20 +91,20 @@ def read_nifti(path: Path) -> nib.spatialimages.SpatialImage:
     if not path.is_file():
         raise InputError(f"no such file: {path}")
     try:
-        nifti = nib.load(path)
+        nifti: Any = nib.load(path)
         if len(nifti.shape) != 3:
             raise InputError(f"{path} is not 3-D: its shape is {nifti.shape}")
         nifti = nib.as_closest_canonical(nifti)
-        nifti.get_fdata()  # cached; a damaged file fails only once its data are read
+        nifti.get_fdata()  # cached; a damaged file fails only when its data are read
     except InputError:
         raise
-    except Exception as error:  # nibabel's errors for bad files share no narrower base class
+    except Exception as error:  # nibabel's errors for damaged files have no narrower base class
         raise InputError(f"cannot read {path} as NIfTI: {error}") from error
     return nifti
 
 
 def load_files(volume: Path, label_map: Path) -> Scan:
-    """Load the user's image and label map, and check that they can be learnt from."""
+    """Load the user's image and label map, and check that a network can be trained on them."""
     image, labels = read_nifti(volume), read_nifti(label_map)
     if image.shape != labels.shape:
         raise InputError(f"shapes differ: volume {image.shape}, labels {labels.shape} (as RAS)")
@@ -124,7 +125,7 @@ def load_files(volume: Path, label_map: Path) -> Scan:
 
 
 def count_classes(labels: np.ndarray, middle: int) -> int:
-    """Check that the label values are 0..C-1, all of them in the training half, and return C."""
+    """Check that the labels are 0..C-1 and all occur in the training half, and return C."""
     values = np.unique(labels).tolist()
     if not all(value.is_integer() for value in values):
         raise InputError("the labels are not integers")
@@ -155,7 +156,7 @@ def double_conv(channels_in: int, channels_out: int) -> nn.Sequential:
 
 
 class UNet(nn.Module):
-    """A 3-D U-Net over three scales; the sides of its input must be multiples of `STRIDE`."""
+    """A 3-D U-Net of three resolutions; the sides of its input must be multiples of `STRIDE`."""
 
     STRIDE = 4
 
@@ -174,7 +175,8 @@ class UNet(nn.Module):
         coarse = self.coarse(F.max_pool3d(middle, 2))
         middle = self.middle_decoder(torch.cat([middle, upsample(coarse)], dim=1))
         fine = self.fine_decoder(torch.cat([fine, upsample(middle)], dim=1))
-        return self.head(fine)
+        logits: Tensor = self.head(fine)
+        return logits
 
 
 def upsample(features: Tensor) -> Tensor:
@@ -201,8 +203,8 @@ def random_patches(image: Tensor, labels: Tensor, classes: int) -> Iterator[tupl
 def train(
     net: UNet, image: Tensor, labels: Tensor, classes: int, steps: int, loss_name: str
 ) -> None:
-    """Fit the network to random patches, showing the loss and the mean Dice of each batch."""
-    loss_function = LOSSES[loss_name]()
+    """Train the network on random patches, showing the loss and the mean Dice of each batch."""
+    loss_function, score = LOSSES[loss_name](), DiceScore()
     optimizer = torch.optim.SGD(
         net.parameters(), lr=0.01, momentum=0.99, nesterov=True, weight_decay=3e-5
     )
@@ -218,7 +220,7 @@ def train(
         nn.utils.clip_grad_norm_(net.parameters(), max_norm=12)
         optimizer.step()
         schedule.step()
-        dice = dice_scores(logits.argmax(dim=1), targets, classes).nanmean()
+        dice = score(logits, targets)[1:].nanmean()
         progress.set_postfix(loss=f"{loss.item():.3f}", dice=f"{dice.item():.3f}")
 
 
@@ -231,7 +233,7 @@ def segment(net: UNet, image: Tensor) -> Tensor:
 
 
 def dice_scores(prediction: Tensor, truth: Tensor, classes: int) -> Tensor:
-    """The Dice of each class from 1 up; NaN for a class that is in neither map."""
+    """The Dice of two label maps, for each class from 1 up; NaN for a class in neither of them."""
     scores = []
     for label in range(1, classes):
         predicted, true = prediction == label, truth == label
@@ -244,20 +246,20 @@ def apply_thresholds(image: Tensor, low: float, high: float) -> Tensor:
 
 
 def best_thresholds(image: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Choose the intensities that best part other from grey and grey from white matter."""
+    """Find the intensities that best separate other from grey and grey from white matter."""
 
     def dice(label: int, low: float, high: float) -> float:
         return dice_scores(apply_thresholds(image, low, high), labels, 3)[label - 1].item()
 
     candidates = torch.linspace(image.min().item(), image.max().item(), 200)[1:-1].tolist()
-    # The Dice of white matter does not depend on the lower threshold, so the upper comes first.
+    # The Dice of white matter depends on the upper threshold alone, so that is chosen first.
     high = max(candidates, key=lambda value: dice(2, value, value))
     low = max(candidates, key=lambda value: dice(1, min(value, high), high))
     return min(low, high), high
 
 
 def draw(scan: Scan, prediction: np.ndarray, title: str, output: Path) -> None:
-    """Save the image, truth, prediction and error in three planes, coloured where held out."""
+    """Save three planes of image, truth, prediction and error, the held-out half in colour."""
     truth = scan.labels.copy()
     truth[: scan.middle] = 0  # no colour on the half that the network was trained on
     predicted = np.zeros_like(truth)
@@ -279,7 +281,7 @@ def draw(scan: Scan, prediction: np.ndarray, title: str, output: Path) -> None:
     planes = {"axial": (2, "L", "R"), "coronal": (1, "L", "R"), "sagittal": (0, "P", "A")}
     for panels, (plane, (axis, start, end)) in zip(grid, planes.items(), strict=True):
         across, up = (other for other in range(3) if other != axis)
-        index = int((truth > 0).sum(axis=(across, up)).argmax())  # where most is labelled
+        index = int((truth > 0).sum(axis=(across, up)).argmax())  # the plane with most labels
         panels[0].set_ylabel(plane)
         for panel, (name, colours) in zip(panels, columns.items(), strict=True):
             grey = scan.image.take(index, axis).T
@@ -326,7 +328,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def load_scan(args: argparse.Namespace) -> Scan:
-    """Check the options, which is better done before the training, and load what they name."""
+    """Check all options before any training, and load the files."""
     if args.steps < 1:
         raise InputError(f"--steps must be at least 1, not {args.steps}")
     if args.output.is_dir() or not args.output.absolute().parent.is_dir():
@@ -337,7 +339,7 @@ def load_scan(args: argparse.Namespace) -> Scan:
 
 
 def run(scan: Scan, args: argparse.Namespace) -> bool:
-    """Train, test, print and draw; return whether the held-out Dice suffices."""
+    """Train, test, print and draw; return whether the held-out Dice is high enough."""
     start = time.perf_counter()
     built_in, classes = args.volume is None, len(scan.classes)
     torch.manual_seed(args.seed)
@@ -349,8 +351,8 @@ def run(scan: Scan, args: argparse.Namespace) -> bool:
     train_image, test_image = image[: scan.middle], image[scan.middle :]
     train_labels, test_labels = labels[: scan.middle], labels[scan.middle :]
 
-    # The channels-last layout makes 3-D convolutions on a CPU much faster.
-    untrained = UNet(classes).to(memory_format=torch.channels_last_3d)
+    # 3-D convolutions on a CPU are much faster in the channels-last layout.
+    untrained = UNet(classes).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     net = copy.deepcopy(untrained)
     results = {"untrained": dice_scores(segment(net, test_image), test_labels, classes)}
     if built_in:
@@ -382,7 +384,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         scan = load_scan(args)
     except InputError as error:
-        message = " ".join(str(error).split())  # some of nibabel's messages have several lines
+        message = " ".join(str(error).split())  # on one line, unlike some of nibabel's
         print(f"brain_mri.py: error: {message}", file=sys.stderr)
         return 2
     if run(scan, args):

@@ -1,64 +1,75 @@
-"""A GPU for tests: its memory lies in the host's, its kernels run as Python, thread by thread.
+"""A simulated GPU for tests: device memory is host memory, kernels run as Python functions.
 
-A thread is a greenlet, in which a barrier is a switch. Finds reads and writes out of bounds, after
-release or off their words, barriers that threads do not all reach, and, since threads and blocks
-run in random order, results that depend on it. Uninitialised memory is NaN.
+Each thread is a greenlet, which yields to the scheduler at a barrier. Every access is asserted to
+be aligned and within one live allocation, and all threads of a block to reach the same barrier.
+Threads and blocks run in random order, so that results that depend on it fail a comparison.
+Uninitialized floating-point memory is NaN.
 """
 
 import ctypes
 import functools
+import struct
 import weakref
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import greenlet
 import ml_dtypes
 import numpy as np
+import pytest
 
-from dice_core import _gpu, _gpu_driver, _gpu_kernels, _gpu_plan
+from dice_core import _gpu
+from dice_core.gpu import driver, kernels
+from dice_core.gpu import plan as plans
+from dice_core.gpu.plan import Plan
 
-WORD = 16  # bytes of the widest access
-ALLOCATED = {}  # address -> bytes
+Array = np.ndarray[Any, Any]
+
+WORD = 16  # bytes of the widest load or store
+ALLOCATED: dict[int, int] = {}  # live allocations: address -> size in bytes
 
 
-def dtype_of(name):
-    special = {"bfloat16": ml_dtypes.bfloat16, "bool": np.uint8}
+def dtype_of(name: str) -> np.dtype[Any]:
+    special: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "bool": np.uint8}
     return np.dtype(special.get(name, name))
 
 
 class DeviceArray:
-    """An array on the GPU as other libraries have them: the CUDA array interface and as much of the
-    array API standard as makes new ones.
+    """An array in simulated device memory, `host`.
+
+    Has the CUDA array interface, and of the array API standard what allocates and copies arrays.
     """
 
-    stream = None
+    stream: int | None = None
 
-    def __init__(self, host):
+    def __init__(self, host: Array) -> None:
         self.host = host
         self.shape, self.dtype = host.shape, host.dtype
         self.device = SimpleNamespace(id=0)
 
     @classmethod
-    def holding(cls, array):
-        """A copy on the GPU, of the same strides and as far behind a whole word."""
+    def holding(cls, array: Array) -> "DeviceArray":
+        """A copy on the device, with the same strides and alignment."""
         host = allocate(array.shape, array.dtype, array.strides, array.ctypes.data % WORD)
         host[...] = array
         return cls(host)
 
     @property
-    def __cuda_array_interface__(self):
+    def __cuda_array_interface__(self) -> dict[str, Any]:
         address = self.host.__array_interface__["data"][0] if self.host.size else 0
-        special = "<V2" if self.dtype == ml_dtypes.bfloat16 else self.dtype.str
+        typestr = "<V2" if self.dtype == ml_dtypes.bfloat16 else self.dtype.str
         return {
             "version": 3,
             "shape": self.shape,
             "strides": self.host.strides,
-            "typestr": special,
+            "typestr": typestr,
             "data": (address, False),
             "stream": self.stream,
         }
 
-    def __array_namespace__(self):
+    def __array_namespace__(self) -> Any:
         return SimpleNamespace(
             __name__="fake",
             empty=lambda shape, dtype, device: DeviceArray(allocate(shape, dtype)),
@@ -66,87 +77,99 @@ class DeviceArray:
             **{name: dtype_of(name) for name in ("float32", "float64", "uint8")},
         )
 
-    def __dlpack__(self, dl_device, copy):
+    def __dlpack__(self, dl_device: tuple[int, int], copy: bool) -> Any:
         assert dl_device == (1, 0)
         assert copy
         return self.host.copy().__dlpack__()
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> "DeviceArray":
         return DeviceArray(self.host[index])
 
-    def __add__(self, other):
+    def __add__(self, other: "DeviceArray") -> "DeviceArray":
         return DeviceArray.holding(self.host + other.host)
 
 
-def allocate(shape, dtype, strides=None, offset=0):
-    """Uninitialised memory; each allocation begins so many bytes behind a whole word."""
+def allocate(
+    shape: Sequence[int], dtype: Any, strides: Sequence[int] | None = None, offset: int = 0
+) -> Array:
+    """An uninitialized array, whose address is `offset` modulo a word."""
     dtype = np.dtype(dtype)
     size = max(1, int(np.prod(shape))) * dtype.itemsize
     if strides is not None and 0 not in shape:
         size = sum(s * (n - 1) for s, n in zip(strides, shape, strict=True)) + dtype.itemsize
-    whole = np.full(size + 5 * WORD, 255, np.uint8)
-    first = -whole.ctypes.data % WORD + 2 * WORD + offset
-    address = whole.ctypes.data + first
+    padded = np.full(size + 5 * WORD, 255, np.uint8)  # NaN, read as any floating-point dtype
+    first = -padded.ctypes.data % WORD + 2 * WORD + offset
+    address = padded.ctypes.data + first
     ALLOCATED[address] = size
-    weakref.finalize(whole, ALLOCATED.pop, address)
-    return np.ndarray(shape, dtype, whole[first:], strides=strides)
+    weakref.finalize(padded, ALLOCATED.pop, address)
+    return np.ndarray(shape, dtype, padded[first:], strides=strides)
 
 
 class Kernel:
-    """What `_gpu_driver.Kernel` is, in the simulator."""
+    """Replaces `driver.Kernel`; its launches run in the simulator, before they return."""
 
-    launched = ()  # kinds, since a test emptied it
-    waited = staticmethod(lambda: None)  # a test's
+    launched: ClassVar[tuple[str, ...]] = ()  # the kinds of the launches since `install`
+    # Called by `driver.synchronize`; a test may replace it.
+    synchronized: ClassVar[Callable[[], None]] = staticmethod(lambda: None)
 
-    def __init__(self, kind, plan, capability):
+    def __init__(self, kind: str, plan: Plan, capability: tuple[int, int]) -> None:
         self.kind, self.plan = kind, plan
 
-    def make_ready(self, device):
+    def load_on(self, device: int) -> None:
         assert device == 0
 
-    def launch(self, device, stream, blocks, threads, *arguments):
+    def launch(
+        self, device: int, stream: int, blocks: int, threads: int, parameters: bytes
+    ) -> None:
         Kernel.launched += (self.kind,)
         simulator = Simulator(seed=len(Kernel.launched))
-        kernel = _gpu_kernels.kernel(self.kind, self.plan, operations(self.plan, simulator))
-        numbers = [np.float64(a) if type(a) is float else np.int64(a) for a in arguments]
+        kernel = kernels.kernel(self.kind, self.plan, operations(self.plan, simulator))
+        arguments = struct.unpack(kernels.ARGUMENTS[self.kind].format, parameters)
+        numbers: list[Any] = [np.float64(a) if type(a) is float else np.int64(a) for a in arguments]
         simulator.launch(kernel, blocks, threads, *numbers)
 
 
-def install(monkeypatch, kernel=Kernel, warps=2):
-    """The simulator in the place of NVIDIA's driver, with small blocks, which take less time."""
-    monkeypatch.setattr(_gpu_plan, "WARPS", warps)
-    monkeypatch.setattr(_gpu_plan, "THREADS", warps * _gpu_plan.WARP)
-    monkeypatch.setattr(_gpu, "_job", functools.lru_cache(_gpu._Job))
+def install(
+    monkeypatch: pytest.MonkeyPatch, kernel: Callable[..., Any] = Kernel, warps: int = 2
+) -> None:
+    """Replaces the driver by the simulator. Blocks are of few warps, which is faster."""
+    monkeypatch.setattr(plans, "WARPS", warps)
+    monkeypatch.setattr(plans, "THREADS", warps * plans.WARP)
+    monkeypatch.setattr(_gpu, "_job", functools.lru_cache(_gpu._Job))  # depends on THREADS
     Kernel.launched = ()
     monkeypatch.setattr(_gpu, "_kernel", kernel)
     monkeypatch.setattr(_gpu, "unavailable", list)
-    monkeypatch.setattr(_gpu_driver, "capability", lambda device: (9, 0))
-    monkeypatch.setattr(_gpu_driver, "wait", lambda device, stream, other: None)
-    monkeypatch.setattr(_gpu_driver, "synchronize", lambda device, stream: Kernel.waited())
+    monkeypatch.setattr(driver, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(driver, "wait", lambda device, stream, other: None)
+    monkeypatch.setattr(driver, "synchronize", lambda device, stream: Kernel.synchronized())
 
 
-def run(kernel, *args):
-    with np.errstate(all="ignore"):  # each greenlet has its own
+def run(kernel: Callable[..., None], *args: Any) -> None:
+    with np.errstate(all="ignore"):  # each greenlet has an error state of its own
         kernel(*args)
 
 
 class Simulator:
-    """What numba.cuda is to a kernel: indices, arrays, barriers, shuffles."""
+    """The part of `numba.cuda` that kernels use: indices, arrays, barriers, shuffles."""
 
-    def __init__(self, seed=0):
-        self.local = SimpleNamespace(array=uninitialised)
+    def __init__(self, seed: int = 0) -> None:
+        self.local = SimpleNamespace(array=uninitialized)
         self.shared = SimpleNamespace(array=self._shared_array)
         self.order = np.random.default_rng(seed)
+        self.scheduler: Any = None  # the greenlet that switches to the threads
+        self.thread: Any = None  # the greenlet that runs
+        self.shared_arrays: dict[int, Array] = {}  # of the block, in the order of their allocation
+        self.exchange: list[Any] = []  # what each thread passes to a shuffle
 
     @property
-    def threadIdx(self):
+    def threadIdx(self) -> Any:
         return SimpleNamespace(x=self.thread.index)
 
-    def syncthreads(self):
+    def syncthreads(self) -> None:
         self.scheduler.switch("syncthreads")
 
-    def shuffle(self, mask, value, distance):
-        """Of the lane whose index differs in this bit."""
+    def shuffle(self, mask: int, value: Any, distance: int) -> Any:
+        """The `value` of the lane whose index is this one's XOR `distance`."""
         index = self.thread.index
         self.exchange[index] = value
         self.scheduler.switch("shuffle")
@@ -154,10 +177,10 @@ class Simulator:
         self.scheduler.switch("shuffle")
         return other
 
-    def threadfence(self):
-        """Nothing: here every thread sees what another wrote."""
+    def threadfence(self) -> None:
+        """No operation: all threads see every write at once."""
 
-    def launch(self, kernel, blocks, threads, *args):
+    def launch(self, kernel: Callable[..., None], blocks: int, threads: int, *args: Any) -> None:
         """One block after another, in random order."""
         self.scheduler = greenlet.getcurrent()
         self.gridDim = SimpleNamespace(x=blocks)
@@ -165,94 +188,96 @@ class Simulator:
             self.blockIdx = SimpleNamespace(x=int(block))
             self._block(partial(run, kernel, *args), threads)
 
-    def _block(self, run, threads):
+    def _block(self, body: Callable[[], None], threads: int) -> None:
         self.shared_arrays, self.exchange = {}, [None] * threads
-        team = [greenlet.greenlet(run) for _ in range(threads)]
-        for index, thread in enumerate(team):
+        running: list[Any] = [greenlet.greenlet(body) for _ in range(threads)]
+        for index, thread in enumerate(running):
             thread.index, thread.arrays = index, 0
-        while team:
-            stops = set()
-            for i in self.order.permutation(len(team)):
-                self.thread = team[i]
-                stops.add(team[i].switch())
-            alive = [thread for thread in team if not thread.dead]
-            assert len(stops) == 1, f"threads stop at different places: {stops}"
-            assert len(alive) in (0, len(team)), "some threads ended before a barrier"
-            team = alive
+        while running:
+            barriers = set()  # None: the end of the kernel
+            for i in self.order.permutation(len(running)):
+                self.thread = running[i]
+                barriers.add(running[i].switch())
+            alive = [thread for thread in running if not thread.dead]
+            assert len(barriers) == 1, f"threads wait at different barriers: {barriers}"
+            assert len(alive) in (0, len(running)), "some threads ended before a barrier"
+            running = alive
 
-    def _shared_array(self, shape, dtype):
+    def _shared_array(self, shape: Any, dtype: Any) -> Array:
         number = self.thread.arrays
         self.thread.arrays += 1
         if number not in self.shared_arrays:
-            self.shared_arrays[number] = uninitialised(shape, dtype)
-            assert sum(a.nbytes for a in self.shared_arrays.values()) <= _gpu_plan.SHARED_BYTES
+            self.shared_arrays[number] = uninitialized(shape, dtype)
+            assert sum(a.nbytes for a in self.shared_arrays.values()) <= plans.SHARED_BYTES
         return self.shared_arrays[number]
 
 
-def uninitialised(shape, dtype):
+def uninitialized(shape: Any, dtype: Any) -> Array:
     return np.full(shape, np.nan if np.dtype(dtype).kind == "f" else 77, dtype)
 
 
-def operations(plan, cuda):
-    """The kernels' operations."""
-    real = np.float64 if plan.logits == "float64" else np.float32
+def operations(plan: Plan, cuda: Simulator) -> Any:
+    """`gpu.compile.operations` in NumPy."""
+    real: Any = np.float64 if plan.logits == "float64" else np.float32
     gamma, binary_gamma = (
         min(number or 0.0, float(np.finfo(real).max))
         for number in (plan.spec.gamma, plan.spec.binary_gamma)
     )
-    p = plan.spec.power
-    if plan.labels in _gpu_plan.ITEMSIZE:
+    p = plan.spec.p
+    label: Any
+    if plan.labels in plans.ITEMSIZE:
         label = np.float64 if plan.labels == "float64" else np.float32
     else:
         label = np.int64 if plan.labels.endswith("64") else np.int32
 
-    def load(dtype, count, to):
+    def load(dtype: str, count: int, to: Any) -> Callable[..., tuple[Any, ...]]:
         return lambda address, at: tuple(elements(address, at, dtype, count).astype(to))
 
-    def store(dtype):
-        def one(address, at, value):
+    def store(dtype: str) -> Callable[..., None]:
+        def store_one(address: Any, at: Any, value: Any) -> None:
             elements(address, at, dtype, 1)[:] = value
 
-        return one
+        return store_one
 
-    def store_grad(address, at, numbers, first):
+    def store_grad(address: Any, at: Any, numbers: Array, first: int) -> None:
         grad = elements(address, at, plan.logits, plan.voxels)
         grad[:] = numbers[first : first + plan.voxels].astype(grad.dtype)
 
-    def count_up(address):
+    def atomic_increment(address: Any) -> Any:
         counter = elements(address, 0, "int32", 1)
         counter[0] += 1
         return counter[0] - np.int32(1)
 
     return SimpleNamespace(
         cuda=cuda,
+        inlined=lambda function: function,
         real=real,
         int32=np.int32,
         int64=np.int64,
         float64=np.float64,
         load_logits=load(plan.logits, plan.voxels, real),
         load_targets=load(plan.labels, plan.voxels, label),
-        load_real=load(real, 1, real),
+        load_real=load(real.__name__, 1, real),
         load_double=load("float64", 1, np.float64),
-        load_fresh=lambda address, at: elements(address, at, "float64", 1)[0],
+        load_relaxed=lambda address, at: elements(address, at, "float64", 1)[0],
         store_grad=store_grad,
-        store_real=store(real),
+        store_real=store(real.__name__),
         store_double=store("float64"),
         store_int=store("int32"),
-        count_up=count_up,
+        atomic_increment=atomic_increment,
         exp=lambda x: real(np.exp(x)),
         log=lambda x: real(np.log(x)),
         sigmoid=lambda x: real(1 / (1 + np.exp(-np.float64(x)))),
         softplus=lambda x: real(np.logaddexp(0, np.float64(x))),
         power=lambda x: real(x**p),
         power_slope=lambda x: real(p * x ** (p - 1)),
-        focus=lambda x: real(x**gamma),
-        focus_slope=lambda x: real(gamma * x ** (gamma - 1)),
-        binary_focus=lambda x: real(x**binary_gamma),
+        modulation=lambda x: real(x**gamma),
+        modulation_slope=lambda x: real(gamma * x ** (gamma - 1)),
+        binary_modulation=lambda x: real(x**binary_gamma),
         divide=lambda a, b: a / b,
         reciprocal=lambda x: real(1) / x,
         label=label,
-        larger=lambda a, b: b if np.isnan(a) or b > a else a,
+        fmax=lambda a, b: b if np.isnan(a) or b > a else a,
         shuffle=cuda.shuffle,
         largest=float(np.finfo(real).max),
         smallest=float(np.finfo(real).smallest_normal),
@@ -260,13 +285,13 @@ def operations(plan, cuda):
     )
 
 
-def elements(address, at, dtype, count):
-    """A view of neighbouring elements, as one access reads or writes them."""
-    dtype = dtype_of(dtype)
-    first = int(address) + int(at)
+def elements(address: Any, offset: Any, name: str, count: int) -> Array:
+    """A view of adjacent elements of this dtype, which a single instruction loads or stores."""
+    dtype = dtype_of(name)
+    first = int(address) + int(offset)
     size = count * dtype.itemsize
     assert any(
-        start <= first and first + size <= start + there for start, there in ALLOCATED.items()
-    ), f"{size} bytes at {first - int(address)} of what lies at {address}"
-    assert first % min(size, WORD) == 0, f"{size} bytes at {first}"
-    return np.frombuffer((ctypes.c_uint8 * size).from_address(first), dtype)
+        start <= first and first + size <= start + length for start, length in ALLOCATED.items()
+    ), f"out of bounds: {size} bytes at {address} + {offset} are not within one allocation"
+    assert first % min(size, WORD) == 0, f"misaligned: {size} bytes at {address} + {offset}"
+    return np.frombuffer(memoryview((ctypes.c_uint8 * size).from_address(first)), dtype)

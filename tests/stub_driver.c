@@ -1,4 +1,4 @@
-/* NVIDIA's driver as far as a launch needs it: it writes down every call, and fails where it is told to. */
+/* A stub of NVIDIA's driver: logs every call to STUB_LOG, and the one named by STUB_FAILS fails. */
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>

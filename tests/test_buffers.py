@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from dice_core import buffers
+from dice_core import allocators, buffers
 
 BASE = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
 
@@ -348,7 +348,7 @@ def test_a_buffer_keeps_what_a_cuda_exporter_lends():
             return 2, 0
 
     buffer = buffers.of(Lender(), "y")
-    buffer = replace(buffer, layout=buffer.layout)  # as spec.call does
+    buffer = replace(buffer, layout=buffer.layout)  # as calls.call does
     gc.collect()
     assert lent[0]() is not None
     assert ctypes.c_float.from_address(buffer.address + 4 * 23).value == 23
@@ -596,10 +596,10 @@ def test_empty_on_a_device(fake, dtype, monkeypatch):
     assert near.device == "cuda:3"
     if fake is fake_jax and dtype in ("float16", "float64"):
         with pytest.raises(TypeError) as caught:
-            buffers.empty(near, (5, 2), dtype)
+            allocators.empty(near, (5, 2), dtype)
         assert str(caught.value) == f"fake_jax makes no {dtype} arrays; {REMEDY}"
         return
-    new = buffers.empty(near, (5, 2), dtype)
+    new = allocators.empty(near, (5, 2), dtype)
     assert type(new) in type(near.owner).__mro__
     buffer = buffers.of(new, "new")
     assert (buffer.shape, buffer.dtype, buffer.device) == ((5, 2), dtype, "cuda:3")
@@ -613,7 +613,7 @@ def test_empty_on_a_device(fake, dtype, monkeypatch):
 )
 def test_empty_like_on_a_device(fake, name, monkeypatch):
     a = fake(monkeypatch)(NUMPY[name], 3)
-    like, new = buffers.of(a, "x"), buffers.empty_like(a, "x")
+    like, new = buffers.of(a, "x"), allocators.empty_like(a, "x")
     assert type(new) in type(a).__mro__
     buffer = buffers.of(new, "new")
     keeps_strides = fake is not fake_jax and name in ("transposed", "fortran_order")
@@ -627,7 +627,7 @@ def test_empty_like_on_a_device(fake, name, monkeypatch):
 @pytest.mark.parametrize("fake", [fake_cupy, fake_numba])
 def test_empty_like_of_bfloat16(fake, monkeypatch):
     a = fake(monkeypatch)(np.zeros((2, 3), ml_dtypes.bfloat16), 0)
-    new = buffers.empty_like(a, "x")
+    new = allocators.empty_like(a, "x")
     assert new.dtype == ml_dtypes.bfloat16
     assert buffers.of(new, "new").dtype == "bfloat16"
 
@@ -636,7 +636,7 @@ def test_empty_like_of_bfloat16(fake, monkeypatch):
 @pytest.mark.parametrize("name", ["c_order", "transposed", "sliced", "no_axes"])
 def test_to_host_from_a_device(fake, name, monkeypatch):
     a = NUMPY[name]
-    host = buffers.to_host(buffers.of(fake(monkeypatch)(a, 3), "x"))
+    host = allocators.to_host(buffers.of(fake(monkeypatch)(a, 3), "x"))
     np.testing.assert_array_equal(host, a, strict=True)
     assert not np.shares_memory(host, a)
 
@@ -644,7 +644,7 @@ def test_to_host_from_a_device(fake, name, monkeypatch):
 @libraries
 def test_to_host_has_the_shape_of_the_buffer(fake, monkeypatch):
     buffer = buffers.of(fake(monkeypatch)(BASE[:, None], 0), "y")
-    host = buffers.to_host(replace(buffer, layout=buffer.layout.without_axis(1)))
+    host = allocators.to_host(replace(buffer, layout=buffer.layout.without_axis(1)))
     np.testing.assert_array_equal(host, BASE, strict=True)
 
 
@@ -659,13 +659,13 @@ NO_ALLOCATOR = {
 def test_device_arrays_of_no_known_library(a, kind, why):
     buffer = buffers.of(a, "x")
     with pytest.raises(TypeError) as caught:
-        buffers.empty(buffer, (2, 3), "float32")
+        allocators.empty(buffer, (2, 3), "float32")
     assert str(caught.value) == f"no array like a {kind} can be made; {REMEDY}"
     with pytest.raises(TypeError) as caught:
-        buffers.empty_like(a, "x")
+        allocators.empty_like(a, "x")
     assert str(caught.value) == f"no array like x, a {kind}, can be made; {REMEDY}"
     with pytest.raises(TypeError) as caught:
-        buffers.to_host(buffer)
+        allocators.to_host(buffer)
     assert str(caught.value).startswith(f"a {kind} cannot be copied to the host (")
     assert why in str(caught.value)
     assert str(caught.value).endswith(f"); {REMEDY}")
@@ -730,7 +730,7 @@ def test_torch_stream(cuda_torch):
 def test_to_host_from_torch(cuda_torch):
     tensor = torch.arange(24).reshape(2, 1, 3, 4)
     buffer = buffers.of(CudaTensor(tensor), "y")
-    host = buffers.to_host(replace(buffer, layout=buffer.layout.without_axis(1)))
+    host = allocators.to_host(replace(buffer, layout=buffer.layout.without_axis(1)))
     np.testing.assert_array_equal(host, tensor.numpy()[:, 0], strict=True)
 
 
@@ -741,7 +741,7 @@ def test_to_host_from_torch(cuda_torch):
 @pytest.mark.parametrize("device", ["cpu", "meta"])  # "meta": a device that any torch has
 def test_empty_torch(name, device):
     near = buffers.of(torch.zeros(4, 3, device=device).T, "x")
-    new = buffers.empty(near, [2, 3], name)
+    new = allocators.empty(near, [2, 3], name)
     assert (new.shape, new.dtype, new.device.type) == ((2, 3), getattr(torch, name), device)
     assert new.is_contiguous()
     assert not new.requires_grad
@@ -750,7 +750,7 @@ def test_empty_torch(name, device):
 @wrappers
 @pytest.mark.parametrize("name", ["float16", "float32", "float64", "uint8", "int64"])
 def test_empty_near_host_memory(wrap, name):
-    new = buffers.empty(buffers.of(wrap(BASE.copy()), "x"), (2, 3), name)
+    new = allocators.empty(buffers.of(wrap(BASE.copy()), "x"), (2, 3), name)
     assert type(new) is (torch.Tensor if wrap is torch.from_numpy else np.ndarray)
     assert np.asarray(new).dtype == name
     assert np.asarray(new).shape == (2, 3)
@@ -760,7 +760,7 @@ def test_empty_near_host_memory(wrap, name):
 @wrappers
 def test_to_host_of_host_memory_is_itself(wrap):
     a = BASE.copy()
-    host = buffers.to_host(buffers.of(wrap(a), "x"))
+    host = allocators.to_host(buffers.of(wrap(a), "x"))
     np.testing.assert_array_equal(host, BASE, strict=True)
     assert np.shares_memory(host, a)
 
@@ -769,7 +769,7 @@ def test_to_host_of_host_memory_is_itself(wrap):
 
 
 def test_empty_like_numpy_bfloat16():
-    new = buffers.empty_like(np.zeros((2, 3), ml_dtypes.bfloat16), "x")
+    new = allocators.empty_like(np.zeros((2, 3), ml_dtypes.bfloat16), "x")
     assert (new.shape, new.dtype) == ((2, 3), ml_dtypes.bfloat16)
 
 
@@ -778,7 +778,7 @@ def test_empty_like_numpy_bfloat16():
 )
 def test_empty_like_numpy(name):
     a = NUMPY[name]
-    new = buffers.empty_like(a, "x")
+    new = allocators.empty_like(a, "x")
     assert type(new) is np.ndarray
     assert (new.shape, new.strides, new.dtype) == (a.shape, a.strides, a.dtype)
     assert new.flags.writeable
@@ -787,19 +787,19 @@ def test_empty_like_numpy(name):
 
 @pytest.mark.parametrize("name", ["sliced", "broadcast", "negative_strides"])
 def test_empty_like_of_what_is_not_dense_owns_no_gaps(name):
-    new = buffers.empty_like(NUMPY[name], "x")
+    new = allocators.empty_like(NUMPY[name], "x")
     assert new.shape == NUMPY[name].shape
     assert new.flags.c_contiguous
 
 
 def test_empty_like_memmap_is_plain_memory(tmp_path):
     a = np.memmap(tmp_path / "x", np.float32, "w+", shape=(2, 3))
-    assert type(buffers.empty_like(a, "x")) is np.ndarray
+    assert type(allocators.empty_like(a, "x")) is np.ndarray
 
 
 @pytest.mark.parametrize("name", ["contiguous", "channels_last", "transposed", "requires_grad"])
 def test_empty_like_torch(name):
-    new = buffers.empty_like(TORCH[name], "x")
+    new = allocators.empty_like(TORCH[name], "x")
     assert isinstance(new, torch.Tensor)
     assert (new.shape, new.stride()) == (TORCH[name].shape, TORCH[name].stride())
     assert new.dtype == TORCH[name].dtype
@@ -808,7 +808,7 @@ def test_empty_like_torch(name):
 
 @pytest.mark.parametrize("wrap", [dlpack, memoryview], ids=["dlpack", "memoryview"])
 def test_empty_like_other_host_memory_is_numpy(wrap):
-    new = buffers.empty_like(wrap(BASE.copy()), "x")
+    new = allocators.empty_like(wrap(BASE.copy()), "x")
     assert type(new) is np.ndarray
     assert (new.shape, new.dtype) == (BASE.shape, BASE.dtype)
 

@@ -1,6 +1,7 @@
-"""The code in the README and in docstrings runs and prints what it says."""
+"""The documents are true: their code runs and prints what they say, the files they name exist."""
 
 import doctest
+import functools
 import importlib
 import pkgutil
 import re
@@ -11,6 +12,11 @@ import pytest
 import dice_core
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "dice_core"
+README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+
+# ---- code --------------------------------------------------------------------------------------
 
 
 def test_readme():
@@ -23,45 +29,16 @@ def test_readme():
 
 def test_readme_code_is_doctested_or_naive():
     """Beside the first table, every Python block is a doctest."""
-    text = (ROOT / "README.md").read_text().split("</table>")[1]
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", README.split("</table>")[1], re.DOTALL)
     assert blocks
     assert all(block.startswith(">>> ") for block in blocks)
 
 
-def table_of_losses():
-    lines = ["| term | loss | sums | source | elsewhere |", "| --- | --- | --- | --- | --- |"]
-    for entry in dice_core.losses.TERMS:
-        cells = (f"`{entry.term.__name__}`", f"`{entry.formula}`", entry.statistics)
-        lines.append(f"| {' | '.join((*cells, entry.source, entry.elsewhere))} |")
-    return "\n".join(lines)
-
-
-def test_the_table_of_losses_is_the_list():
-    text = (ROOT / "README.md").read_text()
-    assert table_of_losses() == re.search(r"<!-- losses -->\n\n(.*?)\n\n<!--", text, re.DOTALL)[1]
-
-
-def test_every_term_names_its_source():
-    for entry in dice_core.losses.TERMS:
-        assert f"Source: {entry.source}." in entry.term.__doc__
-
-
-MODULES = [name for _, name, _ in pkgutil.iter_modules(dice_core.__path__) if name != "__main__"]
-
-
-@pytest.mark.parametrize("name", [n for n in MODULES if not n.startswith("_cpu")])
-def test_docstrings(name):
-    module = importlib.import_module(f"dice_core.{name}")
-    assert doctest.testmod(module).failed == 0
-
-
 def test_the_first_table_is_one_loss():
-    """The naive code beside ours computes ours."""
+    """The naive code computes the same as that of dice_core beside it."""
     import torch
 
-    text = (ROOT / "README.md").read_text().split("</table>")[0]
-    naive, ours = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    naive, ours = re.findall(r"```python\n(.*?)```", README.split("</table>")[0], re.DOTALL)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 4, 5, generator=generator).requires_grad_()
     y = torch.randint(3, (2, 4, 5), generator=generator)
@@ -79,3 +56,138 @@ def test_the_first_table_is_one_loss():
         exec(code, scope)
         results.append((scope["loss"].detach(), x.grad))
     torch.testing.assert_close(results[0], results[1])
+
+
+def is_source(name):
+    """Whether a module is Python and does nothing when imported."""
+    last = name.rpartition(".")[2]
+    return last != "__main__" and not last.startswith("_cpu")
+
+
+WALK = pkgutil.walk_packages(dice_core.__path__, "dice_core.")
+MODULES = ["dice_core", *(name for _, name, _ in WALK if is_source(name))]
+
+
+@functools.cache
+def results_of(name):
+    """The doctests of a module; skipped where it needs a package that is not installed."""
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name.partition(".")[0] == "dice_core":
+            raise
+        pytest.skip(f"{name} needs {error.name}, which is not installed")
+    return doctest.testmod(module)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings(name):
+    assert results_of(name).failed == 0
+
+
+def test_docstrings_of_packages_inside_are_tested():
+    names = [name for name in MODULES if name.startswith("dice_core.torch")]
+    attempted = {name: results_of(name).attempted for name in names}
+    assert attempted["dice_core.torch.modules"] > 0
+    assert sum(attempted.values()) >= 19
+
+
+# ---- the table of losses -----------------------------------------------------------------------
+
+
+def table_of_losses():
+    lines = ["| term | loss | sums | source | peers |", "| --- | --- | --- | --- | --- |"]
+    for entry in dice_core.losses.TERMS:
+        cells = (f"`{entry.term.__name__}`", f"`{entry.formula}`", entry.statistics)
+        lines.append(f"| {' | '.join((*cells, entry.source, entry.peers))} |")
+    return "\n".join(lines)
+
+
+def test_the_table_of_losses_is_the_list():
+    assert table_of_losses() == re.search(r"<!-- losses -->\n\n(.*?)\n\n<!--", README, re.DOTALL)[1]
+
+
+def test_every_term_names_its_source():
+    for entry in dice_core.losses.TERMS:
+        assert f"Source: {entry.source}." in entry.term.__doc__
+
+
+# ---- maps and paths ----------------------------------------------------------------------------
+
+FILE = r"[\w.]+\.(?:py|pyx|pyi|pxi|h|md|txt|toml)\b"
+
+
+def section(text, heading):
+    """What stands below a heading, up to the next of its level."""
+    return re.search(rf"^{heading}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)[1]
+
+
+def files_of_tree(tree):
+    """The paths that a drawn tree names: a folder ends in /, what is in it is indented."""
+    paths, folder = [], ""
+    for line in tree.splitlines():
+        names = re.match(rf" *((?:(?:{FILE}|\w+/) *)+)", line)[1].split()
+        inside = folder if line.startswith(" ") else ""
+        paths += [inside + name for name in names]
+        if names[0].endswith("/"):
+            folder = names[0]
+    return paths
+
+
+def files_named(text):
+    """The files and folders between backticks."""
+    return re.findall(rf"`((?:\w+/)*(?:{FILE}|\w+/))`", text)
+
+
+def sources():
+    """The source files of the package, but for the `__init__.py` of folders."""
+    every = (path for path in PACKAGE.rglob("*") if re.fullmatch(FILE, path.name))
+    names = [path.relative_to(PACKAGE).as_posix() for path in every]
+    return [name for name in names if "/" not in name or not name.endswith("__init__.py")]
+
+
+def unnamed(paths):
+    """The sources that no path covers; a folder covers its files if none of them is named."""
+    listed = {path.partition("/")[0] for path in paths if not path.endswith("/")}
+    folders = tuple(path for path in paths if path.endswith("/") and path[:-1] not in listed)
+    return [name for name in sources() if name not in paths and not name.startswith(folders)]
+
+
+TREE = files_of_tree(re.search(r"```text\n(.*?)```", section(CONTRIBUTING, "## Map"), re.DOTALL)[1])
+TABLE = [path.removeprefix("dice_core/") for path in files_named(section(README, "## Map"))]
+ADD = re.findall(r"^## Add .*$", CONTRIBUTING, re.MULTILINE)
+
+
+def missing(paths):
+    """Of these paths those that are neither in the package nor in the checkout."""
+    return [path for path in paths if not ((PACKAGE / path).exists() or (ROOT / path).exists())]
+
+
+def test_contributing_maps_the_package():
+    assert not missing(TREE)
+    assert not unnamed(TREE)
+
+
+def test_readme_maps_the_package():
+    assert not missing(TABLE)
+    assert not unnamed(TABLE)
+
+
+@pytest.mark.parametrize("heading", ADD)
+def test_written_paths_name_what_is_there(heading):
+    paths = files_named(section(CONTRIBUTING, heading))
+    assert paths
+    assert not missing(paths)
+
+
+def test_there_are_paths_for_a_loss_a_backend_and_a_sum():
+    assert {"## Add a loss", "## Add a backend", "## Add a sum over voxels"} <= set(ADD)
+
+
+def test_the_readers_find_what_they_look_for():
+    tree = "a.py  b.pyx    text of c.py\nd/   text\n    e.h  f.pxi  text\n    g.py  text\nh/\n"
+    assert files_of_tree(tree) == ["a.py", "b.pyx", "d/", "d/e.h", "d/f.pxi", "d/g.py", "h/"]
+    assert files_named("`a.py`, `b/c.pxi`, `d/`, `Term` and `x.y`") == ["a.py", "b/c.pxi", "d/"]
+    assert "api.py" in unnamed(["sums.py"])
+    assert not any(name.startswith("losses/") for name in unnamed(["losses/"]))
+    assert "losses/overlap.py" in unnamed(["losses/", "losses/terms.py"])

@@ -1,7 +1,7 @@
 """The CUDA kernels compiled without a GPU: what the machine code may cost.
 
-A kernel whose registers do not suffice, or whose loops the compiler did not unroll, keeps numbers
-in slow memory; one that reads its logits a number at a time leaves the memory idle.
+A kernel that needs more registers than there are, or whose loops the compiler left rolled, keeps
+its arrays in slow local memory; one that loads its logits one at a time wastes bandwidth.
 """
 
 import re
@@ -12,86 +12,45 @@ from pathlib import Path
 
 import pytest
 
-from dice_core import _gpu_kernels, _gpu_plan
+from dice_core.gpu import kernels
+from dice_core.gpu import plan as plans
+from dice_core.gpu.plan import Plan
 from dice_core.spec import Spec
 
 pytest.importorskip("numba_cuda", reason="needs the extra gpu")
-from dice_core import _gpu_compile, _gpu_intrinsics
+from dice_core.gpu import compile as compiler
+from dice_core.gpu import intrinsics
 
 NVDISASM = next(Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/nvdisasm*"), None)
 HOPPER = (9, 0)
 ASSEMBLED_WELL = re.compile(r"\b0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads")
 
-# kernel, logits, labels, channels, sums -> at most so many registers, instructions per score in
-# the loop over voxels. That loop also has what runs only for infinite logits and bad labels.
+# Registers, and instructions per value in the loop over voxels, as numba-cuda 0.30 with NVVM and
+# nvJitLink 13.5 compile them. Other versions move them by some percent, a loop that is not unrolled
+# or a wider type by far more.
+SLACK = 1.15
+BINARY = Spec("sigmoid", binary_gamma=0.0, targets="soft")
+EVERYTHING = Spec(gamma=2.0, nll=True, binary_gamma=2.0, targets="soft", target_square=True)
+# One of each path through the kernels, with every dtype, vector width and number of lanes.
 COSTS = {
-    ("statistics", "float16", "uint8", 1, Spec()): (56, 25),
-    ("statistics", "float16", "uint8", 2, Spec()): (64, 27),
-    ("statistics", "bfloat16", "int16", 3, Spec(power=2)): (72, 24),
-    ("statistics", "float16", "uint8", 4, Spec()): (72, 22),
-    ("statistics", "float16", "int64", 5, Spec()): (96, 21),
-    ("statistics", "float32", "uint8", 4, Spec()): (64, 22),
-    ("statistics", "float32", "int64", 14, Spec()): (128, 20),
-    ("statistics", "float16", "uint8", 20, Spec()): (112, 22),
-    ("statistics", "float32", "uint32", 33, Spec(power=2)): (112, 24),
-    ("statistics", "float16", "uint8", 150, Spec()): (152, 23),
-    ("statistics", "float16", "uint8", 1000, Spec()): (255, 50),
-    ("statistics", "float64", "int64", 5, Spec()): (128, None),
-    ("gradient", "float16", "uint8", 1, Spec()): (72, 26),
-    ("gradient", "bfloat16", "uint8", 2, Spec()): (80, 32),
-    ("gradient", "float16", "int8", 3, Spec(power=2)): (104, 34),
-    ("gradient", "float16", "uint8", 4, Spec()): (112, 28),
-    ("gradient", "float16", "int64", 5, Spec()): (128, 27),
-    ("gradient", "float32", "uint8", 4, Spec()): (80, 28),
-    ("gradient", "float32", "int64", 14, Spec()): (104, 29),
-    ("gradient", "bfloat16", "uint8", 20, Spec()): (112, 27),
-    ("gradient", "float32", "uint32", 33, Spec(power=2)): (128, 30),
-    ("gradient", "float16", "uint8", 150, Spec()): (144, 31),
-    ("gradient", "float16", "uint8", 512, Spec()): (128, 30),
-    ("gradient", "float64", "int64", 5, Spec()): (112, None),
-    ("total", "float32", "uint8", 1, Spec()): (112, None),
-    ("loss", "float32", "uint8", 1, Spec()): (128, None),
-    ("statistics", "float16", "uint8", 1, Spec(gamma=0.0)): (64, 37),
-    ("statistics", "float16", "uint8", 2, Spec(gamma=2.0)): (88, 43),
-    ("statistics", "float16", "uint8", 4, Spec(gamma=0.0)): (104, 30),
-    ("statistics", "float16", "uint8", 4, Spec(gamma=2.0)): (88, 33),
-    ("statistics", "bfloat16", "int16", 5, Spec(power=2, gamma=0.5)): (80, 34),
-    ("statistics", "float32", "int64", 14, Spec(gamma=0.0)): (152, 26),
-    ("statistics", "float16", "uint8", 20, Spec(gamma=2.0)): (128, 31),
-    ("statistics", "float16", "uint8", 150, Spec(gamma=0.0)): (192, 30),
-    ("statistics", "float64", "int64", 5, Spec(gamma=2.0)): (152, None),
-    ("gradient", "float16", "uint8", 1, Spec(gamma=2.0)): (88, 45),
-    ("gradient", "bfloat16", "uint8", 2, Spec(gamma=0.0)): (72, 32),
-    ("gradient", "float16", "int8", 3, Spec(power=2, gamma=2.0)): (112, 50),
-    ("gradient", "float16", "uint8", 4, Spec(gamma=0.0)): (88, 29),
-    ("gradient", "float16", "uint8", 4, Spec(gamma=2.0)): (88, 41),
-    ("gradient", "float16", "int64", 5, Spec(power=2, gamma=0.5)): (96, 47),
-    ("gradient", "float32", "int64", 14, Spec(gamma=0.0)): (104, 29),
-    ("gradient", "bfloat16", "uint8", 20, Spec(gamma=2.0)): (112, 34),
-    ("gradient", "float16", "uint8", 150, Spec(gamma=0.0)): (136, 31),
-    ("gradient", "float16", "uint8", 512, Spec(gamma=2.0)): (144, 36),
-    ("gradient", "float64", "int64", 5, Spec(gamma=2.0)): (120, None),
-}
-BINARY = Spec("sigmoid", binary_gamma=0.0)
-EVERYTHING = Spec(gamma=2.0, smoothing=True, binary_gamma=2.0, dense=True)
-COSTS |= {  # of the general kernels
-    ("statistics", "float16", "uint8", 4, Spec(gamma=0.0, smoothing=True)): (80, 44),
-    ("statistics", "float16", "uint8", 1, Spec(binary_gamma=0.0)): (80, 66),
-    ("statistics", "float16", "uint8", 4, BINARY): (112, 84),
-    ("statistics", "bfloat16", "uint8", 20, replace(BINARY, binary_gamma=0.5)): (112, 132),
-    ("statistics", "float32", "float32", 3, Spec("sigmoid", dense=True)): (64, 33),
-    ("statistics", "float16", "uint8", 14, Spec("none")): (120, None),
-    ("statistics", "float32", "float16", 150, EVERYTHING): (152, 170),
-    ("statistics", "float64", "float64", 3, Spec(gamma=0.0, dense=True)): (152, None),
-    ("statistics", "float16", "uint8", 4, Spec("argmax")): (72, None),
-    ("statistics", "float16", "uint8", 150, Spec("argmax")): (128, None),
-    ("statistics", "float16", "uint8", 512, BINARY): (255, 100),
-    ("gradient", "float16", "uint8", 4, Spec(gamma=0.0, smoothing=True)): (80, 96),
-    ("gradient", "float16", "uint8", 1, Spec(binary_gamma=0.0)): (96, 90),
-    ("gradient", "float16", "uint8", 4, BINARY): (144, 104),
-    ("gradient", "float32", "float32", 3, Spec("sigmoid", dense=True)): (72, 48),
-    ("gradient", "float16", "uint8", 14, Spec("none", power=2)): (80, None),
-    ("gradient", "float32", "float16", 150, EVERYTHING): (112, 320),
+    ("statistics", "float16", "bool", 1, Spec(gamma=2.0)): (55, 34.0),
+    ("statistics", "float16", "uint8", 4, Spec()): (64, 15.2),
+    ("statistics", "float32", "int64", 14, Spec(gamma=0.0)): (146, 20.4),
+    ("statistics", "bfloat16", "int16", 20, Spec(p=2, gamma=0.5)): (120, 26.8),
+    ("statistics", "float16", "uint16", 150, Spec()): (152, 16.9),
+    ("gradient", "float16", "int8", 1, Spec()): (63, 23.9),
+    ("gradient", "bfloat16", "uint8", 4, Spec()): (102, 19.0),
+    ("gradient", "float32", "uint64", 14, Spec(gamma=0.0)): (96, 22.6),
+    ("gradient", "float32", "uint32", 33, Spec(p=2, gamma=0.5)): (118, 39.5),
+    ("gradient", "float16", "uint8", 150, Spec()): (126, 26.8),
+    ("gradient", "float64", "int32", 5, Spec(gamma=2.0)): (132, 110.8),
+    ("loss", "float64", "uint8", 1, Spec()): (118, None),
+    ("statistics", "float16", "float16", 4, BINARY): (115, 91.5),
+    ("statistics", "float32", "bfloat16", 3, replace(EVERYTHING, targets="binary")): (94, 125.3),
+    ("statistics", "float16", "uint8", 150, Spec("argmax")): (96, 49.2),
+    ("gradient", "float16", "uint8", 1, Spec(binary_gamma=0.0)): (72, 68.8),
+    ("gradient", "bfloat16", "float32", 3, Spec("sigmoid", targets="soft")): (56, 45.0),
+    ("gradient", "float32", "float64", 150, EVERYTHING): (96, 211.0),
 }
 
 
@@ -99,8 +58,8 @@ class Compiled:
     """A kernel's assembly, machine code and the assembler's report."""
 
     def __init__(self, kind, plan, capability, folder):
-        self.plan, self.ptx = plan, _gpu_compile.ptx(kind, plan, capability)
-        cubin, self.log = _gpu_compile.link(self.ptx, capability)
+        self.kind, self.plan, self.ptx = kind, plan, compiler.ptx(kind, plan, capability)
+        cubin, self.log = compiler.link(self.ptx, capability)
         self.instructions, labels = [], {}
         for line in disassembled(cubin, folder).splitlines():
             if label := re.match(r"\s*(\.L_x_\d+):", line):
@@ -118,8 +77,19 @@ class Compiled:
     def registers(self):
         return int(re.search(r"used (\d+) registers", self.log, re.IGNORECASE)[1])
 
-    def count(self, pattern):
-        return sum(bool(re.match(rf"(@!?U?P\d+ )?{pattern}", text)) for text in self.instructions)
+    @property
+    def per_value(self):
+        """Instructions per value in the loop over voxels, which loads each channel or, the gradient
+        also having a loop that loads the cotangent, stores each.
+        """
+        plan, kind = self.plan, "STG" if self.kind == "gradient" else "LDG"
+        loops = [x for x in self.loops if count(x, kind) >= plan.lane_channels]
+        values = (plan.lane_channels + plan.classes - plan.channels) * plan.voxels
+        return min(map(len, loops)) / values
+
+
+def count(instructions, pattern):
+    return sum(bool(re.match(rf"(@!?U?P\d+ )?{pattern}", text)) for text in instructions)
 
 
 def disassembled(cubin, folder):
@@ -131,66 +101,75 @@ def disassembled(cubin, folder):
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def plan(logits, labels, channels, asked=_gpu_plan.PLAIN):
-    return _gpu_plan.plan(logits, labels, channels, asked, _gpu_plan.WORD_BYTES)
+def plan(logits, labels, channels, spec):
+    return plans.plan(logits, labels, channels, spec, plans.WORD_BYTES)
 
 
 @pytest.mark.parametrize("case", COSTS, ids=lambda case: "-".join(map(str, case)))
-def test_numbers_stay_in_registers_and_words_are_wide(case, tmp_path):
-    kind, *numbers = case
-    made_for = plan(*numbers)
-    made = Compiled(kind, made_for, HOPPER, tmp_path)
-    registers, per_score = COSTS[case]
-    assert ASSEMBLED_WELL.search(made.log)
-    assert "__local_depot" not in made.ptx
-    assert not made.count("(LDL|STL)")
-    assert made.registers <= registers
-    if kind in _gpu_kernels.OF_TOTALS:
+def test_values_stay_in_registers_and_accesses_are_wide(case, tmp_path):
+    kind, *options = case
+    compiled = Compiled(kind, plan(*options), HOPPER, tmp_path)
+    registers, per_value = COSTS[case]
+    assert ASSEMBLED_WELL.search(compiled.log)
+    assert "__local_depot" not in compiled.ptx
+    assert not count(compiled.instructions, "(LDL|STL)")
+    assert compiled.registers <= SLACK * registers
+    if kind in kernels.OF_TOTALS:
         return
-    size = made_for.voxels * _gpu_plan.ITEMSIZE[made_for.logits]
+    size = compiled.plan.voxels * plans.ITEMSIZE[compiled.plan.logits]
     width = {16: r"\S*\.128", 8: r"\S*\.64", 4: "", 2: r"\S*\.U16"}[size]
-    assert made.count(rf"LDG\.E{width}") >= made_for.share
+    channels = compiled.plan.lane_channels
+    assert count(compiled.instructions, rf"LDG\.E{width}") >= channels
     if kind == "gradient":
-        assert made.count(rf"STG\.E{width}") == made_for.share
-    elif made_for.logits != "float64":
-        assert not made.count("(DADD|DMUL|DFMA)")
-    if per_score is not None:
-        # The loop over voxels is the smallest with an exponential for every score, or more.
-        background = made_for.classes - made_for.channels
-        scores = (made_for.share + background) * made_for.voxels
-        loops = (x for x in made.loops if sum("MUFU.EX2" in text for text in x) >= scores)
-        assert len(min(loops, key=len)) / scores <= per_score
+        assert count(compiled.instructions, rf"STG\.E{width}") == channels
+    elif compiled.plan.logits != "float64":
+        assert not count(compiled.instructions, "(DADD|DMUL|DFMA)")
+    assert compiled.per_value <= SLACK * per_value
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (10, 0), (12, 0)])
-@pytest.mark.parametrize("kind", _gpu_kernels.OF_VOXELS)
-def test_other_gpus(kind, capability, tmp_path):
-    ptx = _gpu_compile.ptx(kind, plan("bfloat16", "uint8", 4), capability)
-    cubin, log = _gpu_compile.link(ptx, capability)
+def test_every_dtype_is_compiled_above():
+    assert {labels for _, _, labels, _, _ in COSTS} == {
+        *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+        *plans.ITEMSIZE,
+    }
+    assert {logits for _, logits, _, _, _ in COSTS} == {*plans.ITEMSIZE}
+
+
+@pytest.mark.parametrize(("kind", "capability"), [("statistics", (8, 0)), ("gradient", (12, 0))])
+def test_other_gpus(kind, capability):
+    ptx = compiler.ptx(kind, plan("bfloat16", "uint8", 4, Spec()), capability)
+    cubin, log = compiler.link(ptx, capability)
     assert cubin[:4] == b"\x7fELF"
     assert ASSEMBLED_WELL.search(log)
 
 
-def test_every_dtype_of_labels_has_a_kernel():
-    for labels in ("bool", "uint8", "int16", "uint16", "int32", "uint64"):  # the others are above
-        assert _gpu_compile.ptx("gradient", plan("float32", labels, 2), HOPPER)
-
-
-def test_an_array_in_memory_is_found(tmp_path):
-    """The checks above bite: more scores than there are registers for."""
-    crowded = _gpu_plan.Plan("float16", "uint8", 40, voxels=8)
+def test_an_array_in_local_memory_is_found(tmp_path):
+    """The checks above can fail: more values than there are registers."""
+    crowded = Plan("float16", "uint8", 40, voxels=8)
     log = Compiled("gradient", crowded, HOPPER, tmp_path).log
     assert not ASSEMBLED_WELL.search(log)
 
 
+@pytest.mark.parametrize("kind", kernels.KINDS)
+@pytest.mark.parametrize("spec", [Spec(), EVERYTHING])
+def test_a_kernels_parameters_are_the_declared_arguments(kind, spec):
+    made_for = plan("float16", "uint8", 4, spec)
+    code = kernels.kernel(kind, made_for, compiler.operations(made_for)).__code__
+    declared = kernels.ARGUMENTS[kind]
+    assert code.co_varnames[: code.co_argcount] == tuple(declared.kinds)
+    types = compiler.signature(kind).args
+    codes = "".join("d" if each == compiler.float64 else "q" for each in types)
+    assert codes == declared.format
+
+
 def test_numba_s_own_target_is_refused(monkeypatch):
-    monkeypatch.setattr(_gpu_compile.cuda, "implementation", "Built-in")
+    monkeypatch.setattr(compiler.cuda, "implementation", "Built-in")
     with pytest.raises(RuntimeError, match=r"deprecated; install NVIDIA's: pip install"):
-        _gpu_compile.compile("total", plan("float32", "uint8", 1), HOPPER)
+        compiler.compile("total", plan("float32", "uint8", 1, Spec()), HOPPER)
 
 
 def test_constants_that_two_files_know():
-    assert _gpu_intrinsics.WORD_BYTES == _gpu_plan.WORD_BYTES
-    assert {name: real.bitwidth for name, real in _gpu_intrinsics.REAL.items()} == {
-        name: max(32, 8 * size) for name, size in _gpu_plan.ITEMSIZE.items()
+    assert intrinsics.WORD_BYTES == plans.WORD_BYTES
+    assert {name: real.bitwidth for name, real in intrinsics.REAL.items()} == {
+        name: max(32, 8 * size) for name, size in plans.ITEMSIZE.items()
     }

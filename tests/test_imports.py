@@ -14,65 +14,70 @@ PACKAGE = Path(__file__).parents[1] / "dice_core"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 KERNELS = sorted(PACKAGE.glob("_*.pyx"))
 
-BELOW = {"backends", "losses.__init__", "spec", "buffers", "threads"}
+# The picture, from the public faces down to what reads memory.
+ARRAYS = {"allocators", "buffers"}
 ARROWS = {
-    "__init__": {"api", "torch.__init__", "losses.__init__", "backends", "threads"},
-    "__main__": {"__init__", "api", "torch.__init__", "backends", "threads"},
-    "api": BELOW,
+    "__init__": {"api", "torch.__init__", "compat.__init__", "losses.__init__", "backends", "sums"},
+    "__main__": {"__init__", "backends", "threads"},
+    "api": {"calls", "losses.__init__", "sums", "spec", "checks", "allocators"},
     "torch.__init__": {"torch.functional", "torch.modules", "torch.metrics"},
-    "torch.modules": {"torch.functional", "losses.__init__", "spec"},
-    "torch.metrics": {"torch.operators", "spec"},
-    "torch.functional": {"torch.operators", *BELOW} - {"threads"},
-    "torch.operators": BELOW - {"losses.__init__"},
-    "backends": {"spec", "buffers"},
-    "losses.__init__": {"losses.overlap", "losses.entropy", "losses.terms", "spec"},
-    "losses.overlap": {"losses.terms", "spec"},
-    "losses.entropy": {"losses.terms", "spec"},
-    "losses.terms": {"spec"},
-    "spec": {"buffers"},
+    "torch.modules": {"torch.functional", "losses.__init__", "checks", "threads"},
+    "torch.metrics": {"torch.operators", "spec", "checks", "threads"},
+    "torch.functional": {
+        *("torch.operators", "calls", "losses.__init__", "sums", "spec", "threads"),
+        *ARRAYS,
+    },
+    "torch.operators": {"calls", "sums", "spec", "checks", *ARRAYS},
+    "calls": {"backends", "sums", "spec", "checks", "threads", *ARRAYS},
+    "backends": {"spec"},
+    "losses.__init__": {"losses.overlap", "losses.cross_entropy", "losses.terms", "checks"},
+    "losses.overlap": {"losses.penalties", "losses.terms", "sums", "checks"},
+    "losses.cross_entropy": {"losses.terms", "sums", "spec", "checks"},
+    "losses.penalties": {"losses.terms"},
+    "losses.terms": {"sums", "spec", "checks"},
+    "sums": {"spec", *ARRAYS},
+    "spec": {"checks", "buffers"},
+    "checks": ARRAYS,
+    "allocators": {"buffers"},
     "buffers": set(),
     "threads": set(),
     "_reference": set(),
-    "_gpu": {"_gpu_plan", "_gpu_kernels", "_gpu_cache", "_gpu_driver", "spec"},
-    "_gpu_kernels": {"_gpu_plan", "_gpu_general", "_gpu_totals"},
-    "_gpu_general": {"_gpu_plan"},
-    "_gpu_totals": {"_gpu_plan"},
-    "_gpu_plan": {"spec"},
-    "_gpu_intrinsics": set(),
-    "_gpu_compile": {"_gpu_plan", "_gpu_kernels", "_gpu_intrinsics"},
-    "_gpu_cache": {"_gpu_plan", "_gpu_compile"},
-    "_gpu_driver": set(),
+    "_gpu": {"gpu.plan", "gpu.kernels", "gpu.cache", "gpu.driver", "spec", *ARRAYS},
+    "gpu.__init__": set(),
+    "gpu.kernels": {"gpu.plan", "gpu.blocks", "gpu.general", "gpu.totals"},
+    "gpu.general": {"gpu.plan", "gpu.blocks"},
+    "gpu.blocks": {"gpu.plan"},
+    "gpu.totals": {"gpu.plan"},
+    "gpu.plan": {"spec"},
+    "gpu.intrinsics": set(),
+    "gpu.compile": {"gpu.plan", "gpu.kernels", "gpu.intrinsics"},
+    "gpu.cache": {"gpu.plan", "gpu.compile"},
+    "gpu.driver": set(),
 }
 IN_BENCH = {
     "__init__": set(),
-    "__main__": {
-        "cases",
-        "device",
-        "implementations",
-        "measure",
-        "plot",
-        "run",
-        "summary",
-        "tables",
-    },
-    "run": {"cases", "device", "implementations", "machine", "measure", "processes", "results"},
-    "measure": {"cases", "device", "floor", "formulas", "implementations", "results"},
-    "tables": {"implementations", "results", "summary"},
+    "__main__": {"cases", "implementations", "measure", "plot", "results", "run", "tables"},
+    "run": {"cases", "devices", "implementations", "machine", "measure", "results"},
+    "machine": {"measure"},
+    "measure": {"cases", "devices", "floor", "formulas", "implementations", "results"},
+    "tables": {"implementations", "results"},
     "plot": {"implementations", "results"},
-    "summary": {"implementations", "results"},
-    "results": {"cases", "floor"},
+    "results": {"implementations"},
     "floor": {"implementations"},
+    "devices": {"implementations"},
     "implementations": {"formulas"},
-    "machine": {"device"},
-    "device": {"implementations", "memory"},
     "cases": set(),
     "formulas": set(),
-    "memory": set(),
-    "processes": set(),
 }
-TRANSLATIONS = {"torch.__init__", "losses.__init__", "losses.overlap", "spec", "compat._shared"}
+TRANSLATIONS = {
+    *("torch.__init__", "torch.functional", "torch.operators", "compat._shared"),
+    *("losses.__init__", "losses.penalties", "losses.terms", "sums", "spec", "checks", "threads"),
+}
 ARROWS |= {f"compat.{name}": TRANSLATIONS for name in ("monai", "nnunet", "smp")}
-ARROWS |= {"compat.__init__": set(), "compat._shared": set()}
+ARROWS |= {
+    "compat.__init__": {"torch.__init__"},
+    "compat._shared": TRANSLATIONS - {"compat._shared"},
+}
 ARROWS |= {f"bench.{name}": {f"bench.{other}" for other in IN_BENCH[name]} for name in IN_BENCH}
 ARROWS["bench.__main__"] |= {"threads"}
 ARROWS["bench.implementations"] |= {"api", "torch.__init__", "losses.__init__"}
@@ -150,7 +155,7 @@ def test_arrows_have_no_loop():
     [
         ("from . import spec, backends", {"spec", "backends"}),
         ("from .api import loss", {"api"}),
-        ("def f():\n    from .torch import dice_loss", {"torch.__init__"}),
+        ("def f():\n    from .torch import loss", {"torch.__init__"}),
         ("if TYPE_CHECKING:\n    import dice_core.api as a", {"api"}),
         ("from dice_core import buffers, loss", {"buffers", "__init__"}),
         ("from dice_core.threads import resolve", {"threads"}),
@@ -168,7 +173,7 @@ def test_the_reader_finds_imports(source, found):
         ("from . import cases, floor", {"bench.cases", "bench.floor"}),
         ("from .cases import Case", {"bench.cases"}),
         ("from .. import api, bench", {"api", "bench.__init__"}),
-        ("from ..torch import dice_loss", {"torch.__init__"}),
+        ("from ..torch import loss", {"torch.__init__"}),
         ("from .. import loss", {"__init__"}),
         ("from dice_core.bench.run import cases", {"bench.run"}),
         ("from . import nothing", {"bench.__init__"}),
@@ -243,8 +248,41 @@ def test_torch_comes_when_the_attribute_is_asked_for(tmp_path):
 
 def test_dir_lists_the_public_names():
     assert set(dice_core.__all__) <= set(dir(dice_core))
-    assert {"loss", "loss_and_grad", "statistics", "torch", "__version__"} <= set(dir(dice_core))
+    assert {"loss", "gradient", "statistics", "torch", "__version__"} <= set(dir(dice_core))
     assert all(hasattr(dice_core, name) for name in dir(dice_core))
+    assert {"Dice", "CrossEntropy", "TERMS"} <= set(dir(dice_core.losses))
+    assert not {"np", "annotations", "copy", "terms"} & set(dir(dice_core.losses))
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None  # what an import of it finds where it is not installed
+import inspect, pydoc
+import dice_core
+assert "torch" not in dir(dice_core)
+assert not hasattr(dice_core, "torch") and not hasattr(dice_core, "compat")
+assert "loss" in dict(inspect.getmembers(dice_core))
+assert "loss_and_grad" in pydoc.render_doc(dice_core)
+from dice_core import *
+for name in ("torch", "compat.monai", "compat.nnunet", "compat.smp"):
+    try:
+        __import__(f"dice_core.{name}")
+    except ImportError as error:
+        assert "need PyTorch, which is not installed: pip install torch" in str(error), error
+    else:
+        raise AssertionError(name)
+try:
+    dice_core.torch
+except AttributeError as error:
+    assert "pip install torch" in str(error)
+print("passed")
+"""
+
+
+def test_the_package_works_without_torch(tmp_path):
+    command = [sys.executable, "-W", "error", "-c", WITHOUT_TORCH]
+    run = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert run.stdout == "passed\n"
 
 
 @pytest.mark.parametrize("name", ["tensorflow", "Loss"])

@@ -1,6 +1,7 @@
 """`dice_core.loss` and its like, and the torch adapter, against the naive code in float64."""
 
 import math
+import pickle
 
 import hypothesis.strategies as st
 import naive
@@ -13,19 +14,20 @@ from layouts import LAYOUTS
 
 import dice_core
 import dice_core.torch
-from dice_core import spec
+from dice_core import losses
 from dice_core.losses import TERMS, CrossEntropy, Dice, Focal, SigmoidFocal, Tversky
 
-REDUCTIONS = spec.REDUCTIONS
+REDUCTIONS = ("mean", "sum", "none", "classes", "batch")
 LABELS = ("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
 BACKENDS = ("reference", *(row.name for row in kernel_rows()))
 
 
 @st.composite
-def problems(draw):
-    """Logits, labels and options of every kind."""
+def problems(draw, divisible=False):
+    """Logits, labels and options of every kind; with `divisible` the last axis can be cut."""
     channels = draw(st.integers(1, 33))
-    spatial = draw(st.lists(st.integers(0, 9), max_size=4))
+    spatial = draw(st.lists(st.integers(0, 9), max_size=3 if divisible else 4))
+    spatial += [draw(st.integers(2, 9))] * divisible
     shape = (draw(st.integers(0, 3)), channels, *spatial)
     dtype = draw(st.sampled_from(["float32", "float64"]))
     classes = max(2, channels)
@@ -88,24 +90,24 @@ def test_torch(problem, backend):
     x, y, options = problem
     logits = torch.tensor(x.copy(order="C"), requires_grad=True)
     labels = torch.tensor(y.copy(order="C"))
-    value = dice_core.torch.dice_loss(logits, labels, **options, backend=backend)
+    value = dice_core.torch.loss(logits, labels, **options, backend=backend)
     value.sum().backward()
     assert logits.grad.stride() == logits.stride()
     check(value.detach(), logits.grad, x, y, options)
 
 
 @settings(deadline=None, max_examples=150)
-@given(problems(), st.integers(0, 9))
-def test_tiles(problem, cut):
+@given(problems(divisible=True), st.data())
+def test_tiles(problem, data):
     x, y, options = problem
-    if x.ndim < 3 or not 0 < cut < x.shape[-1]:
-        return
+    cut = data.draw(st.integers(1, x.shape[-1] - 1))
     tiles = [(x[..., :cut], y[..., :cut]), (x[..., cut:], y[..., cut:])]
     summed = {name: options.pop(name) for name in ("ignore_label", "p")}
     first, second = (dice_core.statistics(*tile, **summed) for tile in tiles)
     total = first + second
-    grads = [total.gradient(*tile, **options) for tile in tiles]
-    check(total.loss(**options), np.concatenate(grads, -1), x, y, {**options, **summed})
+    grads = [dice_core.gradient(*tile, total, **options) for tile in tiles]
+    value = losses.of(None, **options, p=summed["p"])(total).astype(x.dtype)
+    check(value, np.concatenate(grads, -1), x, y, {**options, **summed})
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -116,7 +118,7 @@ def test_finite_differences(reduction, channels):
     y = rng.integers(0, max(2, channels), (2, 3, 4))
     options = {"reduction": reduction, "smooth": 0.5, "p": 3, "ignore_channel": 1}
     options["weight"] = rng.random(max(2, channels))
-    upstream = rng.standard_normal(2) if reduction == "none" else rng.standard_normal()
+    upstream = rng.standard_normal(np.shape(dice_core.loss(x, y, **options)))
     _, grad = dice_core.loss_and_grad(x, y, grad_loss=upstream, **options)
     step = 1e-6
     for i in np.ndindex(x.shape):
@@ -132,10 +134,9 @@ def test_finite_differences(reduction, channels):
 
 def naive_loss(term, x, y, ignore_label=-1):
     """A term of the naive code's sums, with autograd."""
-    options = {spec.OPTIONS[field]: value for field, value in term.needs.items()}
-    sums = torch.stack(naive.statistics(x, y, ignore_label=ignore_label, **options))
-    names = spec.asked(**options).statistics
-    return term.with_weights(torch.as_tensor)(sums, names)
+    sums = torch.stack(naive.statistics(x, y, ignore_label=ignore_label, **dict(term.needs)))
+    term = term.with_weights([*map(torch.as_tensor, term.weights)])
+    return term.value(dice_core.Statistics(sums, term.spec("softmax", ignore_label)))
 
 
 COMPOUNDS = {
@@ -160,7 +161,7 @@ def test_terms_of_voxels(term, backend, dtype):
     expected = naive_loss(term, exact, torch.tensor(y))
     upstream = rng.standard_normal(expected.shape)
     (expected_grad,) = torch.autograd.grad(expected, exact, torch.tensor(upstream))
-    use = {"loss": term, "backend": backend}
+    use = {"term": term, "backend": backend}
     value, grad = dice_core.loss_and_grad(x, y, grad_loss=upstream, **use)
     assert_same_bits(dice_core.loss(x, y, **use), value)
     tolerance = 2e-5 if dtype == "float32" else 1e-10
@@ -181,13 +182,13 @@ def test_terms_by_finite_differences(term):
     x, y = rng.standard_normal((2, 4, 3, 2)), rng.integers(0, 4, (2, 3, 2))
     y.flat[:4] = range(4)
     upstream = rng.standard_normal(term.shape(2, 4))
-    _, grad = dice_core.loss_and_grad(x, y, loss=term, grad_loss=upstream)
+    _, grad = dice_core.loss_and_grad(x, y, term=term, grad_loss=upstream)
     step = 1e-6
     for i in np.ndindex(x.shape):
         at = [x.copy(), x.copy()]
         at[0][i] += step
         at[1][i] -= step
-        high, low = (np.sum(upstream * dice_core.loss(a, y, loss=term)) for a in at)
+        high, low = (np.sum(upstream * dice_core.loss(a, y, term=term)) for a in at)
         assert_close(grad[i], (high - low) / (2 * step), rtol=1e-6, atol=1e-9, what=f"at {i}")
 
 
@@ -195,13 +196,13 @@ def test_terms_by_finite_differences(term):
 def test_terms_of_tiles(term):
     rng = np.random.default_rng(2)
     x, y = rng.standard_normal((2, 4, 6, 8)), rng.integers(0, 4, (2, 6, 8))
-    needs = {spec.OPTIONS[field]: value for field, value in term.needs.items()}
+    needs = dict(term.needs)
     tiles = [(x[..., :5], y[..., :5]), (x[..., 5:], y[..., 5:])]
     first, second = (dice_core.statistics(*tile, **needs) for tile in tiles)
     total = first + second
-    value, grad = dice_core.loss_and_grad(x, y, loss=term)
-    assert_close(total.loss(loss=term), value, rtol=1e-12)
-    grads = [total.gradient(*tile, loss=term) for tile in tiles]
+    value, grad = dice_core.loss_and_grad(x, y, term=term)
+    assert_close(term(total), value, rtol=1e-12)
+    grads = [dice_core.gradient(*tile, total, term) for tile in tiles]
     assert_close(np.concatenate(grads, -1), grad, rtol=1e-11, atol=1e-15)
 
 
@@ -226,7 +227,7 @@ def test_score(backend, channels, activation, ignore_label):
     labels = (
         np.moveaxis(y, 0, 1).reshape(1, channels, -1) if y.shape == x.shape else y.reshape(1, -1)
     )
-    pooled = dice_core.score(x, y, **options, backend=backend, pool=True)
+    pooled = dice_core.score(x, y, **options, backend=backend, pool="batch")
     of_all = dice_core.score(flat, labels, **options, backend=backend)
     assert_close(pooled.dice, of_all.dice, rtol=1e-15)
     assert_close(pooled.iou, of_all.iou, rtol=1e-15)
@@ -240,19 +241,19 @@ def test_scores_that_are_given_have_no_threshold(decide):
 
 
 @pytest.mark.parametrize("iou", [False, True])
-@pytest.mark.parametrize("per_sample", [False, True])
-def test_score_of_batches(iou, per_sample):
+@pytest.mark.parametrize("pool", ["batch", "none"])
+def test_score_of_batches(iou, pool):
     rng = np.random.default_rng(1)
     x = torch.tensor(rng.standard_normal((4, 3, 50)), requires_grad=True)
     y = torch.tensor(rng.integers(0, 2, (4, 50)))  # no label is 2
     with torch.no_grad():
         x[1:, 2] = -9
-    score = dice_core.torch.DiceScore(iou=iou, per_sample=per_sample)
+    score = dice_core.torch.DiceScore(iou=iou, pool=pool)
     with pytest.raises(RuntimeError, match="called before update"):
         score.compute()
     score.update(x[:3], y[:3])
     last = score(x[3:], y[3:])
-    whole = dice_core.score(x.detach(), y, pool=not per_sample)[iou]
+    whole = dice_core.score(x.detach(), y, pool=pool)[iou]
     alone = dice_core.score(x[3:].detach(), y[3:])[iou]
     assert_close(score.compute(), np.nanmean(whole, axis=0), rtol=1e-14)
     assert_close(last, alone[0], rtol=1e-14)
@@ -275,7 +276,7 @@ def test_incoming_gradient(reduction):
     rng = np.random.default_rng(1)
     x, y = rng.standard_normal((3, 4, 50)), rng.integers(0, 4, (3, 50))
     options = {"reduction": reduction}
-    upstream = rng.standard_normal(3) if reduction == "none" else np.float64(-2.5)
+    upstream = rng.standard_normal(np.shape(dice_core.loss(x, y, **options)))
     value, grad = dice_core.loss_and_grad(x, y, grad_loss=upstream, **options)
     check(value, grad, x, y, options, upstream)
 
@@ -377,15 +378,37 @@ def test_statistics_object():
     stats = dice_core.statistics(x, y, p=2)
     assert stats.intersection.shape == stats.pred_sum.shape == stats.target_sum.shape == (2, 3)
     assert stats.intersection.dtype == np.float64
-    assert isinstance(stats.loss(), np.float32)
+    assert Dice(p=2)(stats) == pytest.approx(dice_core.loss(x, y, p=2))
+    assert all(map(np.array_equal, stats, stats.array))
     assert repr(stats) == (
         "<Statistics of 2 samples, 3 classes: softmax, p = 2, ignore_label = -1>"
     )
     out = np.empty_like(x)
-    assert stats.gradient(x, y, out=out) is out
+    assert dice_core.gradient(x, y, stats, out=out) is out
     assert_same_bits(out, dice_core.loss_and_grad(x, y, p=2)[1])
     with pytest.raises(TypeError):
         stats + 1
+
+
+@pytest.mark.parametrize("as_torch", [False, True])
+def test_statistics_pickle_and_add_up(as_torch):
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((2, 3, 8)), rng.integers(0, 3, (2, 8))
+    take = dice_core.statistics
+    if as_torch:
+        x, y, take = torch.tensor(x), torch.tensor(y), dice_core.torch.statistics
+    stats = take(x, y, gamma=0, nll=True, binary_gamma=2)
+    again = pickle.loads(pickle.dumps(stats))
+    assert again.spec == stats.spec
+    assert_close(again.array, stats.array, rtol=0)
+    assert_close(sum([stats, again]).array, 2 * stats.array, rtol=1e-15)
+    for name in stats.spec.fields:
+        assert_close(getattr(again, name), getattr(stats, name), rtol=0)
+    assert_close(stats.voxel_count, np.full((2, 3), 8), rtol=0)
+    with pytest.raises(ValueError, match="statistics of different sums do not add up"):
+        stats + take(x, y)
+    with pytest.raises(AttributeError, match=r"have no nll_sum .* take them with nll=True"):
+        take(x, y).nll_sum  # noqa: B018
 
 
 def test_larger_tiles_merge_in_any_order():
@@ -393,5 +416,5 @@ def test_larger_tiles_merge_in_any_order():
     x, y = rng.standard_normal((1, 4, 64, 64)), rng.integers(0, 4, (1, 64, 64))
     parts = [dice_core.statistics(x[:, :, i::4], y[:, i::4]) for i in range(4)]
     whole = dice_core.statistics(x, y)
-    assert_close((parts[0] + parts[1] + parts[2] + parts[3]).sums, whole.sums, rtol=1e-13)
-    assert_close((parts[3] + parts[1] + parts[0] + parts[2]).sums, whole.sums, rtol=1e-13)
+    assert_close((parts[0] + parts[1] + parts[2] + parts[3]).array, whole.array, rtol=1e-13)
+    assert_close((parts[3] + parts[1] + parts[0] + parts[2]).array, whole.array, rtol=1e-13)

@@ -1,18 +1,21 @@
 """The losses on (K, N, C): values by hand, derivatives by two other ways, theory."""
 
-import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
 from compare import assert_close, assert_same_bits
+from pairwise import pairwise
 from torch.nn import functional as F
 
-from dice_core import losses, spec
+from dice_core import losses
+from dice_core.calls import cotangent
 from dice_core.losses import TERMS, CrossEntropy, Dice, Focal, Jaccard, Tversky
+from dice_core.spec import Spec
+from dice_core.sums import Statistics
 
-NAMES = (*spec.STATISTICS, spec.CROSS_ENTROPY, spec.SMOOTHING, *spec.BINARY)
+EVERY_SUM = Spec(gamma=0.0, nll=True, binary_gamma=0.0)  # I, P, Y, H, L, B+, B-
 WEIGHT = (0.2, 1.5, 0.7)
 # Of every term, its own settings beside the shared ones.
 OWN = {
@@ -39,7 +42,7 @@ SHARED = {
         {"floor": 6.0},
         {"floor": 1e-8, "smooth": 1.0},
     ],
-    "entropy": [
+    "voxels": [
         {},
         {"weight": WEIGHT},
         {"divisor": "one"},
@@ -47,32 +50,36 @@ SHARED = {
 }
 
 
-def settings_of(entry):
-    """Terms of a kind with every setting."""
-    kind = entry.term
-    entropy = issubclass(kind, losses.Entropy)
-    pools = {"GeneralizedDice": ("classes", "all"), "MCC": ("none", "batch")}.get(
-        kind.__name__, ("none", "batch") if entropy else ("none", "batch", "classes", "all")
-    )
-    for own, shared, pool, reduction in itertools.product(
-        OWN.get(kind.__name__, [{}]),
-        SHARED["entropy" if entropy else "overlap"],
-        pools,
-        ("mean", "sum", "none", "classes"),
-    ):
-        if reduction == "none" and pool in ("batch", "all"):
-            continue
-        if reduction == "classes" and (pool in ("classes", "all") or own.get("of_mean")):
-            continue
-        yield kind(**{**own, **shared}, pool=pool, reduction=reduction)
+def fits(own, shared, pool, reduction):
+    if reduction == "none":
+        return pool not in ("batch", "all")
+    return reduction != "classes" or not (pool in ("classes", "all") or own.get("of_mean"))
 
 
-SETTINGS = [term for entry in TERMS for term in settings_of(entry)]
+def settings_of(kind):
+    """Terms of a kind with every pair of settings."""
+    shared = SHARED["voxels" if issubclass(kind, losses.VoxelLoss) else "overlap"]
+    reductions = ("mean", "sum", "none", "classes")
+    axes = (OWN.get(kind.__name__, [{}]), shared, kind.pools, reductions)
+    for own, common, pool, reduction in pairwise(*axes, allowed=fits):
+        yield kind(**{**own, **common}, pool=pool, reduction=reduction)
+
+
+SETTINGS = [term for entry in TERMS for term in settings_of(entry.term)]
 SETTINGS += [
     Dice(smooth=1) + 0.5 * CrossEntropy(weight=WEIGHT),
     2 * (Jaccard(pool="batch") + Tversky(pool="batch", reduction="sum") * 3) + Focal(),
     Dice(reduction="none") + CrossEntropy(pool="none", reduction="none"),
 ]
+
+
+def value_of(term, sums):
+    """The loss of (7, N, C) or (3, N, C), NumPy's or torch's."""
+    return term.value(Statistics(sums, EVERY_SUM if len(sums) == 7 else Spec()))
+
+
+def with_derivative(term, sums):
+    return term.with_derivative(Statistics(sums, EVERY_SUM))
 
 
 def random_sums(seed=0):
@@ -96,16 +103,16 @@ DIFFERENTIATED = [0, 1, 3, 4, 5, 6]  # by the logits; the number of labels is wh
 @pytest.mark.parametrize("term", SETTINGS, ids=repr)
 def test_derivative_is_torch_autograd(term):
     sums = random_sums()
-    value, derivative = term.with_derivative(sums, NAMES)
-    assert_same_bits(value, term(sums, NAMES))
+    value, derivative = with_derivative(term, sums)
+    assert_same_bits(value, value_of(term, sums))
     assert np.shape(value) == term.shape(4, 3)
     upstream = upstream_for(value)
     tensor = torch.tensor(sums, requires_grad=True)
-    theirs = term.with_weights(torch.tensor)(tensor, NAMES)
+    theirs = value_of(term.with_weights([*map(torch.tensor, term.weights)]), tensor)
     assert_close(value, theirs.detach(), rtol=1e-14)
     (grad,) = torch.autograd.grad(theirs, tensor, torch.as_tensor(upstream))
-    cotangent = losses.times(upstream, derivative)[DIFFERENTIATED]
-    assert_close(cotangent, grad[DIFFERENTIATED], rtol=1e-9, atol=1e-15)
+    mine = cotangent(derivative, upstream)[DIFFERENTIATED]
+    assert_close(mine, grad[DIFFERENTIATED], rtol=1e-9, atol=1e-15)
 
 
 @pytest.mark.parametrize("term", SETTINGS, ids=repr)
@@ -117,17 +124,17 @@ def test_derivative_is_finite_differences(term):
     if isinstance(term, losses.MCC):
         sums[2, 1, 2] = 1  # the root has no derivative at 0
         sums[1] = np.minimum(sums[1], sums[2].sum(-1, keepdims=True) / 2)
-    value, derivative = term.with_derivative(sums, NAMES)
+    value, derivative = with_derivative(term, sums)
     upstream = upstream_for(value)
-    cotangent = losses.times(upstream, derivative)
+    mine = cotangent(derivative, upstream)
     for index in np.ndindex(sums.shape):
         if index[0] not in DIFFERENTIATED:
             continue
         step = np.zeros_like(sums)
         step[index] = 1e-5
-        low, high = term(sums - step, NAMES), term(sums + step, NAMES)
+        low, high = value_of(term, sums - step), value_of(term, sums + step)
         difference = np.sum(upstream * (high - low)) / 2e-5
-        assert_close(cotangent[index], difference, rtol=1e-6, atol=1e-8, what=str(index))
+        assert_close(mine[index], difference, rtol=1e-6, atol=1e-8, what=str(index))
 
 
 # ---- values --------------------------------------------------------------------------------------
@@ -179,43 +186,43 @@ ONE = np.array([[3.0, 1], [4, 2], [4, 3], [2, 6], [9, 5], [1, 2], [3, 4]])[:, No
     ids=repr,
 )
 def test_by_hand(term, value):
-    assert_close(term(ONE, NAMES), np.asarray(value), rtol=1e-14)
+    assert_close(value_of(term, ONE), np.asarray(value), rtol=1e-14)
 
 
 def test_matthews_correlation_is_scikit_learn_s_formula():
     i, p, y, v = 3.0, 4.0, 4.0, 7.0
     tp, fp, fn, tn = i, p - i, y - i, v - p - y + i
     q = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
-    each = losses.MCC(reduction="classes")(ONE, NAMES)
+    each = value_of(losses.MCC(reduction="classes"), ONE)
     assert each[0, 0] == pytest.approx(1 - q)
 
 
 def test_absent_classes():
     sums = np.array([[[2.0, 0.0, 0.0]], [[2.0, 1.0, 0.0]], [[4.0, 0.0, 0.0]]])
-    values = {a: float(Dice(absent=a)(sums)) for a in ("count", "skip", "zero", "one")}
+    values = {a: float(value_of(Dice(absent=a), sums)) for a in ("count", "skip", "zero", "one")}
     assert values == pytest.approx(
         {"count": (1 / 3 + 1) / 3, "skip": 1 / 3, "zero": 1 / 9, "one": 7 / 9}
     )
     nothing = np.zeros((3, 2, 3))
-    assert Dice(absent="skip", reduction="none")(nothing).tolist() == [0, 0]
+    assert value_of(Dice(absent="skip", reduction="none"), nothing).tolist() == [0, 0]
 
 
 def test_perfect_is_zero():
     sums = np.array([[[5.0, 0.0]]] * 3 + [[[0.0, 0.0]]] * 4)
     sums = np.concatenate([sums, sums[..., ::-1]], axis=1)
     for entry in TERMS:
-        value, derivative = entry.term().with_derivative(sums, NAMES)
+        value, derivative = with_derivative(entry.term(), sums)
         assert value == pytest.approx(0, abs=1e-15)
         assert np.isfinite(derivative).all()
-    _, derivative = Dice().with_derivative(sums, NAMES)
+    _, derivative = with_derivative(Dice(), sums)
     assert not derivative[:, 0, 1].any()
 
 
 def test_dice_and_jaccard_are_tversky():
     sums = random_sums()
-    assert_close(Dice(smooth=2)(sums, NAMES), Tversky(smooth=1)(sums, NAMES), rtol=1e-13)
-    assert_close(Jaccard()(sums, NAMES), Tversky(alpha=1, beta=1)(sums, NAMES), rtol=1e-13)
-    jaccard, dice = (kind(reduction="classes")(sums, NAMES) for kind in (Jaccard, Dice))
+    assert_close(value_of(Dice(smooth=2), sums), value_of(Tversky(smooth=1), sums), rtol=1e-13)
+    assert_close(value_of(Jaccard(), sums), value_of(Tversky(alpha=1, beta=1), sums), rtol=1e-13)
+    jaccard, dice = (value_of(kind(reduction="classes"), sums) for kind in (Jaccard, Dice))
     assert_close(jaccard, 2 * dice / (1 + dice), rtol=1e-13)
 
 
@@ -229,18 +236,18 @@ def test_cross_entropy_is_torch_s():
     sums[2], sums[3] = one_hot.sum(1), (one_hot * -own[..., None]).sum(1)
     weight = torch.tensor(WEIGHT, dtype=torch.float64)
     for w, mine in ((None, CrossEntropy()), (weight, CrossEntropy(weight=WEIGHT))):
-        assert_close(mine(sums, NAMES), F.cross_entropy(x, y, w), rtol=1e-13)
+        assert_close(value_of(mine, sums), F.cross_entropy(x, y, w), rtol=1e-13)
         alone = F.cross_entropy(x[:1], y[:1], w)
         each = CrossEntropy(weight=mine.weight, pool="none", reduction="none")
-        assert_close(each(sums, NAMES)[0], alone, rtol=1e-13)
+        assert_close(value_of(each, sums)[0], alone, rtol=1e-13)
 
 
 @pytest.mark.parametrize("entry", TERMS, ids=lambda entry: entry.term.__name__)
 def test_classes_permute(entry):
     sums, order = random_sums(), [2, 0, 1]
     weight = np.array(WEIGHT)
-    before = entry.term(weight=weight)(sums, NAMES)
-    after = entry.term(weight=weight[order])(sums[..., order], NAMES)
+    before = value_of(entry.term(weight=weight), sums)
+    after = value_of(entry.term(weight=weight[order]), sums[..., order])
     assert_close(after, before, rtol=1e-13)
 
 
@@ -248,32 +255,32 @@ def test_classes_permute(entry):
 def test_a_batch_is_one_large_sample(entry):
     sums = random_sums()
     pool = "all" if entry.term is losses.GeneralizedDice else "batch"
-    pooled = entry.term(pool=pool)(sums, NAMES)
+    pooled = value_of(entry.term(pool=pool), sums)
     assert np.shape(pooled) == ()
-    assert_close(pooled, entry.term()(sums.sum(1, keepdims=True), NAMES), rtol=1e-13)
+    assert_close(pooled, value_of(entry.term(), sums.sum(1, keepdims=True)), rtol=1e-13)
 
 
 def test_reductions_agree():
     sums = random_sums()
-    each = Dice(reduction="none")(sums, NAMES)
+    each = value_of(Dice(reduction="none"), sums)
     assert each.shape == (4,)
-    assert_close(Dice(reduction="sum")(sums, NAMES), each.sum(), rtol=1e-14)
-    assert_close(Dice()(sums, NAMES), each.mean(), rtol=1e-14)
-    assert_close(Dice(reduction="classes")(sums, NAMES).mean(1), each, rtol=1e-14)
+    assert_close(value_of(Dice(reduction="sum"), sums), each.sum(), rtol=1e-14)
+    assert_close(value_of(Dice(), sums), each.mean(), rtol=1e-14)
+    assert_close(value_of(Dice(reduction="classes"), sums).mean(1), each, rtol=1e-14)
 
 
 def test_nan_stays_in_its_sample():
     sums = random_sums()
     sums[0, 1, 1] = np.nan
-    each = Dice(reduction="none")(sums, NAMES)
+    each = value_of(Dice(reduction="none"), sums)
     assert np.isnan(each).tolist() == [False, True, False, False]
 
 
 @pytest.mark.parametrize("entry", TERMS, ids=lambda entry: entry.term.__name__)
 def test_nothing(entry):
     """Of no voxels nothing is wrong; the mean of no samples is NaN."""
-    assert entry.term()(np.zeros((7, 2, 3)), NAMES) == 0
-    value = entry.term()(np.zeros((7, 0, 3)), NAMES)
+    assert value_of(entry.term(), np.zeros((7, 2, 3))) == 0
+    value = value_of(entry.term(), np.zeros((7, 0, 3)))
     assert value == 0 if entry.term().pool == "batch" else math.isnan(value)
 
 
@@ -283,7 +290,7 @@ def test_nothing(entry):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Dice(p=2) + Jaccard(), "Dice needs power = 2 and Jaccard needs power = 1"),
+        (lambda: Dice(p=2) + Jaccard(), "Dice needs p = 2 and Jaccard needs p = 1"),
         (lambda: CrossEntropy() + Focal(), "CrossEntropy needs gamma = 0.0 and Focal needs gamma"),
         (
             lambda: Dice(reduction="none") + CrossEntropy(),
@@ -292,16 +299,17 @@ def test_nothing(entry):
         (lambda: Dice(pool="both"), "pool must be one of 'none', 'batch', 'classes', 'all', got"),
         (lambda: Dice(absent="ignore"), "absent must be one of"),
         (lambda: Dice(divisor=2), "divisor must be one of"),
-        (lambda: Dice(reduction="batch"), "reduction must be one of"),
+        (lambda: Dice(reduction="all"), "reduction must be one of"),
+        (lambda: Dice(empty="zero"), "empty must be one of 'perfect', 'nan', got 'zero'"),
         (lambda: Dice(smooth=-1), "smooth must be finite and at least 0"),
         (lambda: Dice(smooth=(0, 1, 2)), "smooth must be a number or a pair"),
         (lambda: Dice(floor=-1), "floor must be finite and at least 0"),
         (lambda: Dice(p=0), "p must be an integer from 1"),
         (lambda: Dice(weight=[1, math.nan]), "weight must be finite"),
-        (lambda: Dice(pool="batch", reduction="none"), "leaves nothing per sample"),
-        (lambda: Dice(pool="all", reduction="classes"), "leaves nothing per class"),
-        (lambda: CrossEntropy(reduction="none"), "leaves nothing per sample"),
-        (lambda: losses.FocalTversky(of_mean=True, reduction="classes"), "nothing per class"),
+        (lambda: Dice(pool="batch", reduction="none"), "leaves no loss per sample"),
+        (lambda: Dice(pool="all", reduction="classes"), "leaves no loss per class"),
+        (lambda: CrossEntropy(reduction="none"), "leaves no loss per sample"),
+        (lambda: losses.FocalTversky(of_mean=True, reduction="classes"), "no loss per class"),
         (lambda: losses.FocalTversky(gamma=-1), "gamma must be finite and at least 0"),
         (lambda: losses.LogDice(eps=0), "eps must lie between 0 and 1"),
         (lambda: CrossEntropy(label_smoothing=1.5), "label_smoothing must be at most 1"),
@@ -328,6 +336,57 @@ def test_a_term_adds_to_terms_alone():
         Dice() * "2"
 
 
+def test_the_sum_of_a_list():
+    terms = [Dice(), 2 * CrossEntropy()]
+    assert repr(sum(terms)) == "Dice() + 2 * CrossEntropy()"
+    assert sum([terms[0]]) is terms[0]
+
+
+@pytest.mark.parametrize("entry", TERMS, ids=lambda entry: entry.term.__name__)
+def test_reduction_batch_is_the_mean_of_the_pooled_batch(entry):
+    sums, term = random_sums(), entry.term(reduction="batch")
+    assert term.reduction == "mean"
+    assert term.pool in ("batch", "all")
+    pooled = value_of(entry.term(), sums.sum(1, keepdims=True))
+    assert_close(value_of(term, sums), pooled, rtol=1e-13)
+
+
+def test_zero_by_zero():
+    """Perfect with no derivative, or what floating-point division gives."""
+    sums = np.array([[[0.0, 2]], [[0, 2]], [[0, 4]]])
+    for kind in (Dice, Jaccard):
+        value, derivative = kind(reduction="classes").with_derivative(Statistics(sums, Spec()))
+        assert value[0, 0] == 0
+        assert not derivative[:, 0, 0].any()
+        nan = value_of(kind(reduction="classes", empty="nan"), sums)
+        assert np.isnan(nan).tolist() == [[True, False]]
+    for smooth, value in ((1, 0), ((1, 0), -math.inf), ((0, 1), 1)):
+        assert value_of(Dice(smooth=smooth, empty="nan", reduction="classes"), sums)[0, 0] == value
+    nothing = np.zeros((7, 1, 2))
+    for kind in (CrossEntropy, Focal, losses.BinaryCrossEntropy, losses.SigmoidFocal):
+        assert value_of(kind(), nothing) == 0
+        assert math.isnan(value_of(kind(empty="nan"), nothing))
+
+
+def test_soft_targets_squared():
+    """The denominator's sum t^2 is a row of its own for soft targets, and Y for labels."""
+    soft = Spec(p=2, targets="soft", target_square=True)
+    sums = np.array([3.0, 4, 5, 2, 9])[:, None, None]  # I, P, Y, sum t^2, V
+    term = Dice(p=2, target_square=True)
+    assert term(Statistics(sums, soft)) == pytest.approx(1 - 6 / (4 + 2))
+    assert term(Statistics(sums[:3], Spec(p=2))) == pytest.approx(1 - 6 / (4 + 5))
+
+
+def test_a_term_says_which_statistics_it_lacks():
+    sums = Statistics(random_sums()[:3], Spec())
+    with pytest.raises(ValueError, match=r"Dice needs statistics with p = 2.*take them with p=2"):
+        Dice(p=2)(sums)
+    with pytest.raises(ValueError, match=r"CrossEntropy needs .* gamma = 0.0.*have gamma = None"):
+        CrossEntropy()(sums)
+    with pytest.raises(ValueError, match="weight must have 3 entries, one per class, got shape"):
+        Dice(weight=[1, 2])(sums)
+
+
 def test_text():
     term = Dice(smooth=1, weight=[1, 2]) + 0.5 * CrossEntropy()
     assert repr(term) == "Dice(weight=[1.0, 2.0], smooth=1.0) + 0.5 * CrossEntropy()"
@@ -340,11 +399,5 @@ def test_every_term_is_listed():
             yield from below(child)
 
     public = {kind for kind in below(losses.Term) if not kind.__name__.startswith("_")}
-    bases = {
-        losses.Sum,
-        losses.Overlap,
-        losses.overlap.LogScore,
-        losses.Entropy,
-        losses.terms.Settings,
-    }
+    bases = {losses.Sum, losses.Settings, losses.Overlap, losses.LinearOverlap, losses.VoxelLoss}
     assert public - bases == {entry.term for entry in TERMS}

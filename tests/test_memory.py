@@ -12,7 +12,7 @@ import torch
 from compare import kernel_rows
 
 import dice_core
-from dice_core import buffers
+from dice_core import allocators
 
 SHAPE = (2, 5, 64, 64, 64)
 SMALL = 1 << 18  # bytes: sums, cotangents, Python's own
@@ -57,7 +57,7 @@ def status(field):
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
 
 def step(x, y):
-    dice_core.torch.dice_loss(x, y).backward()
+    dice_core.torch.loss(x, y).backward()
 
 step(torch.randn(1, {c}, 8, 8, requires_grad=True), torch.zeros(1, 8, 8, dtype=torch.uint8))
 x = torch.randn({shape}).requires_grad_()
@@ -85,12 +85,12 @@ def test_large_fresh_gradients_are_advised_huge_pages(monkeypatch):
     """The whole 2 MiB pages inside a fresh torch gradient, and nothing of small ones."""
     advised = []
     libc = SimpleNamespace(madvise=lambda address, size, advice: advised.append((address, size)))
-    monkeypatch.setattr(buffers, "_libc", lambda: libc)
+    monkeypatch.setattr(allocators, "_libc", lambda: libc)
     monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 14, raising=False)
-    small = buffers.empty_like(torch.empty(1000), "x")
+    small = allocators.empty_like(torch.empty(1000), "x")
     assert small.shape == (1000,)
     assert not advised
-    large = buffers.empty_like(torch.empty(3 << 20), "x")  # 12 MiB
+    large = allocators.empty_like(torch.empty(3 << 20), "x")  # 12 MiB
     ((address, size),) = advised
     first, stop = address.value, address.value + size.value
     assert first % (2 << 20) == stop % (2 << 20) == 0

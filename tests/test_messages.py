@@ -24,19 +24,19 @@ def message(error, function, *args, **options):
 
 
 def torch_loss(x, y, **options):
-    return dice_core.torch.dice_loss(torch.as_tensor(x), torch.as_tensor(y), **options)
+    return dice_core.torch.loss(torch.as_tensor(x), torch.as_tensor(y), **options)
 
 
 def torch_statistics(x, y, **options):
     return dice_core.torch.statistics(torch.as_tensor(x), torch.as_tensor(y), **options)
 
 
-def of_statistics(x, y, **options):
-    return dice_core.statistics(x, y).loss(**options)
+def of_statistics(x, y, term=None, **options):
+    return losses.of(term, **options)(dice_core.statistics(x, y))
 
 
-def gradient_of_statistics(x, y, **options):
-    return dice_core.statistics(x, y).gradient(x, y, **options)
+def gradient_of_statistics(x, y, term=None, **options):
+    return dice_core.gradient(x, y, dice_core.statistics(x, y), term, **options)
 
 
 def module(x, y, **options):
@@ -99,28 +99,42 @@ def zeros(*shape, dtype="float32"):
         zeros(2, 5, 4, dtype="uint8"),
         ValueError,
         "y must have shape (2, 4, 5) or (2, 1, 4, 5) for x of shape (2, 3, 4, 5), got (2, 5, 4); "
-        "dense targets have x's shape",
+        "soft targets have x's shape",
     ),
     other_batch=(
         zeros(2, 3, 4),
         zeros(1, 4, dtype="uint8"),
         ValueError,
         "y must have shape (2, 4) or (2, 1, 4) for x of shape (2, 3, 4), got (1, 4); "
-        "dense targets have x's shape",
+        "soft targets have x's shape",
     ),
     two_label_channels=(
         zeros(2, 3, 4),
         zeros(2, 2, 4, dtype="uint8"),
         ValueError,
         "y must have shape (2, 4) or (2, 1, 4) for x of shape (2, 3, 4), got (2, 2, 4); "
-        "dense targets have x's shape",
+        "soft targets have x's shape",
+    ),
+    no_batch_axis=(
+        zeros(3, 4, 5),
+        zeros(4, 5, dtype="uint8"),
+        ValueError,
+        "y must have shape (3, 5) or (3, 1, 5) for x of shape (3, 4, 5), got (4, 5); "
+        "a missing batch axis? x[None] and y[None] add one",
+    ),
+    channels_last=(
+        zeros(2, 3, 4, 5),
+        zeros(2, 4, 5, 3, dtype="uint8"),
+        ValueError,
+        "y must have shape (2, 4, 5) or (2, 1, 4, 5) for x of shape (2, 3, 4, 5), got "
+        "(2, 4, 5, 3); channels last? y.movedim(-1, 1), or numpy.moveaxis(y, -1, 1), is a view",
     ),
     no_spatial_axes=(
         zeros(2, 3),
         zeros(2, 4, dtype="uint8"),
         ValueError,
         "y must have shape (2,) or (2, 1) for x of shape (2, 3), got (2, 4); "
-        "dense targets have x's shape",
+        "soft targets have x's shape",
     ),
     complex_targets=(
         zeros(2, 3, 4),
@@ -163,7 +177,7 @@ def test_arrays_that_do_not_fit(function, x, y, error, text):
     [
         (
             {"activation": "sigmoid"},
-            "y must have x's shape (2, 1, 4) for a single channel of activation 'sigmoid', "
+            "y must have x's shape (2, 1, 4) for a single channel with activation 'sigmoid', "
             "got (2, 4)",
         ),
         (
@@ -180,7 +194,7 @@ def test_activations(function, options, text):
 
 @named(dice_core.loss, dice_core.loss_and_grad, dice_core.statistics, torch_statistics)
 @pytest.mark.parametrize("dtype", ["float32", "int16"])
-def test_dense_targets_outside_their_range(function, dtype):
+def test_soft_targets_outside_their_range(function, dtype):
     y = zeros(2, 3, 4, dtype=dtype)
     y[0, 1, 2], y[1, 2, 3], y[1, 1, 1] = -3, 2, 7
     assert message(ValueError, function, zeros(2, 3, 4), y, ignore_label=7) == (
@@ -188,34 +202,31 @@ def test_dense_targets_outside_their_range(function, dtype):
     )
 
 
-NO_TERM = "loss must be a term such as dice_core.losses.Dice(), got"
-
-
 @pytest.mark.parametrize(
-    ("loss", "options", "text"),
+    ("term", "options", "text"),
     [
         (
             losses.Dice,
             {},
-            "loss must be a term such as dice_core.losses.Dice(), got the class Dice",
+            "term must be a loss such as dice_core.losses.Dice(), got the class Dice",
         ),
-        ("dice", {}, "loss must be a term such as dice_core.losses.Dice(), got str"),
+        ("dice", {}, "term must be a loss such as dice_core.losses.Dice(), got str"),
         (
             losses.Dice(),
             {"smooth": 1},
-            "smooth goes to the term, if there is one: Dice(smooth=...)",
+            "smooth cannot be combined with term=: give it to the term, Dice(smooth=...)",
         ),
         (
             losses.Dice() + losses.Focal(),
             {"weight": [1, 2, 3]},
-            "weight goes to the term, if there is one: Dice + Focal(weight=...)",
+            "weight cannot be combined with term=: give it to the term, Dice + Focal(weight=...)",
         ),
     ],
     ids=["class", "name", "p", "weight"],
 )
 @named(dice_core.loss, dice_core.loss_and_grad)
-def test_what_is_no_term(function, loss, options, text):
-    assert message(TypeError, function, X, Y, loss=loss, **options) == text
+def test_what_is_no_term(function, term, options, text):
+    assert message(TypeError, function, X, Y, term, **options) == text
 
 
 @pytest.mark.parametrize(
@@ -223,12 +234,12 @@ def test_what_is_no_term(function, loss, options, text):
     [
         (
             losses.Dice(p=2),
-            "Dice needs sums with p = 2, and these have 1; take the statistics with p=2",
+            "Dice needs statistics with p = 2, and these have p = 1; take them with p=2",
         ),
         (
             losses.Dice() + losses.Focal(gamma=2),
-            "Dice + Focal needs sums with gamma = 2.0, and these have None; "
-            "take the statistics with gamma=2.0",
+            "Dice + Focal needs statistics with gamma = 2.0, and these have gamma = None; "
+            "take them with gamma=2.0",
         ),
         (
             losses.Dice(weight=[1, 2]),
@@ -239,15 +250,15 @@ def test_what_is_no_term(function, loss, options, text):
 )
 @named(of_statistics, gradient_of_statistics)
 def test_statistics_without_what_a_term_needs(function, term, text):
-    assert message(ValueError, function, X, Y, loss=term) == text
+    assert message(ValueError, function, X, Y, term) == text
 
 
 def test_statistics_that_were_not_summed():
     with pytest.raises(AttributeError) as caught:
         _ = dice_core.statistics(X, Y).cross_entropy_sum
     assert str(caught.value) == (
-        "'cross_entropy_sum' is not one of these statistics, which are intersection, pred_sum, "
-        "target_sum"
+        "these statistics have no cross_entropy_sum (they have intersection, pred_sum, "
+        "target_sum); take them with gamma=0"
     )
 
 
@@ -261,7 +272,7 @@ def test_a_list_is_no_array(function, name):
     )
 
 
-@named(dice_core.torch.dice_loss, dice_core.torch.statistics, dice_core.torch.DiceLoss().forward)
+@named(dice_core.torch.loss, dice_core.torch.statistics, dice_core.torch.DiceLoss().forward)
 @pytest.mark.parametrize("name", ["x", "y"])
 def test_torch_wants_tensors(function, name):
     arrays = {"x": torch.as_tensor(X), "y": torch.as_tensor(Y)} | {name: X}
@@ -287,7 +298,7 @@ MINUS_ONE, NOTHING = "-1 is ignored", "no label is ignored"
 @pytest.mark.parametrize(
     ("y", "ignore_label", "count", "ignored", "first"),
     [
-        (labels("uint8", 255), -1, "1 label", MINUS_ONE, 255),
+        (labels("uint8", 255), -1, "1 label", "-1 is ignored; ignore_label=255?", 255),
         (labels("uint8", 3, 255), 255, "1 label", "255 is ignored", 3),
         (labels("int8", -5), None, "1 label", NOTHING, -5),
         (labels("int8", -1, -1), None, "2 labels", NOTHING, -1),
@@ -310,7 +321,7 @@ def test_labels_out_of_range(function, y, ignore_label, count, ignored, first):
     )
 
 
-def test_an_ignored_label_is_not_the_first_bad_one():
+def test_an_ignored_label_is_not_the_first_out_of_range():
     text = message(ValueError, dice_core.loss, X, labels("int8", -1, 7))
     assert text.endswith("the first is 7 at (1, 0, 4)")
 
@@ -339,7 +350,7 @@ def test_bool_labels_are_always_in_range(function, channels):
     function(X[:, :channels], Y > 0, ignore_label=None)
 
 
-def test_the_loss_leaves_x_alone_if_labels_are_bad():
+def test_out_of_range_labels_leave_x_alone():
     x, y = X.copy(), labels("uint8", 9)
     message(ValueError, dice_core.loss_and_grad, x, y, out=x)
     np.testing.assert_array_equal(x, X)
@@ -377,7 +388,7 @@ def test_threads(function, options, error, text):
     assert message(error, function, X, Y, **options) == text
 
 
-REDUCTIONS = "reduction must be one of 'none', 'mean', 'sum', 'batch', got "
+REDUCTIONS = "reduction must be one of 'mean', 'sum', 'none', 'classes', 'batch', got "
 NUMBERS = "weight must be numbers, one per class, got "
 
 
@@ -590,8 +601,8 @@ def test_grad_loss(function, options, error, text):
 @pytest.mark.parametrize(
     ("x", "y", "text"),
     [
-        (cuda_array(X), Y, "x is on cuda:0 but y is on cpu"),
-        (X, cuda_array(Y), "x is on cpu but y is on cuda:0"),
+        (cuda_array(X), Y, "x is on cuda:0 but y is on cpu; move y to x's device"),
+        (X, cuda_array(Y), "x is on cpu but y is on cuda:0; move y to x's device"),
     ],
     ids=["x", "y"],
 )
@@ -604,14 +615,14 @@ def test_plain_values_of_tensors_that_require_grad(function):
     x = torch.from_numpy(X.copy()).requires_grad_()
     assert message(TypeError, function, x, Y) == (
         "x requires grad, and dice_core.loss and its like give plain values: "
-        "use dice_core.torch.dice_loss, or pass x.detach()"
+        "use dice_core.torch.loss, or pass x.detach()"
     )
     function(x.detach(), Y)
 
 
 def test_second_derivative():
     x = torch.zeros(1, 2, 3, requires_grad=True)
-    loss = dice_core.torch.dice_loss(x, torch.zeros(1, 3, dtype=torch.uint8))
+    loss = dice_core.torch.loss(x, torch.zeros(1, 3, dtype=torch.uint8))
     (grad,) = torch.autograd.grad(loss, x, create_graph=True)
     text = message(RuntimeError, grad.sum().backward)
     assert text == "dice_core computes first derivatives only: it cannot be differentiated twice"
@@ -625,20 +636,32 @@ SUMS = "softmax, p = {}, ignore_label = {}"
 @pytest.mark.parametrize(
     ("other", "text"),
     [
-        (dice_core.statistics(X, Y, p=2), f"{SUMS.format(1, -1)} and {SUMS.format(2, -1)}"),
+        (
+            dice_core.statistics(X, Y, p=2),
+            f"sums do not add up: {SUMS.format(1, -1)} and {SUMS.format(2, -1)}",
+        ),
         (
             dice_core.statistics(X, Y, ignore_label=None),
-            f"{SUMS.format(1, -1)} and {SUMS.format(1, None)}",
+            f"sums do not add up: {SUMS.format(1, -1)} and {SUMS.format(1, None)}",
         ),
-        (dice_core.statistics(X.astype("f8"), Y), "float32 and float64"),
-        (dice_core.statistics(X[:1], Y[:1]), "(2, 3) and (1, 3)"),
-        (dice_core.statistics(X[:, :2], Y % 2), "(2, 3) and (2, 2)"),
+        (
+            dice_core.statistics(X.astype("f8"), Y),
+            "logits' dtypes do not add up: float32 and float64",
+        ),
+        (
+            dice_core.statistics(X[:1], Y[:1]),
+            "shapes (K, N, C) do not add up: (3, 2, 3) and (3, 1, 3)",
+        ),
+        (
+            dice_core.statistics(X[:, :2], Y % 2),
+            "shapes (K, N, C) do not add up: (3, 2, 3) and (3, 2, 2)",
+        ),
     ],
     ids=["p", "ignore_label", "dtype", "samples", "classes"],
 )
 def test_statistics_that_do_not_add(other, text):
     given = message(ValueError, dice_core.statistics(X, Y).__add__, other)
-    assert given == f"statistics of different calls do not add: {text}"
+    assert given == f"statistics of different {text}"
 
 
 def test_statistics_add_to_nothing_else():
@@ -651,15 +674,15 @@ def test_statistics_add_to_nothing_else():
     [
         (X[:1], Y[:1], ["(3, 1, 3)", "(3, 2, 3)"]),
         (X[:, :2], Y % 2, ["(3, 2, 2)", "(3, 2, 3)"]),
-        (X, np.stack([Y == 0, Y == 1, Y == 2], 1), ["dense targets", "(3, 2, 3)"]),
+        (X, np.stack([Y == 0, Y == 1, Y == 2], 1), ["soft targets", "(3, 2, 3)"]),
         (X.astype("f8"), Y, ["float64", "float32"]),
     ],
     ids=["samples", "classes", "targets", "dtype"],
 )
 def test_a_tile_that_does_not_fit(x, y, parts):
-    text = message(ValueError, dice_core.statistics(X, Y).gradient, x, y)
+    text = message(ValueError, dice_core.gradient, x, y, dice_core.statistics(X, Y))
     found, expected = text.split(", not ")
-    assert found.startswith("x is not a tile of these statistics: ")
+    assert found.startswith("x is not part of what these statistics sum: ")
     assert parts[0] in found
     assert parts[1] in expected
     assert "Spec(" not in text

@@ -1,6 +1,6 @@
 """The torch adapter: autograd, modules, operators, compilation, what is kept."""
 
-import itertools
+import inspect
 import subprocess
 import sys
 
@@ -8,14 +8,16 @@ import naive
 import pytest
 import torch
 from compare import assert_close
+from pairwise import pairwise
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dice_core.torch
 from dice_core import losses
-from dice_core.spec import REDUCTIONS
-from dice_core.torch import DiceLoss, dice_loss, statistics
+from dice_core.torch import DiceCELoss, DiceFocalLoss, DiceLoss, loss, statistics
+
+REDUCTIONS = ("mean", "sum", "none", "classes", "batch")
 
 
 def example(*shape, dtype=torch.float64, seed=0):
@@ -31,13 +33,13 @@ def test_gradcheck(channels, p):
     x, y = example(2, channels, 3, 2)
     weight = torch.rand(max(2, channels), dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: tuple(statistics(x, y, p=p)), x)
-    assert torch.autograd.gradcheck(lambda x, w: dice_loss(x, y, weight=w, p=p), (x, weight))
+    assert torch.autograd.gradcheck(lambda x, w: loss(x, y, weight=w, p=p), (x, weight))
 
 
 @pytest.mark.parametrize("name", ["statistics", "statistics_grad"])
 def test_operators_are_well_formed(name):
     x, y = example(2, 3, 4, 5)
-    options = ("softmax", 1, -1, None, False, None, None, 1, None)
+    options = ("softmax", 1, -1, None, False, None, False, "labels", None, 1, None)
     if name == "statistics":
         torch.library.opcheck(torch.ops.dice_core.statistics.default, (x, y, *options))
     else:
@@ -60,9 +62,9 @@ def test_operators_are_well_formed(name):
 def test_gradient_keeps_dtype_and_memory_format(shape, memory_format, dtype):
     x, y = example(*shape, dtype=dtype)
     x = x.detach().to(memory_format=memory_format).requires_grad_()
-    loss = dice_loss(x, y)
-    loss.backward()
-    assert loss.dtype == x.grad.dtype == dtype
+    value = loss(x, y)
+    value.backward()
+    assert value.dtype == x.grad.dtype == dtype
     assert x.grad.is_contiguous(memory_format=memory_format)
 
 
@@ -70,7 +72,7 @@ def test_forward_keeps_only_the_inputs_and_small_numbers():
     x, y = example(2, 3, 16, 16, dtype=torch.float32)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        dice_loss(x, y)
+        loss(x, y)
     large = {t.data_ptr() for t in kept if t.numel() > 3 * 2 * 3}
     assert large == {x.data_ptr(), y.data_ptr()}
 
@@ -79,26 +81,26 @@ def test_forward_keeps_only_the_inputs_and_small_numbers():
 def test_inputs_changed_before_backward_are_refused(changed):
     x, y = example(1, 2, 5)
     x = x.clone()
-    loss = dice_loss(x, y)
+    value = loss(x, y)
     with torch.no_grad():
         {"x": x, "y": y}[changed].zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+        value.backward()
 
 
 def test_a_second_backward_is_refused():
     x, y = example(1, 2, 5)
-    loss = dice_loss(x, y)
-    loss.backward(retain_graph=True)
-    loss.backward()
+    value = loss(x, y)
+    value.backward(retain_graph=True)
+    value.backward()
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-        loss.backward()
+        value.backward()
 
 
 def test_second_derivatives_are_refused():
     x, y = example(1, 2, 5)
     scale = torch.ones((), requires_grad=True)
-    (grad,) = torch.autograd.grad(dice_loss(x, y) * scale, x, create_graph=True)
+    (grad,) = torch.autograd.grad(loss(x, y) * scale, x, create_graph=True)
     for to in (x, scale):
         with pytest.raises(RuntimeError, match="first derivatives only"):
             torch.autograd.grad(grad.sum(), to, retain_graph=True)
@@ -109,7 +111,7 @@ FORWARD_MODE = pytest.mark.filterwarnings("ignore:.torch.jit.script. is:Deprecat
 
 
 @FORWARD_MODE
-@pytest.mark.parametrize("function", [dice_loss, statistics])
+@pytest.mark.parametrize("function", [loss, statistics])
 def test_forward_mode_is_refused(function):
     x, y = example(1, 2, 5)
     x = x.detach()
@@ -119,15 +121,15 @@ def test_forward_mode_is_refused(function):
 
 def test_no_graph_without_grad():
     x, y = example(1, 2, 5)
-    assert dice_loss(x.detach(), y).grad_fn is None
+    assert loss(x.detach(), y).grad_fn is None
     with torch.no_grad():
-        assert dice_loss(x, y).grad_fn is None
+        assert loss(x, y).grad_fn is None
 
 
 def test_upstream_scale_reaches_small_gradients_before_rounding():
     x, y = example(1, 2, 1000, dtype=torch.float32)
-    (grad,) = torch.autograd.grad(dice_loss(x, y), x)
-    (scaled,) = torch.autograd.grad(dice_loss(x, y) * 1e30, x)
+    (grad,) = torch.autograd.grad(loss(x, y), x)
+    (scaled,) = torch.autograd.grad(loss(x, y) * 1e30, x)
     assert_close(scaled, grad.double() * 1e30, rtol=1e-5, atol=1e20)
 
 
@@ -145,7 +147,7 @@ def test_own_loss_of_the_statistics():
 def test_weight_gradient():
     x, y = example(2, 3, 20)
     weight = torch.ones(3, requires_grad=True)
-    dice_loss(x, y, weight=weight, reduction="none").sum().backward()
+    loss(x, y, weight=weight, reduction="none").sum().backward()
     i, p, t = statistics(x.detach(), y)
     assert_close(weight.grad, (1 - 2 * i / (p + t)).sum(0), rtol=1e-6)
 
@@ -155,7 +157,7 @@ def test_weight_tangent():
     x, y = example(2, 3, 20)
     ones = torch.ones(3)
     with forward_ad.dual_level():
-        value = forward_ad.unpack_dual(dice_loss(x, y, weight=forward_ad.make_dual(ones, ones)))
+        value = forward_ad.unpack_dual(loss(x, y, weight=forward_ad.make_dual(ones, ones)))
     assert_close(value.tangent.detach(), value.primal.detach(), rtol=1e-6)
 
 
@@ -170,28 +172,30 @@ class Onlooker(TorchDispatchMode):
 
 
 def loss_and_grad(x, y, upstream, **options):
-    loss = dice_loss(x, y, **options)
-    return loss.detach(), torch.autograd.grad(loss, x, upstream)[0], loss.grad_fn.name()
+    value = loss(x, y, **options)
+    return value.detach(), torch.autograd.grad(value, x, upstream)[0], value.grad_fn.name()
 
 
-SETTINGS = list(
-    itertools.product(
-        [None, [0.2, 1.5, 0.7], torch.tensor([2, 0, 1])],  # weight
-        [-1, 1],  # ignore_channel
-        [0.0, 1.0],  # smooth
-        REDUCTIONS,
-    )
+SETTINGS = pairwise(
+    [None, [0.2, 1.5, 0.7], torch.tensor([2, 0, 1])],  # weight
+    [-1, 1],  # ignore_channel
+    [0.0, 1.0],  # smooth
+    REDUCTIONS,
+    [torch.float32, torch.float64],
 )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("weight", "ignore_channel", "smooth", "reduction"), SETTINGS, ids=str)
+@pytest.mark.parametrize(
+    ("weight", "ignore_channel", "smooth", "reduction", "dtype"), SETTINGS, ids=str
+)
 def test_both_ways_and_the_naive_code_agree(dtype, weight, ignore_channel, smooth, reduction):
     x, y = example(4, 3, 5, 6, dtype=dtype)
     y[2] = -1  # 0/0 in every class of a sample where smooth is 0
     options = {"weight": weight, "ignore_channel": ignore_channel}
     options |= {"smooth": smooth, "reduction": reduction}
     upstream = torch.tensor([0.5, -2, 1, 3], dtype=dtype) if reduction == "none" else None
+    if reduction == "classes":
+        upstream = torch.arange(12, dtype=dtype).reshape(4, 3)
     value, grad, node = loss_and_grad(x, y, upstream, **options)
     with Onlooker():
         *general, general_node = loss_and_grad(x, y, upstream, **options)
@@ -213,17 +217,17 @@ def test_incoming_gradient_of_any_strides(dtype):
     x, y = example(4, 3, 5, dtype=dtype)
     wide = torch.arange(8, dtype=dtype)
     for upstream in (wide[::2], wide[:1].expand(4), wide[1:5].flip(0)):
-        loss = dice_loss(x, y, reduction="none")
-        (grad,) = torch.autograd.grad(loss, x, upstream)
-        each = [g * dice_loss(x[n : n + 1], y[n : n + 1]) for n, g in enumerate(upstream)]
+        value = loss(x, y, reduction="none")
+        (grad,) = torch.autograd.grad(value, x, upstream)
+        each = [g * loss(x[n : n + 1], y[n : n + 1]) for n, g in enumerate(upstream)]
         assert_close(grad, torch.autograd.grad(sum(each), x)[0], rtol=1e-6, atol=1e-9)
 
 
 def test_batched_incoming_gradients():
     x, y = example(2, 3, 5)
-    loss = dice_loss(x, y, reduction="none")
-    rows = [torch.autograd.grad(loss[n], x, retain_graph=True)[0] for n in range(2)]
-    (grads,) = torch.autograd.grad(loss, x, torch.eye(2), is_grads_batched=True)
+    value = loss(x, y, reduction="none")
+    rows = [torch.autograd.grad(value[n], x, retain_graph=True)[0] for n in range(2)]
+    (grads,) = torch.autograd.grad(value, x, torch.eye(2), is_grads_batched=True)
     assert_close(grads, torch.stack(rows), rtol=1e-15)
 
 
@@ -252,8 +256,8 @@ def test_tensors_of_other_kinds(wrap):
 def test_inference_mode():
     x, y = example(2, 3, 5)
     with torch.inference_mode():
-        value = dice_loss(x * 1, y.clone())
-    assert_close(value, dice_loss(x, y).detach(), rtol=1e-15)
+        value = loss(x * 1, y.clone())
+    assert_close(value, loss(x, y).detach(), rtol=1e-15)
 
 
 def test_the_default_device_is_of_no_account():
@@ -268,8 +272,8 @@ def test_the_default_device_is_of_no_account():
 def test_vmap_over_weights():
     x, y = example(2, 3, 5)
     weights = torch.rand(4, 3, dtype=torch.float64)
-    values = torch.vmap(lambda weight: dice_loss(x.detach(), y, weight=weight))(weights)
-    expected = [dice_loss(x.detach(), y, weight=weight) for weight in weights]
+    values = torch.vmap(lambda weight: loss(x.detach(), y, weight=weight))(weights)
+    expected = [loss(x.detach(), y, weight=weight) for weight in weights]
     assert_close(values, torch.stack(expected), rtol=1e-14)
 
 
@@ -290,7 +294,7 @@ def test_compiled_whole():
 def test_meta_tensors_have_shapes():
     x = torch.empty(2, 3, 4, 5, device="meta")
     y = torch.empty(2, 4, 5, dtype=torch.int64, device="meta")
-    assert dice_loss(x, y, reduction="none").shape == (2,)
+    assert loss(x, y, reduction="none").shape == (2,)
 
 
 def test_module():
@@ -303,7 +307,7 @@ def test_module():
     )
     x, y = example(3, 2, 7)
     options = {"ignore_channel": 1, "smooth": 1, "p": 2, "reduction": "none"}
-    expected = dice_loss(x, y, weight=[1, 2], **options)
+    expected = loss(x, y, weight=[1, 2], **options)
     assert torch.equal(module(x, y), expected)
     assert DiceLoss().state_dict() == {}
 
@@ -321,37 +325,133 @@ def test_named_modules(name):
     kind, settings = MODULES[name]
     x, y = example(2, 3, 40)
     module = getattr(dice_core.torch, name)(**settings, ignore_label=2)
-    expected = dice_core.torch.loss(x, y, kind(**settings), ignore_label=2)
+    expected = loss(x, y, kind(**settings), ignore_label=2)
     assert torch.equal(module(x, y), expected)
     assert list(module.state_dict()) == ["weight"] * ("weight" in settings)
 
 
 @pytest.mark.parametrize("weight", [None, [1.0, 2.0, 3.0]])
-def test_compounds(weight):
+@pytest.mark.parametrize("class_weight", [None, [3.0, 1.0, 2.0]])
+def test_compounds(weight, class_weight):
+    """`weight` is Dice's, not normalised; the other loss has weights of its own, as torch has."""
     x, y = example(2, 3, 40)
     y[0, :5] = -1
     log_s = torch.where(y[:, None] >= 0, x, torch.zeros_like(x)).log_softmax(1)
-    tensor = None if weight is None else torch.tensor(weight, dtype=torch.float64)
-    divided = None if weight is None else tensor / tensor.sum()
-    dice = dice_loss(x, y, weight=divided, smooth=1)
+    tensor = None if class_weight is None else torch.tensor(class_weight, dtype=torch.float64)
+    dice = loss(x, y, weight=weight, smooth=1)
     entropy = F.cross_entropy(x, y, tensor, ignore_index=-1)
-    module = dice_core.torch.DiceCELoss(2, 0.5, weight=weight, smooth=1)
+    module = DiceCELoss(2, 0.5, weight=weight, ce_weight=class_weight, smooth=1)
     assert_close(module(x, y).detach(), (2 * dice + 0.5 * entropy).detach(), rtol=1e-13)
+    names = [name for name, w in (("weight", weight), ("ce_weight", class_weight)) if w]
+    assert list(module.state_dict()) == names
     own = log_s.gather(1, y.clamp(min=0)[:, None])[:, 0]
-    each = (1 - own.exp()) ** 2 * -own * (1 if weight is None else tensor[y])
+    each = (1 - own.exp()) ** 2 * -own * (1 if tensor is None else tensor[y])
     focal = each[y >= 0].mean()
-    module = dice_core.torch.DiceFocalLoss(2, 0.5, weight=weight, smooth=1)
+    module = DiceFocalLoss(2, 0.5, weight=weight, focal_weight=class_weight, smooth=1)
     assert_close(module(x, y).detach(), (2 * dice + 0.5 * focal).detach(), rtol=1e-13)
-    assert len(module.state_dict()) == (0 if weight is None else 2)
+    assert list(module.state_dict()) == [name.replace("ce_", "focal_") for name in names]
+
+
+def test_multi_label():
+    """Several classes at once: the sigmoid of each channel, and its binary cross-entropy."""
+    x, _ = example(2, 3, 40)
+    y = torch.rand(2, 3, 40, dtype=torch.float64) > 0.5
+    s, t = x.sigmoid(), y.double()
+    dice = (1 - 2 * (s * t).sum(2) / (s.sum(2) + t.sum(2))).mean()
+    assert_close(DiceLoss(activation="sigmoid")(x, y).detach(), dice.detach(), rtol=1e-13)
+    entropy = F.binary_cross_entropy_with_logits(x, t)
+    module = DiceCELoss(activation="sigmoid")
+    assert_close(module(x, y).detach(), (dice + entropy).detach(), rtol=1e-13)
+    grads = [torch.autograd.grad(value, x)[0] for value in (module(x, y), dice + entropy)]
+    assert_close(*grads, rtol=1e-12, atol=1e-15)
+    own = F.binary_cross_entropy_with_logits(x, t, reduction="none")
+    focal = ((1 - (-own).exp()) ** 2 * own).mean()
+    module = DiceFocalLoss(activation="sigmoid")
+    assert_close(module(x, y).detach(), (dice + focal).detach(), rtol=1e-13)
+
+
+@pytest.mark.parametrize("kind", [DiceCELoss, DiceFocalLoss])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_reductions_of_compounds(kind, reduction):
+    x, y = example(2, 3, 40)
+    value = kind(reduction=reduction)(x, y).detach()
+    each = [kind()(x[n : n + 1], y[n : n + 1]).detach() for n in range(2)]
+    flat, labels = x.movedim(0, 1).reshape(1, 3, 80), y.reshape(1, 80)
+    expected = {
+        "mean": torch.stack(each).mean(),  # the samples have as many voxels
+        "sum": torch.stack(each).sum(),
+        "none": torch.stack(each),
+        "batch": kind()(flat, labels).detach(),
+    }
+    if reduction == "classes":  # Dice's are averaged, the other loss's are parts of a sum
+        assert value.shape == (2, 3)
+    else:
+        assert_close(value, expected[reduction], rtol=1e-13)
+
+
+def test_settings_that_a_compound_cannot_have():
+    with pytest.raises(ValueError, match="label_smoothing needs activation 'softmax', got 'sigm"):
+        DiceCELoss(label_smoothing=0.1, activation="sigmoid")
+    for kind in (DiceCELoss, DiceFocalLoss):
+        with pytest.raises(ValueError, match="activation must be one of 'softmax', 'sigmoid', got"):
+            kind(activation="none")
 
 
 def test_a_module_follows_its_buffers():
     x, y = example(2, 3, 40)
-    module = dice_core.torch.DiceCELoss(weight=[1, 1, 1])
-    module.load_state_dict({"weight": torch.ones(3), "weight1": torch.tensor([1.0, 2.0, 3.0])})
-    term = losses.Dice(weight=[1, 1, 1], divisor="weights") + losses.CrossEntropy(weight=[1, 2, 3])
-    assert_close(module(x, y).detach(), dice_core.torch.loss(x, y, term).detach(), rtol=1e-14)
+    module = DiceCELoss(weight=[1, 1, 1], ce_weight=[1, 1, 1])
+    module.load_state_dict({"weight": torch.ones(3), "ce_weight": torch.tensor([1.0, 2.0, 3.0])})
+    term = losses.Dice(weight=[1, 1, 1]) + losses.CrossEntropy(weight=[1, 2, 3])
+    assert_close(module(x, y).detach(), loss(x, y, term).detach(), rtol=1e-14)
     assert "weight=[1.0, 2.0, 3.0]" in repr(module)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("DiceLoss", "JaccardLoss", "TverskyLoss", "FocalTverskyLoss", "GeneralizedDiceLoss"),
+        *("DiceCELoss", "DiceFocalLoss"),
+    ],
+)
+def test_every_module_has_the_common_parameters(name):
+    kind = getattr(dice_core.torch, name)
+    parameters = inspect.signature(kind).parameters
+    common = {"activation", "reduction", "backend", "num_threads", "check_labels", "ignore_label"}
+    assert common | {"weight", "pool"} <= set(parameters)
+    assert all(p.kind is not p.VAR_KEYWORD for p in parameters.values())
+    x, y = example(2, 3, 10)
+    module = kind(backend="reference", num_threads=1, check_labels=True)
+    assert_close(module(x, y).detach(), kind()(x, y).detach(), rtol=1e-13)
+    for wrong in ({"backend": "none"}, {"num_threads": 0}, {"activation": "relu"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            kind(**wrong)(x, y)
+
+
+def test_the_functions_have_the_same_parameters():
+    parameters = [
+        [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+        for function in (dice_core.loss, loss, dice_core.loss_and_grad)
+    ]
+    assert parameters[0] == parameters[1] == parameters[2][:-2]
+    parameters = [
+        [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+        for function in (dice_core.statistics, statistics)
+    ]
+    assert parameters[0] == parameters[1]
+
+
+def test_a_target_that_requires_grad_is_refused():
+    x, _ = example(2, 3, 10)
+    y = torch.rand(2, 3, 10, requires_grad=True)
+    for function in (loss, statistics, DiceLoss(), dice_core.torch.DiceScore()):
+        with pytest.raises(NotImplementedError, match=r"y requires grad, .* y\.detach\(\)"):
+            function(x, y)
+
+
+def test_labels_on_another_device():
+    x, y = example(2, 3, 10)
+    with pytest.raises(ValueError, match="x is on cpu but y is on meta; move y to x's device"):
+        loss(x, y.to("meta"))
 
 
 def test_deep_supervision():
@@ -364,6 +464,11 @@ def test_deep_supervision():
         assert_close(value.detach(), (2 * parts[0] + parts[1]).detach() / 3, rtol=1e-14)
         value = dice_core.torch.DeepSupervision(criterion, [0.25, 4])([x, coarse], labels)
         assert_close(value.detach(), (0.25 * parts[0] + 4 * parts[1]).detach(), rtol=1e-14)
+    volumes = [y, y[:, ::2, ::4]]  # as nnU-Net gives them
+    value = dice_core.torch.DeepSupervision(criterion)([x, coarse], volumes)
+    assert_close(value.detach(), (2 * parts[0] + parts[1]).detach() / 3, rtol=1e-14)
+    with pytest.raises(ValueError, match="there are 1 label volumes for 2 outputs"):
+        dice_core.torch.DeepSupervision(criterion)([x, coarse], volumes[:1])
     nearest = F.interpolate(y[:, None].double(), (4, 3), mode="nearest")[:, 0]
     assert torch.equal(dice_core.torch.modules._nearest(y, coarse), nearest.long())
 
@@ -387,9 +492,9 @@ def test_deep_supervision_refuses(outputs, weights, message):
 @pytest.mark.parametrize("channel_axis", [False, True])
 def test_label_dtypes_and_shapes(dtype, channel_axis):
     x, y = example(2, 2, 3, 4)
-    expected = dice_loss(x, y)
+    expected = loss(x, y)
     labels = y.to(dtype)[:, None] if channel_axis else y.to(dtype)
-    assert torch.equal(dice_loss(x, labels), expected)
+    assert torch.equal(loss(x, labels), expected)
 
 
 def test_small_network_trains():
@@ -404,10 +509,10 @@ def test_small_network_trains():
     first = criterion(network(x), y).item()
     for _ in range(150):
         optimizer.zero_grad()
-        loss = criterion(network(x), y)
-        loss.backward()
+        value = criterion(network(x), y)
+        value.backward()
         optimizer.step()
-    assert loss.item() < 0.1 < first
+    assert value.item() < 0.1 < first
 
 
 def test_import_order_does_not_matter():

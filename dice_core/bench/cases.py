@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LABELS = ("int64", "uint8")
-
 
 @dataclass(frozen=True)
 class Case:
-    """Logits (N, C, *) and class labels (N, *), both random; one channel is sigmoid."""
+    """Random logits (N, C, *) and class labels (N, *); one channel means sigmoid."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str = "float32"
     channels_last: bool = False
 
-    @property
-    def single_precision(self) -> bool:
-        """Whether the logits have float32's precision, not half of it."""
-        return self.dtype == "float32"
-
     def with_sides(self, longest: int) -> Case:
-        """The same with no side longer than this."""
+        """The same case with no side longer than this."""
         sides = (min(side, longest) for side in self.shape[2:])
         return replace(self, shape=(*self.shape[:2], *sides))
 
     def tensors(self, labels: str) -> tuple[Tensor, Tensor]:
-        """x and y, the same numbers on every call."""
+        """Logits and labels, the same numbers on every call."""
         import torch
 
         generator = torch.Generator().manual_seed(0)
@@ -68,18 +60,4 @@ CASES = {
         Case("l", (2, 14, 128, 128, 128), dtype="bfloat16"),
     )
 }
-GPU_SIZED = ("j", "k", "l")
-
-
-def default(device: str) -> list[str]:
-    """The names of those that are measured unasked."""
-    return [name for name in CASES if device == "cuda" or name not in GPU_SIZED]
-
-
-def named(names: Collection[str]) -> list[Case]:
-    """The cases of these names. Raises ValueError for others, listing those there are."""
-    unknown = [name for name in names if name not in CASES]
-    if unknown:
-        there = "\n".join(f"  {case.name}  {case}" for case in CASES.values())
-        raise ValueError(f"there is no case {', '.join(unknown)}; there are\n{there}")
-    return [CASES[name] for name in dict.fromkeys(names)]
+GPU_SIZED = ("j", "k", "l")  # measured on a CPU only if named

@@ -1,7 +1,7 @@
-"""The losses of the peers in naive torch: what their values are checked against, and peers too.
+"""Every measured loss in naive torch: the values that are expected, and peers themselves.
 
-Logits x (N, C, *), labels y (N, *), result a scalar. One channel is sigmoid and the loss is that of
-the foreground alone, as the peers have it.
+Logits (N, C, *) and labels (N, *) give a scalar. One channel means sigmoid and the loss of the
+foreground alone, as in the peers.
 """
 
 from __future__ import annotations
@@ -26,34 +26,21 @@ def dice_by_comparison(x: Tensor, y: Tensor) -> Tensor:
     return _dice(x, (y.unsqueeze(1) == classes).to(x.dtype))
 
 
-def negative_dice(x: Tensor, y: Tensor) -> Tensor:
-    """`dice` without its 1: nnU-Net's, between -1 and 0."""
-    return dice(x, y) - 1
-
-
 def batch_dice(x: Tensor, y: Tensor) -> Tensor:
-    """`dice` of sums over the whole batch: segmentation-models-pytorch's."""
+    """`dice` of sums over the whole batch, as in segmentation-models-pytorch."""
     return _dice(x, _one_hot(x, y), batch=True)
 
 
 def dice_and_cross_entropy(x: Tensor, y: Tensor) -> Tensor:
-    """`dice` plus the mean cross-entropy: MONAI's DiceCELoss."""
+    """`dice` plus the mean cross-entropy, as in MONAI's DiceCELoss."""
     if x.shape[1] == 1:
-        entropy = F.binary_cross_entropy_with_logits(x, _one_hot(x, y))
-    else:
-        entropy = F.cross_entropy(x, y.long())
-    return dice(x, y) + entropy
-
-
-def negative_dice_and_cross_entropy(x: Tensor, y: Tensor) -> Tensor:
-    """`dice_and_cross_entropy` less 1: nnU-Net's DC_and_CE_loss."""
-    return dice_and_cross_entropy(x, y) - 1
+        return dice(x, y) + F.binary_cross_entropy_with_logits(x, _one_hot(x, y))
+    return dice(x, y) + F.cross_entropy(x, y.long())
 
 
 def dice_and_focal(x: Tensor, y: Tensor) -> Tensor:
-    """`dice` plus the focal loss of each channel's sigmoid, gamma = 2: MONAI's DiceFocalLoss."""
-    target = _one_hot(x, y)
-    entropy = F.binary_cross_entropy_with_logits(x, target, reduction="none")
+    """`dice` plus the focal loss of each channel's sigmoid, gamma 2: MONAI's DiceFocalLoss."""
+    entropy = F.binary_cross_entropy_with_logits(x, _one_hot(x, y), reduction="none")
     return dice(x, y) + ((1 - (-entropy).exp()) ** 2 * entropy).mean()
 
 

@@ -1,76 +1,42 @@
-"""What is measured: dice_core and its peers, each set up for the same loss as far as it has it.
+"""What is measured: dice_core and its peers, each set up for the same loss where it has it.
 
-That loss is the Dice loss per sample and class with smooth = 1e-5, averaged; where a peer computes
-another, `formula` says which. One channel is sigmoid and, as the peers have it, a Dice of the
-foreground alone: ours is told so with weight (0, 1).
+That loss is Dice per sample and class with smooth = 1e-5, averaged; where an implementation
+computes another, its `formula` says which. With one channel the peers take the sigmoid and the
+Dice of the foreground alone, which for dice_core is weight (0, 1).
 
-An implementation makes a step: a generator function that yields when its input is ready and again
-after each phase, so that the same step can be timed and weighed. What it yields last is the loss.
-Steps take the inputs that there are in turns: one, or as many as it takes to get round a cache.
+A step is a generator function that yields once its input is ready and again after each phase,
+forward and backward or both at once, so that the same step serves to measure time and memory. What
+it yields last is the loss; then it cleans up. Successive steps take successive inputs.
 """
 
 from __future__ import annotations
 
-import importlib
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # every library is imported where it is used: the table below is for all to read
+from ..api import loss_and_grad
+from ..losses import CrossEntropy, Dice, SigmoidFocal
+
+if TYPE_CHECKING:  # torch and the peers are imported where they are used: --help needs none of them
     from torch import Tensor
 
 Loss = Callable[["Tensor", "Tensor"], "Tensor"]
-Inputs = Sequence[tuple["Tensor", "Tensor"]]
+Inputs = Sequence[tuple["Tensor", "Tensor"]]  # logits (N, C, *) and labels (N, *), of one shape
 Step = Callable[[], Iterator[Any]]
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """A row of the tables.
-
-    - name: on the command line.
-    - module: what it needs, a peer's module of losses.
-    - prepare: pairs of logits (N, C, *) and labels (N, *), all of one shape -> its step.
-    - formula: the function of `formulas` that it computes.
-    - compiled: its first step of a shape compiles.
-    - device: the only one that it is measured on; None for every one.
-    """
-
-    name: str
-    title: str
-    module: str
-    prepare: Callable[[Inputs], Step]
-    formula: str = "dice"
-    compiled: bool = False
-    device: str | None = None
-
-    def unavailable(self) -> str | None:
-        """Why it cannot be measured here, None if it can."""
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                importlib.import_module(self.module)
-        except ModuleNotFoundError as error:
-            absent = error.name == self.module.split(".")[0]
-            return "not installed" if absent else f"needs {error.name}, which is not installed"
-        except Exception as error:  # whatever is broken in a peer, the others are measured
-            return f"does not import: {error}"
-        return None
-
 
 # ---- steps -------------------------------------------------------------------------------------
 
 
-def _autograd(build: Callable[[int], Loss], inputs: Inputs) -> Step:
-    """Forward, then backward into a fresh gradient; `build` takes the number of channels."""
-    loss = build(_channels(inputs))
-    turns = cycle([(x.detach().requires_grad_(), y) for x, y in inputs])
+def _autograd(loss: Loss, inputs: Inputs) -> Step:
+    """Forward, then backward into a fresh gradient."""
+    pairs = cycle([(x.detach().requires_grad_(), y) for x, y in inputs])
 
     def step() -> Iterator[Any]:
-        x, y = next(turns)
+        x, y = next(pairs)
         yield
         value = loss(x, y)
         yield
@@ -81,86 +47,47 @@ def _autograd(build: Callable[[int], Loss], inputs: Inputs) -> Step:
     return step
 
 
-def _into_out(inputs: Inputs, term: Callable[[int], Any] | None = None) -> Step:
-    """Both in one call, the gradient into memory that is already mapped; `term` takes the number of
-    channels.
-    """
-    from .. import api
+def _ours(term: Any, inputs: Inputs) -> Step:
+    """`_autograd` of a term of dice_core."""
+    from ..torch import loss
 
-    channels = _channels(inputs)
-    options = _options(channels) if term is None else {"loss": term(channels)}
-    out, turns = inputs[0][0].clone(), cycle(inputs)
-
-    def step() -> Iterator[Any]:
-        x, y = next(turns)
-        yield
-        yield api.loss_and_grad(x, y, out=out, num_threads=_threads(), **options)[0]
-
-    return step
+    return _autograd(lambda x, y: loss(x, y, term), inputs)
 
 
-def _over_logits(inputs: Inputs) -> Step:
-    """Both in one call, the gradient over the logits; the last step's are put back before it."""
-    from .. import api
-
-    options = _options(_channels(inputs))
-    own = [(x.clone(), x, y) for x, y in inputs]
-    turns, spent = cycle(own), own[-1]
-
-    def step() -> Iterator[Any]:
-        nonlocal spent
-        logits, x, _ = spent
-        logits.copy_(x)
-        spent = logits, _, y = next(turns)
-        yield
-        yield api.loss_and_grad(logits, y, out=logits, num_threads=_threads(), **options)[0]
-
-    return step
-
-
-def _channels(inputs: Inputs) -> int:
-    return inputs[0][0].shape[1]
-
-
-def _threads() -> int:
+def _at_once(term: Any, inputs: Inputs, in_place: bool = False) -> Step:
+    """Loss and gradient in one call, the gradient into mapped memory or in place of the logits."""
     import torch
 
-    return torch.get_num_threads()
+    out = inputs[0][0].clone()
+    triples = cycle([(x, x.clone(), y) if in_place else (x, x, y) for x, y in inputs])
+
+    def step() -> Iterator[Any]:
+        x, logits, y = next(triples)
+        grad, threads = logits if in_place else out, torch.get_num_threads()
+        yield
+        yield loss_and_grad(logits, y, term, out=grad, num_threads=threads)[0]
+        if in_place:
+            logits.copy_(x)
+
+    return step
 
 
 # ---- losses, by number of channels -------------------------------------------------------------
 
 
-def _options(channels: int) -> dict[str, Any]:
-    return {"smooth": 1e-5} | ({"weight": [0, 1]} if channels == 1 else {})
+def _dice(channels: int) -> Any:
+    return Dice(smooth=1e-5, weight=[0, 1] if channels == 1 else None)
 
 
-def _ours(channels: int) -> Loss:
-    from ..torch import dice_loss
-
-    return partial(dice_loss, **_options(channels))
+def _dice_ce(channels: int) -> Any:
+    return _dice(channels) + CrossEntropy()
 
 
-def _ours_of(channels: int, term: Callable[[int], Any]) -> Loss:
-    from ..torch import Loss as Module
-
-    return Module(term(channels))
+def _dice_focal(channels: int) -> Any:
+    return _dice(channels) + SigmoidFocal(ignore_channel=0 if channels == 1 else -1)
 
 
-def _dice_and_entropy(channels: int) -> Any:
-    from ..losses import CrossEntropy, Dice
-
-    return Dice(**_options(channels)) + CrossEntropy()
-
-
-def _dice_and_focal(channels: int) -> Any:
-    from ..losses import Dice, SigmoidFocal
-
-    focal = SigmoidFocal(ignore_channel=0 if channels == 1 else -1)
-    return Dice(**_options(channels)) + focal
-
-
-def _monai(channels: int, name: str = "DiceLoss") -> Loss:
+def _monai(name: str, channels: int) -> Loss:
     import monai.losses
 
     one = channels == 1
@@ -178,16 +105,14 @@ def _nnunet(channels: int) -> Loss:
     return MemoryEfficientSoftDiceLoss(activation, smooth=1e-5, ddp=False)
 
 
-def _nnunet_and_entropy(channels: int) -> Loss:
-    import torch
+def _nnunet_ce(channels: int) -> Loss:
     from nnunetv2.training.loss import compound_losses, dice
 
     if channels == 1:
         raise ValueError("nnU-Net's DC_and_CE_loss has no sigmoid: softmax over one channel is 1")
-    loss = compound_losses.DC_and_CE_loss(
-        {"smooth": 1e-5, "ddp": False}, {}, dice_class=dice.MemoryEfficientSoftDiceLoss
-    )
-    return lambda x, y: loss(x, y.unsqueeze(1).to(torch.int64))
+    options, dice_class = {"smooth": 1e-5, "ddp": False}, dice.MemoryEfficientSoftDiceLoss
+    loss = compound_losses.DC_and_CE_loss(options, {}, dice_class=dice_class)
+    return lambda x, y: loss(x, y.unsqueeze(1).long())
 
 
 def _smp(channels: int) -> Loss:
@@ -201,150 +126,73 @@ def _kornia(channels: int) -> Loss:
 
     if channels == 1:
         raise ValueError("kornia's dice_loss has no sigmoid: softmax over one channel is 1")
-    # It takes images, so a volume's slices are put below one another: a view.
+    # It takes images, so the slices of a volume are stacked into one: a view.
     return lambda x, y: dice_loss(x.flatten(2, -2), y.flatten(1, -2), average="macro")
 
 
-def _exacta(channels: int) -> Loss:
-    losses = importlib.import_module("exacta.losses")
-    if channels == 1:  # its class labels are below the number of channels
-        loss = losses.DiceLoss(activation="sigmoid", target_format="one-hot", backend="triton")
-        return lambda x, y: loss(x, y.unsqueeze(1))
-    return losses.DiceLoss(backend="triton")
-
-
-def _naive(channels: int, name: str = "dice") -> Loss:
+def _naive(name: str, channels: int) -> Loss:
     from . import formulas
 
     return getattr(formulas, name)
 
 
-def _compiled(build: Callable[[int], Loss], channels: int) -> Loss:
-    import torch
-
-    return torch.compile(build(channels), dynamic=False)
-
-
 # ---- the table ---------------------------------------------------------------------------------
 
-OURS, OUT, OVER, MONAI, EXACTA = "ours", "ours-out", "ours-over", "monai", "exacta"
 
-_MONAI, _NNUNET, _SMP = (
-    "monai.losses",
-    "nnunetv2.training.loss.dice",
-    "segmentation_models_pytorch.losses",
-)
-_by_comparison = partial(_naive, name="dice_by_comparison")
+@dataclass(frozen=True)
+class Implementation:
+    """A row of the tables."""
+
+    title: str
+    build: Callable[[int], Any]  # number of channels -> loss(x, y), or a term of dice_core
+    formula: str = "dice"  # the function of `formulas` that it computes
+    offset: int = 0  # what it adds to that
+    start: Callable[[Any, Inputs], Step] = _autograd  # what `build` returns, inputs -> its step
+    compiled: bool = False  # by torch.compile, in the first step of a shape
+
+    def step(self, inputs: Inputs) -> Step:
+        """Its step on these inputs."""
+        loss = self.build(inputs[0][0].shape[1])
+        if self.compiled:
+            import torch
+
+            loss = torch.compile(loss, dynamic=False)
+        return self.start(loss, inputs)
+
+    def unavailable(self) -> str | None:
+        """Why it cannot be measured here, None if it can."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.build(2)
+        except Exception as error:  # whatever is wrong with one peer, the others are measured
+            return str(error) or repr(error)
+        return None
+
+
+_in_place = partial(_at_once, in_place=True)
+_naive_dice, _equal = partial(_naive, "dice"), partial(_naive, "dice_by_comparison")
+_monai_dice = partial(_monai, "DiceLoss")
+_CE, _FOCAL = "dice_and_cross_entropy", "dice_and_focal"
+_Row = Implementation
 
 IMPLEMENTATIONS = {
-    row.name: row
-    for row in (
-        Implementation(OURS, "dice_core", "torch", partial(_autograd, _ours)),
-        Implementation(OUT, "dice_core, into out=", "torch", _into_out),
-        Implementation(OVER, "dice_core, over the logits", "torch", _over_logits),
-        Implementation(MONAI, "MONAI DiceLoss", _MONAI, partial(_autograd, _monai)),
-        Implementation(
-            "monai-ce",
-            "MONAI DiceCELoss",
-            _MONAI,
-            partial(_autograd, partial(_monai, name="DiceCELoss")),
-            formula="dice_and_cross_entropy",
-        ),
-        Implementation(
-            "ours-ce",
-            "dice_core, Dice + CrossEntropy",
-            "torch",
-            partial(_autograd, partial(_ours_of, term=_dice_and_entropy)),
-            formula="dice_and_cross_entropy",
-        ),
-        Implementation(
-            "ours-ce-out",
-            "dice_core, Dice + CrossEntropy, into out=",
-            "torch",
-            partial(_into_out, term=_dice_and_entropy),
-            formula="dice_and_cross_entropy",
-        ),
-        Implementation(
-            "ours-focal",
-            "dice_core, Dice + SigmoidFocal",
-            "torch",
-            partial(_autograd, partial(_ours_of, term=_dice_and_focal)),
-            formula="dice_and_focal",
-        ),
-        Implementation(
-            "ours-focal-out",
-            "dice_core, Dice + SigmoidFocal, into out=",
-            "torch",
-            partial(_into_out, term=_dice_and_focal),
-            formula="dice_and_focal",
-        ),
-        Implementation(
-            "monai-focal",
-            "MONAI DiceFocalLoss",
-            _MONAI,
-            partial(_autograd, partial(_monai, name="DiceFocalLoss")),
-            formula="dice_and_focal",
-        ),
-        Implementation(
-            "nnunet-ce",
-            "nnU-Net DC_and_CE_loss",
-            "nnunetv2.training.loss.compound_losses",
-            partial(_autograd, _nnunet_and_entropy),
-            formula="negative_dice_and_cross_entropy",
-        ),
-        Implementation(
-            "nnunet",
-            "nnU-Net MemoryEfficientSoftDiceLoss",
-            _NNUNET,
-            partial(_autograd, _nnunet),
-            formula="negative_dice",
-        ),
-        Implementation("smp", "SMP DiceLoss", _SMP, partial(_autograd, _smp), formula="batch_dice"),
-        Implementation(
-            "kornia", "kornia dice_loss, macro", "kornia.losses", partial(_autograd, _kornia)
-        ),
-        Implementation(
-            EXACTA,
-            "exacta DiceLoss, Triton",
-            "exacta.losses",
-            partial(_autograd, _exacta),
-            device="cuda",
-        ),
-        Implementation("naive", "torch, naive", "torch", partial(_autograd, _naive)),
-        Implementation(
-            "compile-naive",
-            "torch.compile, naive",
-            "torch",
-            partial(_autograd, partial(_compiled, _naive)),
-            compiled=True,
-        ),
-        Implementation(
-            "compile-equal",
-            "torch.compile, naive with ==",
-            "torch",
-            partial(_autograd, partial(_compiled, _by_comparison)),
-            compiled=True,
-        ),
-        Implementation(
-            "compile-monai",
-            "torch.compile, MONAI DiceLoss",
-            _MONAI,
-            partial(_autograd, partial(_compiled, _monai)),
-            compiled=True,
-        ),
-    )
+    "ours": _Row("dice_core", _dice, start=_ours),
+    "ours-out": _Row("dice_core, into out=", _dice, start=_at_once),
+    "ours-over": _Row("dice_core, in place", _dice, start=_in_place),
+    "ours-ce": _Row("dice_core, Dice + CE", _dice_ce, _CE, start=_ours),
+    "ours-ce-out": _Row("dice_core, Dice + CE, into out=", _dice_ce, _CE, start=_at_once),
+    "ours-focal": _Row("dice_core, Dice + focal", _dice_focal, _FOCAL, start=_ours),
+    "ours-focal-out": _Row("dice_core, Dice + focal, out=", _dice_focal, _FOCAL, start=_at_once),
+    "monai": _Row("MONAI DiceLoss", _monai_dice),
+    "monai-ce": _Row("MONAI DiceCELoss", partial(_monai, "DiceCELoss"), _CE),
+    "monai-focal": _Row("MONAI DiceFocalLoss", partial(_monai, "DiceFocalLoss"), _FOCAL),
+    "nnunet": _Row("nnU-Net MemoryEfficientSoftDiceLoss", _nnunet, offset=-1),
+    "nnunet-ce": _Row("nnU-Net DC_and_CE_loss", _nnunet_ce, _CE, offset=-1),
+    "smp": _Row("SMP DiceLoss", _smp, "batch_dice"),
+    "kornia": _Row("kornia dice_loss, macro", _kornia),
+    "naive": _Row("torch, naive", _naive_dice),
+    "compile-naive": _Row("torch.compile, naive", _naive_dice, compiled=True),
+    "compile-equal": _Row("torch.compile, naive with ==", _equal, compiled=True),
+    "compile-monai": _Row("torch.compile, MONAI DiceLoss", _monai_dice, compiled=True),
 }
-
-
-def of(device: str) -> list[str]:
-    """The names of those that are measured on a device."""
-    return [row.name for row in IMPLEMENTATIONS.values() if row.device in (None, device)]
-
-
-def named(names: Collection[str]) -> list[Implementation]:
-    """The rows of these names. Raises ValueError for others, listing those there are."""
-    unknown = [name for name in names if name not in IMPLEMENTATIONS]
-    if unknown:
-        there = "\n".join(f"  {row.name:<14} {row.title}" for row in IMPLEMENTATIONS.values())
-        raise ValueError(f"there is no implementation {', '.join(unknown)}; there are\n{there}")
-    return [IMPLEMENTATIONS[name] for name in dict.fromkeys(names)]

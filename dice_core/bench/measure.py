@@ -1,4 +1,4 @@
-"""How a step is timed and weighed, in a process of its own (see `processes`)."""
+"""How time and memory of steps are measured, in the process that `run` starts for it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import math
 import random
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache, partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from statistics import median
 
 import torch
@@ -17,161 +17,127 @@ from torch import Tensor
 
 from . import floor, formulas
 from .cases import Case
-from .device import DEVICES, Device
+from .devices import DEVICES, Device
 from .implementations import IMPLEMENTATIONS, Step
-from .results import CaseResult, Measurement, medians
+from .results import CaseResult, Measurement
 
 SAMPLE = 0.01  # seconds: where the slowest step is faster, all are repeated equally often
+FEWEST_ROUNDS = 5
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How everything is measured.
+    """How everything is measured."""
 
-    - device: a key of DEVICES.
-    - memory: whether steps are weighed too.
-    - labels: dtype of y.
-    - threads: of torch, and so of all.
-    - rounds: at most so many.
-    - budget: seconds after which a case starts no further round, if it has `fewest`.
+    device: str = "cpu"  # a key of DEVICES
+    labels: str = "int64"  # their dtype
+    threads: int = 1  # of torch, and so of every implementation
+    rounds: int = 30  # at most
+    budget: float = 20.0  # seconds after which no further round starts, if there are FEWEST_ROUNDS
+    memory: bool = True  # whether it is measured too
+
+
+def times(case: Case, names: Sequence[str], settings: Settings) -> CaseResult:
+    """Medians of rounds, and memory unless that needs fresh processes.
+
+    Every step runs, and compiles, before the first round; what it refuses is a result.
     """
-
-    device: str = "cpu"
-    memory: bool = True
-    labels: str = "int64"
-    threads: int = 1
-    rounds: int = 30
-    fewest: int = 5
-    budget: float = 20.0
-
-
-Progress = tuple[float, str]  # the share that is done, what comes next
-
-
-@dataclass
-class Samples:
-    """Of a step, one of each in every round; seconds."""
-
-    phases: list[list[float]] = field(default_factory=list)
-    host: list[float] = field(default_factory=list)  # where that is not the time itself
-
-
-def times(case: Case, names: Sequence[str], settings: Settings) -> Iterator[Progress | CaseResult]:
-    """The case's result: medians of rounds, and memory unless that takes processes of its own.
-
-    Before the first round everything has run twice, and is compiled.
-    """
-    _settle(settings)
+    _set_up(settings)
     device = DEVICES[settings.device]
     inputs = device.inputs(*case.tensors(settings.labels))
     x, y = inputs[0]
-    result = CaseResult(case, settings.labels, x.nbytes, y.nbytes, len(inputs))
-    floor_steps, steps = floor.steps(inputs), {}
-    expected = cache(partial(_expected, x, y))
-    for i, name in enumerate(names):
-        row, found = IMPLEMENTATIONS[name], Measurement()
-        result.measurements[name] = found
-        yield i / len(names) / 2, f"{case.name}: warming up {row.title}"
+
+    @cache
+    def expected(formula: str) -> float:
+        with torch.no_grad():
+            return float(getattr(formulas, formula)(x.float(), y))
+
+    rows: dict[str, Measurement] = {name: {"notes": []} for name in names}
+    steps = {f"floor {i}": floor.step(read, inputs) for i, read in enumerate(floor.READERS)}
+    for name, found in rows.items():
+        row = IMPLEMENTATIONS[name]
         try:
-            step = row.prepare(inputs)
+            step = row.step(inputs)
             *_, value = step()
-            found.value = float(value)
-        except Exception as error:  # a refusal is a result
-            found.notes.append(f"{type(error).__name__}: {error}")
+            found["value"] = float(value)
+        except Exception as error:
+            found["notes"].append(f"{type(error).__name__}: {error}")
             continue
         steps[name] = step
-        found.expected = expected(row.formula)
-        found.notes += doubts(found.value, found.expected, case.single_precision)
+        found["expected"] = expected(row.formula) + row.offset
+        found["notes"] += wrong_value(found["value"], found["expected"], x.dtype)
 
-    samples = {name: Samples() for name in floor_steps | steps}
-    for share in _rounds(floor_steps | steps, samples, device, settings):
-        yield 0.5 + share / 2, f"{case.name}: round {result.rounds + 1}"
-        result.rounds += 1
-    result.floor = floor.of({name: medians(samples[name].phases)[-1] for name in floor_steps})
-    for name, step in steps.items():
-        found = result.measurements[name]
-        *phases, found.step = medians(samples[name].phases)
-        if len(phases) == 2:
-            found.forward, found.backward = phases
-        if samples[name].host:
-            found.host = median(samples[name].host)
-        if settings.memory and not device.weighs_apart:
-            found.peak, found.kept = _weigh(step, device, x)
-    yield result
+    rounds = _rounds(steps, device, settings)
+    for name, samples in rounds.items():
+        found = rows.setdefault(name, {"notes": []})
+        found |= {what: median(sample[what] for sample in samples) for what in samples[0]}
+        if settings.memory and not device.memory_needs_fresh_process:
+            found |= growth(steps[name], device, x)
+    floors = [rows.pop(name) for name in steps if name not in names]
+    rows["floor"] = {what: min(row[what] for row in floors) for what in ("forward", "step")}
+    return CaseResult(str(case), rows, len(samples), len(inputs))
 
 
 def _rounds(
-    steps: Mapping[str, Step],
-    samples: Mapping[str, Samples],
-    device: Device,
-    settings: Settings,
-) -> Iterator[float]:
-    """Adds a sample of each step in each round, before which it yields the share that is done.
+    steps: Mapping[str, Step], device: Device, settings: Settings
+) -> dict[str, list[dict[str, float]]]:
+    """Of each step, its times in each round.
 
-    Every round has its own order, so that none always follows the same other, and whatever a cache
-    still holds of the input helps all alike, the floor included.
+    Every round has its own order, so that no step always follows the same other one, and whatever
+    input a cache still holds helps all alike, the floor included.
     """
-    repeats = math.ceil(SAMPLE / max(sum(device.seconds(step, 1)) for step in steps.values()))
+    slowest = max(device.seconds(step, 1)["step"] for step in steps.values())
+    samples: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
     order, shuffle = list(steps), random.Random(0).shuffle
     gc.collect()
     gc.disable()
     start = time.perf_counter()
     for done in range(settings.rounds):
-        used = (time.perf_counter() - start) / settings.budget
-        if used >= 1 and done >= settings.fewest:
+        if done >= FEWEST_ROUNDS and time.perf_counter() - start >= settings.budget:
             break
-        yield min(1.0, max(used, done / settings.rounds))
         shuffle(order)
         for name in order:
-            samples[name].phases.append(device.seconds(steps[name], repeats))
-            host = device.host_seconds(steps[name])
-            if host is not None:
-                samples[name].host.append(host)
+            samples[name].append(device.seconds(steps[name], math.ceil(SAMPLE / slowest)))
+    return samples
 
 
-def weight(case: Case, name: str, settings: Settings) -> Iterator[tuple[float, float]]:
-    """(peak, kept) of a step, in this new process.
+def memory(case: Case, name: str, settings: Settings) -> dict[str, float]:
+    """`growth` over a step, in a fresh process.
 
     A step on a tiny input comes first, so that neither libraries nor threads count; what is
-    compiled for a shape takes that step at full size. Memory that is free but still the process's
-    goes back to the system before the measured step.
+    compiled for a shape takes that step at full size.
     """
-    _settle(settings)
+    _set_up(settings)
     row, device = IMPLEMENTATIONS[name], DEVICES[settings.device]
     warm_up = case if row.compiled else case.with_sides(8)
-    for _ in row.prepare(device.inputs(*warm_up.tensors(settings.labels)))():
+    for _ in row.step(device.inputs(*warm_up.tensors(settings.labels)))():
         pass
     inputs = device.inputs(*case.tensors(settings.labels))
-    yield _weigh(row.prepare(inputs), device, inputs[0][0])
+    return growth(row.step(inputs), device, inputs[0][0])
 
 
-def _weigh(step: Step, device: Device, x: Tensor) -> tuple[float, float]:
-    """Growth over one step, at most and after its forward, per bytes of the logits."""
+def growth(step: Step, device: Device, x: Tensor) -> dict[str, float]:
+    """Growth of memory over a step, at most and after its forward, in units of the logits."""
     phases = step()
     next(phases)
     gc.collect()
-    meter = device.meter()
-    next(phases)
-    kept = meter.growth()
-    for _ in phases:
-        pass
-    return meter.peak() / x.nbytes, kept / x.nbytes
+    device.reset_peak_memory()
+    start = device.memory()
+    # (bytes in use, at most) after each phase, before the step cleans up
+    found = [(device.memory() - start, device.peak_memory() - start) for _ in phases]
+    peak, kept = found[-1][1], found[0][0]
+    return {"peak": max(0, peak) / x.nbytes, "kept": max(0, kept) / x.nbytes}
 
 
-def doubts(value: float, expected: float, single_precision: bool) -> list[str]:
-    """A note if a loss is not what its formula gives, within what its dtype can hold."""
-    tolerance = (1e-4 if single_precision else 1e-2) * max(1.0, abs(expected))
+def wrong_value(value: float, expected: float, dtype: torch.dtype) -> list[str]:
+    """A note if a loss is not what its formula gives, within the precision of its dtype."""
+    tolerance = (1e-4 if dtype == torch.float32 else 1e-2) * max(1.0, abs(expected))
     if abs(value - expected) <= tolerance:
         return []
-    return [f"its loss is {value:.4g}, where its formula gives {expected:.4g}"]
+    return [f"its loss is {value:.4g}, but its formula gives {expected:.4g}"]
 
 
-def _expected(x: Tensor, y: Tensor, formula: str) -> float:
-    with torch.no_grad():
-        return float(getattr(formulas, formula)(x.float(), y))
-
-
-def _settle(settings: Settings) -> None:
-    gc.freeze()  # what is imported is no garbage, and a fork need not copy it to find out
+def _set_up(settings: Settings) -> None:
+    gc.freeze()  # collections then skip what is imported, whose pages a fork would have to copy
     warnings.simplefilter("ignore")
     torch.set_num_threads(settings.threads)

@@ -1,67 +1,69 @@
-"""What a run finds out, as it goes into JSON."""
+"""What a run finds out, in memory and in JSON.
+
+A measurement is a dictionary of what was measured of an implementation on a case:
+
+- forward, backward, step (both together), host (the host's time for a step, where a GPU does the
+  work): medians, in seconds;
+- peak, the growth of memory over a step, and kept, the part of it that forward leaves for backward:
+  in units of the logits' bytes;
+- value, of the loss, and expected, the naive formula's value in float32;
+- notes: refusals and wrong values.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from statistics import median
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from .cases import Case
-from .floor import Floor
+from .implementations import IMPLEMENTATIONS
 
-
-@dataclass
-class Measurement:
-    """One implementation on one case; None for what was not measured."""
-
-    forward: float | None = None  # seconds, medians
-    backward: float | None = None
-    step: float | None = None  # forward and backward together
-    host: float | None = None  # what a step costs the host, where a device does the work
-    peak: float | None = None  # growth of memory, in units of the logits' bytes
-    kept: float | None = None  # of it, what forward leaves for backward
-    value: float | None = None  # of the loss
-    expected: float | None = None  # by the naive formula, in float32
-    notes: list[str] = field(default_factory=list)  # refusals and doubts
+Measurement = dict[str, Any]
 
 
 @dataclass
 class CaseResult:
-    """One case."""
+    """One case: measurements by the names of IMPLEMENTATIONS, and of the "floor"."""
 
-    case: Case
-    labels: str
-    x_bytes: int = 0
-    y_bytes: int = 0
-    copies: int = 1  # of the input, that steps take in turns
+    title: str
+    measurements: dict[str, Measurement]
     rounds: int = 0
-    floor: Floor | None = None
-    measurements: dict[str, Measurement] = field(default_factory=dict)
+    copies: int = 1  # of the input, for successive steps
 
-    def above_floor(self, name: str, what: str) -> float | None:
-        """An implementation's "forward" or "step" as a multiple of the floor's."""
-        found = self.measurements.get(name)
-        if found is None or self.floor is None:
-            return None
-        return ratio(getattr(found, what), getattr(self.floor, what))
+    def get(self, name: str, what: str) -> float | None:
+        """An entry of a measurement, None if it is missing; the name "compile" stands for the
+        fastest compiled implementation, in forward if that is asked for, else in a step.
+        """
+        if name == "compile":
+            time = "forward" if what == "forward" else "step"
+            compiled = (n for n, row in IMPLEMENTATIONS.items() if row.compiled)
+            seconds = {n: s for n in compiled if (s := self.get(n, time)) is not None}
+            name = min(seconds, key=seconds.__getitem__, default="")
+        return self.measurements.get(name, {}).get(what)
+
+    def ratio(self, a: str, b: str, what: str) -> float | None:
+        """`get` of a divided by that of b, None if one is missing."""
+        above, below = self.get(a, what), self.get(b, what)
+        return None if above is None or below is None else above / below
 
 
 @dataclass
 class Report:
-    """One run: facts about it, what could not be measured and why, results by case."""
+    """One run."""
 
-    facts: dict[str, Any]
-    unavailable: dict[str, str]
+    facts: dict[str, str]
     cases: dict[str, CaseResult] = field(default_factory=dict)
 
 
-def medians(samples: Sequence[Sequence[float]]) -> list[float]:
-    """Rounds of phases -> the median of each phase and, last, of their sum."""
-    rounds = [(*phases, sum(phases)) for phases in samples]
-    return [median(phase) for phase in zip(*rounds, strict=True)]
+def write(report: Report, path: Path) -> None:
+    """The whole report as JSON."""
+    path.write_text(json.dumps(asdict(report), indent=2) + "\n")
 
 
-def ratio(a: float | None, b: float | None) -> float | None:
-    """a / b, None if one is missing."""
-    return None if a is None or b is None else a / b
+def read(path: Path) -> Report:
+    """A report that `write` wrote."""
+    found = json.loads(path.read_text())
+    return Report(
+        found["facts"], {name: CaseResult(**case) for name, case in found["cases"].items()}
+    )

@@ -1,100 +1,67 @@
-"""A whole run: every case timed, then each implementation of it weighed."""
+"""A whole run: a fresh process for the times of each case, and one for each peak memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+import multiprocessing
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import machine, measure
 from .cases import Case
-from .device import DEVICES
-from .implementations import Implementation
+from .devices import DEVICES
+from .implementations import IMPLEMENTATIONS
 from .measure import Settings
-from .processes import ProcessDied, fresh
-from .results import CaseResult, Measurement, Report
-
-Show = Callable[[float, str], None]  # the share that is done, what comes next
+from .results import CaseResult, Report
 
 
-def report(
-    chosen: Sequence[Case],
-    rows: Sequence[Implementation],
-    settings: Settings,
-) -> Report:
-    """Measures, with a progress bar on standard error; interrupted, returns what there is."""
-    log = Console(stderr=True)
-    with log.status("importing the peers"):
-        reasons = {row.name: row.unavailable() for row in rows}
-    unavailable = {name: reason for name, reason in reasons.items() if reason}
-    result = Report(machine.facts(settings.device) | {"settings": asdict(settings)}, unavailable)
-    usable = [row for row in rows if row.name not in unavailable]
-    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    # No thread refreshes it: this process may fork.
-    with Progress(*columns, console=log, transient=True, auto_refresh=False) as bar:
-        task = bar.add_task("", total=1)
-
-        def show(done: float, what: str) -> None:
-            bar.update(task, completed=done, description=what, refresh=True)
-
-        try:
-            for found in cases(chosen if usable else (), usable, settings, show):
-                result.cases[found.case.name] = found
-        except KeyboardInterrupt:
-            log.print("interrupted")
+def report(cases: Sequence[Case], names: Sequence[str], settings: Settings) -> Report:
+    """Measures every case that it can; interrupted, returns what there is."""
+    reasons = {name: IMPLEMENTATIONS[name].unavailable() for name in names}
+    missing = [f"{IMPLEMENTATIONS[name].title} ({why})" for name, why in reasons.items() if why]
+    usable = [name for name in names if not reasons[name]]
+    try:
+        DEVICES[settings.device].reset_peak_memory()
+    except OSError as error:
+        settings = replace(settings, memory=False)
+        missing.append(f"peak memory ({error})")
+    result = Report(machine.facts(settings))
+    if missing:
+        result.facts["not measured"] = ", ".join(missing)
+    try:
+        for case in cases if usable else ():
+            print(f"measuring {case.name}: {case}", file=sys.stderr, flush=True)
+            result.cases[case.name] = measured(case, usable, settings)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
     return result
 
 
-def cases(
-    chosen: Sequence[Case],
-    rows: Sequence[Implementation],
-    settings: Settings,
-    show: Show,
-) -> Iterator[CaseResult]:
-    """Each case's result as soon as it is there."""
-    apart = rows if settings.memory and DEVICES[settings.device].weighs_apart else ()
-    parts = 1 + len(apart)  # the timing, and a weighing each
-    for i, case in enumerate(chosen):
-
-        def show_part(done: float, what: str, before: int = i * parts) -> None:
-            show((before + done) / (len(chosen) * parts), what)
-
-        result = timed(case, [row.name for row in rows], settings, show_part)
-        for k, row in enumerate(apart, start=1):
-            show_part(k, f"{case.name}: memory of {row.title}")
-            found = result.measurements[row.name]
-            if found.step is not None:  # what was refused once is not asked again
-                weigh(case, row, settings, found)
-        yield result
-
-
-def timed(case: Case, names: Sequence[str], settings: Settings, show: Show) -> CaseResult:
-    """The case's result, as far as one process finds it out."""
-    result = CaseResult(case, settings.labels)
+def measured(case: Case, names: Sequence[str], settings: Settings) -> CaseResult:
+    """Times of all implementations together, then the memory of each in a process of its own."""
+    device = DEVICES[settings.device]
     try:
-        for message in _fresh(measure.times, case, names, settings):
-            if isinstance(message, CaseResult):
-                result = message
-            else:
-                show(*message)
-    except ProcessDied as died:
-        result.measurements = {name: Measurement(notes=[str(died)]) for name in names}
+        result = in_fresh_process(device.spawn, measure.times, case, names, settings)
+    except Exception as error:  # the process died, for want of memory perhaps
+        return CaseResult(str(case), {name: {"notes": [_reason(error)]} for name in names})
+    for name in names if settings.memory and device.memory_needs_fresh_process else ():
+        found = result.measurements[name]
+        if "step" in found:
+            try:
+                found |= in_fresh_process(device.spawn, measure.memory, case, name, settings)
+            except Exception as error:
+                found["notes"].append(f"memory: {_reason(error)}")
     return result
 
 
-def weigh(case: Case, row: Implementation, settings: Settings, found: Measurement) -> None:
-    """Fills in peak and kept."""
-    try:
-        for found.peak, found.kept in _fresh(measure.weight, case, row.name, settings):
-            pass
-    except ProcessDied as died:
-        found.notes.append(f"memory: {died}")
+def in_fresh_process(spawn: bool, work: Callable[..., Any], *arguments: Any) -> Any:
+    """What `work` returns in a new process, a fork unless `spawn`."""
+    context = multiprocessing.get_context("spawn" if spawn else "fork")
+    with ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(work, *arguments).result()
 
 
-def _fresh(
-    work: Callable[..., Iterator[Any]], case: Case, what: Any, settings: Settings
-) -> Iterator[Any]:
-    return fresh(work, case, what, settings, spawn=DEVICES[settings.device].spawn)
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

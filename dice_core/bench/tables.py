@@ -1,231 +1,132 @@
-"""A run in words and tables of strings, for a terminal and for Markdown."""
+"""A report as Markdown, which a terminal shows well too."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table as RichTable
-
-from . import summary
 from .implementations import IMPLEMENTATIONS
-from .results import CaseResult, Measurement, Report
+from .results import CaseResult, Report
 
-HOST = "host us"
-NOTE_LENGTH = 700  # characters; JSON has them whole
+Row = TypeVar("Row")
 
+# title: what of it is timed; ours, our Dice alone, MONAI's, nnU-Net's, torch.compile's
+_DICE = ("", "monai", "nnunet", "compile")
+_CE, _FOCAL = ("monai-ce", "nnunet-ce", ""), ("monai-focal", "", "")
+COMPARISONS = {
+    "forward": ("forward", "ours", *_DICE),
+    "step, fresh gradient": ("step", "ours", *_DICE),
+    "step, gradient into out=": ("step", "ours-out", *_DICE),
+    "step, gradient in place": ("step", "ours-over", *_DICE),
+    "step of Dice + cross-entropy, fresh gradient": ("step", "ours-ce", "ours", *_CE),
+    "step of Dice + cross-entropy, into out=": ("step", "ours-ce-out", "ours-out", *_CE),
+    "step of Dice + focal, fresh gradient": ("step", "ours-focal", "ours", *_FOCAL),
+    "step of Dice + focal, into out=": ("step", "ours-focal-out", "ours-out", *_FOCAL),
+}
 
-@dataclass(frozen=True)
-class Table:
-    """Rows of strings; the first column is a name, the others are numbers."""
+LEGEND = """\
+Times are medians of rounds in which everything runs once, in changing order, in one process per
+case. A step is forward and backward. 'vs' is their time divided by ours, 'compile' the fastest of
+torch.compile, 'of Dice' our time divided by that of our Dice alone. The floor of forward is the
+time to read logits and labels; that of a step adds the time to read the labels again and to copy
+the logits. 'peak' is the growth of memory over a step, 'kept' what forward leaves for backward, in
+units of the logits: of a fresh process or, on a GPU, of what torch's allocator hands out.
 
-    title: str
-    header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+All compute the same Dice loss, except that nnU-Net's is without the 1 and SMP's is of the whole
+batch; with one channel it is the Dice of the foreground alone. Compounds add the mean cross-entropy
+(CE) or the focal loss of each channel's sigmoid.
 
-    def rich(self) -> RichTable:
-        """For a terminal."""
-        table = RichTable(title=self.title, title_justify="left", box=box.SIMPLE_HEAD)
-        for i, name in enumerate(self.header):
-            table.add_column(name, justify="right" if i else "left", overflow="fold")
-        for row in self.rows:
-            table.add_row(*map(escape, row))
-        return table
-
-    def without_empty(self, *names: str) -> Table:
-        """The same without these columns where nobody has a number in them."""
-        columns = [
-            i
-            for i, name in enumerate(self.header)
-            if name not in names or any(row[i] not in ("", "-") for row in self.rows)
-        ]
-        header, *rows = (tuple(row[i] for i in columns) for row in (self.header, *self.rows))
-        return Table(self.title, header, rows)
-
-    def markdown(self) -> str:
-        """A heading line and a table of GitHub's kind."""
-        ruler = ["---", *["---:"] * (len(self.header) - 1)]
-        lines = [f"| {' | '.join(row)} |" for row in (self.header, ruler, *self.rows)]
-        return "\n".join([f"**{self.title}**", "", *lines])
+On a GPU times are the device's, which does not wait for the host; 'host' is the time it takes to
+enqueue a step. A step by itself takes the longer of the two."""
+NOTE_LENGTH = 700  # characters; JSON has notes in full
 
 
-def heading(report: Report) -> list[str]:
-    """Lines: machine, settings, versions, what the environment decides, the command."""
-    facts = report.facts
-    settings = facts["settings"]
-    set_variables = [f"{name}={value}" for name, value in facts["environment"].items() if value]
-    lines = [
-        f"{facts['cpu']}, {facts['cores']} cores, {facts['memory_bytes'] / 2**30:.0f} GiB; "
-        f"backend {facts['backend']}, {settings['threads']} threads, {settings['labels']} labels; "
-        f"{facts['date']}, load {facts['load']:.1f} at the start",
-        ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
-        "environment: " + (", ".join(set_variables) or "the allocator's and OpenMP's defaults"),
-        facts["command"],
-    ]
-    if "gpu" in facts:
-        lines.insert(
-            0,
-            f"{facts['gpu']}, compute capability {facts['compute_capability']}, "
-            f"{facts['gpu_memory_bytes'] / 2**30:.0f} GiB, {facts['l2_bytes'] / 2**20:.0f} MiB of "
-            f"L2 cache; driver {facts['driver']}, CUDA {facts['cuda']}",
-        )
-    if not facts["peak_memory_exact"]:
-        lines.append("peak memory is a lower bound: the system keeps a lifetime maximum only")
-    missing = [f"{IMPLEMENTATIONS[name].title} ({why})" for name, why in report.unavailable.items()]
-    return lines + ([f"not measured: {', '.join(missing)}"] if missing else [])
+def text(report: Report) -> str:
+    """Facts, all measurements of each case, comparisons, how to read them, notes."""
+    parts = [heading(report), *(details(name, found) for name, found in report.cases.items())]
+    parts += [comparison(title, report.cases, *names) for title, names in COMPARISONS.items()]
+    return "\n\n".join(filter(None, [*parts, LEGEND, notes(report)])) + "\n"
 
 
-def details(result: CaseResult, footnotes: list[str]) -> Table:
-    """Every implementation of a case, with the numbers of its notes among the footnotes."""
-    floor, rows = result.floor, []
-    for name, found in result.measurements.items():
-        marks = "".join(f" [{1 + footnotes.index(note)}]" for note in found.notes)
-        rows.append((IMPLEMENTATIONS[name].title + marks, *_cells(name, found, result)))
-    title = f"{result.case.name}: {result.case}, {result.rounds} rounds"
-    if floor:
-        rows.append(("floor", _ms(floor.forward), "", _ms(floor.step), *[""] * 5))
-        read, copy = result.x_bytes / floor.read_x / 1e9, result.x_bytes / floor.copy_x / 1e9
-        title += f"; read {read:.1f}, copy {copy:.1f} GB/s"
-    if result.copies > 1:
-        title += f"; {result.copies} copies of the input in turns"
-    header = ("", "forward ms", "backward ms", "step ms", "fwd / floor", "step / floor", HOST)
-    return Table(title, (*header, "peak", "kept"), rows).without_empty(HOST)
+def heading(report: Report) -> str:
+    """A line for each fact."""
+    return "  \n".join(f"{name}: {fact}" for name, fact in report.facts.items())
 
 
-def _cells(name: str, found: Measurement, result: CaseResult) -> Iterator[str]:
-    yield from map(_ms, (found.forward, found.backward, found.step))
-    yield from (_number(result.above_floor(name, what)) for what in ("forward", "step"))
-    yield _us(found.host)
-    yield from map(_number, (found.peak, found.kept))
+def details(case: str, result: CaseResult) -> str:
+    """The table of every implementation of a case."""
+    copies = f", {result.copies} copies of the input" if result.copies > 1 else ""
+    title = f"{case}: {result.title}, {result.rounds} rounds{copies}"
+    columns: dict[str, Callable[[str], str]] = {
+        "forward ms": lambda name: _number(result.get(name, "forward"), 1e3),
+        "backward ms": lambda name: _number(result.get(name, "backward"), 1e3),
+        "step ms": lambda name: _number(result.get(name, "step"), 1e3),
+        "forward / floor": lambda name: _number(result.ratio(name, "floor", "forward")),
+        "step / floor": lambda name: _number(result.ratio(name, "floor", "step")),
+        "host us": lambda name: _number(result.get(name, "host"), 1e6),
+        "peak": lambda name: _number(result.get(name, "peak")),
+        "kept": lambda name: _number(result.get(name, "kept")),
+    }
+    return table(title, {_title(name): name for name in result.measurements}, columns)
 
 
-def summaries(report: Report) -> list[Table]:
-    """Ours against the peers and the floor; then memory and the host's time; what there is."""
-    results = list(report.cases.values())
-    tables = [_speeds(results, quantity) for quantity in summary.QUANTITIES]
-    tables += [_compounds(results, name) for name in summary.COMPOUNDS]
-    tables += [_memory(results), _hosts(results)]
-    return [table for table in tables if any(set(row[1:]) != {"-"} for row in table.rows)]
+def comparison(title: str, results: Mapping[str, CaseResult], time: str, *names: str) -> str:
+    """The table of one of COMPARISONS, a line for each case; empty if ours was not measured."""
+    ours, dice, monai, nnunet, compiled = names
+    if all(result.get(ours, time) is None for result in results.values()):
+        return ""
+    peak = "peak" if time == "step" else ""
+    columns: dict[str, Callable[[CaseResult], str]] = {
+        "ms": lambda r: _number(r.get(ours, time), 1e3),
+        "of Dice": lambda r: _times(r.ratio(ours, dice, time)),
+        "vs MONAI": lambda r: _times(r.ratio(monai, ours, time)),
+        "vs nnU-Net": lambda r: _times(r.ratio(nnunet, ours, time)),
+        "vs compile": lambda r: _times(r.ratio(compiled, ours, time)),
+        "/ floor": lambda r: _number(r.ratio(ours, "floor", time)),
+        "peak": lambda r: _number(r.get(ours, peak)),
+        "MONAI peak": lambda r: _number(r.get(monai, peak)),
+        "nnU-Net peak": lambda r: _number(r.get(nnunet, peak)),
+        "compile peak": lambda r: _number(r.get(compiled, peak)),
+    }
+    return table(f"dice_core, {title}", results, columns)
 
 
-def _speeds(results: list[CaseResult], quantity: str) -> Table:
-    rows = []
-    for result in results:
-        row = summary.speed(result, quantity)
-        compared = (row.over_monai, row.over_compile, row.over_exacta)
-        rows.append((row.case, _ms(row.seconds), *map(_times, compared), _number(row.above_floor)))
-    header = ("case", "ms", "vs MONAI", "vs compile", "vs exacta", "/ floor")
-    return Table(f"dice_core, {quantity}", header, rows).without_empty("vs exacta")
-
-
-def _compounds(results: list[CaseResult], name: str) -> Table:
-    rows = []
-    for result in results:
-        row = summary.compound(result, name)
-        speeds = map(_times, (row.over_dice, row.over_monai, row.over_nnunet))
-        peaks = map(_number, (row.peak, row.peak_of_monai, row.peak_of_nnunet))
-        rows.append((row.case, _ms(row.seconds), *speeds, *peaks))
-    header = ("case", "ms", "of Dice", "vs MONAI", "vs nnU-Net", "peak", "MONAI", "nnU-Net")
-    table = Table(f"dice_core, step of {name}", header, rows)
-    return table.without_empty("vs nnU-Net").without_empty("nnU-Net")
-
-
-def _memory(results: list[CaseResult]) -> Table:
-    weights = map(summary.memory, results)
-    header = ("case", "dice_core", "over the logits", "MONAI", "compile")
-    rows = [
-        (row.case, *map(_number, (row.ours, row.over_logits, row.monai, row.compile)))
-        for row in weights
-    ]
-    return Table("peak memory of a step, in units of the logits", header, rows)
-
-
-def _hosts(results: list[CaseResult]) -> Table:
-    hosts = map(summary.host, results)
-    header = ("case", "dice_core", "MONAI", "compile", "exacta")
-    rows = [(row.case, *map(_us, (row.ours, row.monai, row.compile, row.exacta))) for row in hosts]
-    return Table("time of a step on the host, us", header, rows).without_empty("exacta")
-
-
-def legend(report: Report) -> list[str]:
-    """What the cases and the words of the summaries stand for."""
-    cases = "; ".join(f"{name} {result.case}" for name, result in report.cases.items())
-    lines = [
-        f"Cases: {cases}. Labels (N, *), {report.facts['settings']['labels']}.",
-        "A step is forward and backward. MONAI is its DiceLoss; compile is the fastest of "
-        "torch.compile of the naive code, of the naive code with ==, and of MONAI's DiceLoss. "
-        "'vs' is their time divided by ours, '/ floor' ours divided by the time to read the logits "
-        "and labels (forward), and to read the labels again and copy the logits (step).",
-        "All compute the same Dice loss, except that nnU-Net's lacks the 1 and SMP's is of the "
-        "whole batch. One channel is a Dice of the foreground alone; ours has weight (0, 1) there. "
-        "Compounds add the mean cross-entropy, or the focal loss of each channel's sigmoid; "
-        "'of Dice' is their time divided by that of our Dice alone.",
-    ]
-    if "gpu" in report.facts:
-        lines.append(
-            "Times are the device's, the host far enough ahead; the host's is what it takes to "
-            "enqueue a step. A step alone takes the longer of the two."
-        )
-    return lines
-
-
-def notes(report: Report) -> dict[str, str]:
-    """Refusals and doubts, each with whom it is about, in the order of the footnotes' numbers."""
+def notes(report: Report) -> str:
+    """Refusals and wrong values, each with the cases and implementations that it is about."""
     about: dict[str, list[str]] = {}
     for case, result in report.cases.items():
         for name, found in result.measurements.items():
-            for note in found.notes:
-                about.setdefault(note, []).append(f"{case} {IMPLEMENTATIONS[name].title}")
-    return {
-        note: textwrap.shorten(f"{'; '.join(who)}: {note}", NOTE_LENGTH)
-        for note, who in about.items()
-    }
+            for note in found.get("notes", []):
+                about.setdefault(note, []).append(f"{case} {_title(name)}")
+    lines = [f"- {'; '.join(names)}: {note}" for note, names in about.items()]
+    return "\n".join(textwrap.shorten(line, NOTE_LENGTH) for line in lines)
 
 
-def show(report: Report, console: Console) -> None:
-    """Everything, on a terminal."""
-    if not console.is_terminal:
-        console.width = 140
-
-    def text(line: str) -> None:
-        console.print(line, markup=False, highlight=False)
-
-    text("\n".join([*heading(report), ""]))
-    footnotes = notes(report)
-    for result in report.cases.values():
-        console.print(details(result, list(footnotes)).rich())
-    for table in summaries(report):
-        console.print(table.rich())
-    text("\n\n".join(legend(report)))
-    for i, line in enumerate(footnotes.values(), start=1):
-        text(f"[{i}] {line}")
+def table(title: str, rows: Mapping[str, Row], columns: Mapping[str, Callable[[Row], str]]) -> str:
+    """A line for each of the rows, without the columns in which nothing was measured."""
+    cells = {header: [cell(row) for row in rows.values()] for header, cell in columns.items()}
+    cells = {header: column for header, column in cells.items() if set(column) != {"-"}}
+    lines = [
+        ["", *cells],
+        ["---", *["---:"] * len(cells)],
+        *zip(rows, *cells.values(), strict=True),
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    return "\n".join([f"**{title}**", "", *(f"| {' | '.join(line)} |" for line in aligned)])
 
 
-def markdown(report: Report) -> str:
-    """The summaries with all that a reader needs to judge them."""
-    parts = ["  \n".join(heading(report)), *(table.markdown() for table in summaries(report))]
-    parts += legend(report)
-    footnotes = [f"{i}. {note}" for i, note in enumerate(notes(report).values(), start=1)]
-    return "\n\n".join([*parts, "\n".join(footnotes)]).rstrip() + "\n"
+def _title(name: str) -> str:
+    return IMPLEMENTATIONS[name].title if name in IMPLEMENTATIONS else name
 
 
-def _number(value: float | None) -> str:
+def _number(value: float | None, scale: float = 1) -> str:
     if value is None:
         return "-"
+    value *= scale
     return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f}"
 
 
 def _times(value: float | None) -> str:
     return "-" if value is None else f"{_number(value)}x"
-
-
-def _ms(seconds: float | None) -> str:
-    return "-" if seconds is None else _number(1e3 * seconds)
-
-
-def _us(seconds: float | None) -> str:
-    return "-" if seconds is None else _number(1e6 * seconds)

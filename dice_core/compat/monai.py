@@ -3,43 +3,50 @@
     from dice_core.compat.monai import DiceCELoss  # in place of monai.losses
 
 Constructor arguments, defaults, values, gradients, shapes, warnings and keys of the state_dict are
-those of MONAI 1.6. `input` is (B, C, *) with at least one spatial axis; `target` is (B, 1, *) with
-`to_onehot_y`, labels of any dtype (of floating-point ones an integer copy is made), else (B, C, *),
-values in [0, 1] of any dtype. Neither a softmax nor a one-hot encoding is made: beside the gradient
-nothing is of input's size, except a copy of a dense target where a mask or `ignore_index` leaves
-out some of it, and what `other_act` returns.
+those of MONAI 1.6, its NaN where smooth_nr = smooth_dr = 0 gives 0/0 included. `input` is (B, C, *)
+with at least one spatial axis; `target` is (B, 1, *) with `to_onehot_y`, labels of any dtype (of
+floating-point ones an integer copy is made), else (B, C, *), values in [0, 1] of any dtype. Neither
+a softmax nor a one-hot encoding is made: beside the gradient nothing is of input's size, except a
+copy of a target (B, C, *) where a mask or `ignore_index` leaves out some of it, and what
+`other_act` returns.
 
-What differs:
+What differs from MONAI, and nothing else:
 
-- The loss is float32 for half and float32 input, float64 for float64; MONAI sums halfs in half.
-- 0/0, a class that is neither predicted nor there with smooth_nr = smooth_dr = 0, is a perfect
-  score, not NaN.
-- Labels outside [0, C), dense targets outside [0, 1], which MONAI takes as they are, and what else
-  fails there inside torch with a RuntimeError raise ValueError; such labels and targets on a GPU
-  make the loss NaN. Negative weights and smoothing raise it when the loss is made.
-- A scalar `weight` stays a scalar in the state_dict, where MONAI expands it at the first call.
-- `ignore_index` that is a class takes that class out of the mean too, MONAI counts it as one that
-  is never found; masked voxels do not count as background in `MaskedDiceLoss`.
+- Sums are added in float64 and half input is computed in float32: the loss is float32 for half and
+  float32 input, float64 for float64. MONAI rounds the generalized Dice loss's class weights, the
+  focal loss and one-hot encodings to float32, whatever the input.
+- Labels outside [0, C) and other targets outside [0, 1] raise ValueError; on a GPU they make the
+  loss NaN, unless `check_labels` asks to look.
+- MONAI multiplies by 0 what does not count, which gives NaN where it is infinite or NaN. Here
+  ignored and masked voxels count nothing and have gradient 0 whatever input and loss are, and
+  neither does the infinite loss of a class with target 0 count. The other way round, a NaN of a
+  background that is left out may have gradient NaN and not 0.
 - Second derivatives raise RuntimeError, and torch.jit.script does not take these modules.
+- The keyword-only arguments `backend`, `num_threads` and `check_labels` are those of
+  `dice_core.torch.loss`. Integer and bool targets are taken everywhere.
 
-What is not a function of the sums that one pass takes raises NotImplementedError, naming the
-argument: see each loss. All refuse targets that require grad, and input without spatial axes.
-Settings that need targets of 0 and 1 alone look through dense floating-point ones at each call, for
-which a GPU waits; not through integer and bool ones.
+What is not a function of the sums that one pass takes is refused: NotImplementedError naming the
+argument, or ValueError where only the targets' values tell, see each loss. All losses refuse
+targets that require grad, and input without spatial axes, with NotImplementedError; and negative or
+infinite settings (smooth_nr, weight, gamma and so on) with ValueError when they are made.
 """
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from .. import losses, spec
-from ..torch import loss
-from . import _shared
+from .. import checks, losses, threads
+from ..spec import Spec
+from ..sums import Statistics
+from ..torch import operators
+from ..torch.functional import evaluate
 
 __all__ = [
     "DiceCELoss",
@@ -53,23 +60,28 @@ __all__ = [
 Activation = Callable[[Tensor], Tensor]
 Weight = Sequence[float] | float | Tensor
 
-_SOFT_LABEL = "soft_label=True"  # the sums of min(s, t), of 0/1 targets and scores in [0, 1] I
+# Where a copy of a target is made anyway: a voxel to ignore, and one to refuse.
+_IGNORED, _REFUSED = -(2**15), -1
+_SOFT_LABEL = "soft_label=True takes targets of 0 and 1 alone"
 
 
-class _Seen(NamedTuple):
-    """A call, as `dice_core.torch.loss` takes it."""
+class _Read(NamedTuple):
+    """A checked call."""
 
-    x: Tensor
+    x: Tensor  # what other_act gave
     y: Tensor
-    activation: str
-    ignore_label: int | None
+    labels: bool  # (B, 1, *) class labels, or targets of x's shape
+    dropped: bool  # whether the background is left out
+    seen: tuple[str, int | None, str]  # activation, ignore_label, targets
+    reason: str  # why values other than 0 and 1 are refused, if they are
 
 
 class _Overlap(torch.nn.Module):
-    """The arguments that all have, and what they mean to `dice_core.torch.loss`."""
+    """The arguments that all have, and how targets are read."""
 
     def __init__(
         self,
+        *,
         include_background: bool,
         to_onehot_y: bool,
         sigmoid: bool,
@@ -80,130 +92,100 @@ class _Overlap(torch.nn.Module):
         smooth_dr: float,
         batch: bool,
         soft_label: bool,
-        ignore_index: int | None = None,
+        ignore_index: int | None,
+        backend: str | None,
+        num_threads: int | None,
+        check_labels: bool | None,
     ) -> None:
         super().__init__()
         self.reduction = _one_of(reduction, "reduction", ("none", "mean", "sum"))
         if other_act is not None and not callable(other_act):
             raise TypeError(f"other_act must be None or callable, got {type(other_act).__name__}")
-        if bool(sigmoid) + bool(softmax) + (other_act is not None) > 1:
-            raise ValueError(
-                "Incompatible values: more than 1 of sigmoid=True, softmax=True and other_act"
-            )
         self.include_background = include_background
         self.to_onehot_y = to_onehot_y
         self.sigmoid = sigmoid
         self.softmax = softmax
         self.other_act = other_act
-        self.smooth_nr = spec.number(smooth_nr, "smooth_nr")
-        self.smooth_dr = spec.number(smooth_dr, "smooth_dr")
+        self.smooth_nr = _number(smooth_nr, "smooth_nr")
+        self.smooth_dr = _number(smooth_dr, "smooth_dr")
         self.batch = batch
         self.soft_label = soft_label
-        self.ignore_index = spec.label(ignore_index)
+        if ignore_index is not None:
+            ignore_index = checks.integer(ignore_index, "ignore_index")
+        self.ignore_index = ignore_index
+        threads_asked = None if num_threads is None else threads.resolve(num_threads)
+        self._options = backend, threads_asked, check_labels
+        _check_activation(sigmoid, softmax, other_act)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """(B, C, *) and (B, 1, *) or (B, C, *) -> the loss."""
         return self._loss(self._read(input, target))
 
-    def _term(self, classes: int) -> losses.Term:
-        """The loss of so many classes, with a value for each where nothing is reduced."""
+    def _loss(self, call: _Read) -> Tensor:
         raise NotImplementedError
 
-    def _shaped(self, value: Tensor, ndim: int) -> Tensor:
-        """The value of the term in the shape of reduction "none" for input of so many axes."""
-        raise NotImplementedError
-
-    def _loss(self, seen: _Seen) -> Tensor:
-        x, y, activation, ignore_label = seen
-        term = self._term(x.shape[1])
-        value = loss(x, y, term, activation=activation, ignore_label=ignore_label)
-        return self._shaped(value, x.ndim) if self.reduction == "none" else value
-
-    # the call
-
-    def _read(self, input: Tensor, target: Tensor) -> _Seen:
+    def _read(self, input: Tensor, target: Tensor, to_onehot_y: bool | None = None) -> _Read:
+        """The checked call; `to_onehot_y` is the loss's own if not given."""
+        to_onehot_y = self.to_onehot_y if to_onehot_y is None else to_onehot_y
+        sigmoid, softmax, other_act = self.sigmoid, self.softmax, self.other_act
         single = input.shape[1] == 1
-        for given, name in (
-            (self.softmax, "softmax=True"),
-            (self.to_onehot_y, "to_onehot_y=True"),
-            (not self.include_background, "include_background=False"),
-        ):
-            if single and given:
-                warnings.warn(f"single channel prediction: `{name}` is ignored", stacklevel=3)
-        activation = "sigmoid" if self.sigmoid else "none"
-        if self.softmax and not single:
-            activation = "softmax"
-        x = input if self.other_act is None else self.other_act(input)
-        labels = self.to_onehot_y and not single
-        _check_shapes(x, target, labels)
+        if single:
+            _warn_of_single(softmax, to_onehot_y, not self.include_background)
+        if sigmoid + softmax + (other_act is not None) > 1:
+            _check_activation(sigmoid, softmax, other_act)
+        x = input if other_act is None else other_act(input)
+        labels = to_onehot_y and not single
+        wanted = (x.shape[0], 1, *x.shape[2:]) if labels else x.shape
+        if target.shape != wanted or x.ndim < 3 or x.shape != input.shape:
+            _refuse_shapes(input, x, target, labels)
         if target.requires_grad:
-            raise _refusal("target that requires grad", "detach it")
-        needs = self._needs_hard()
-        if needs == _SOFT_LABEL and activation == "none":
-            raise _refusal(f"{needs} without sigmoid=True or softmax=True", "leave it out")
-        if needs and not labels and _shared.soft(target):
-            raise _refusal(f"{needs} with targets between 0 and 1", "leave it out")
-        return self._without_ignored(_Seen(x, target, activation, None), labels)
-
-    def _needs_hard(self) -> str:
-        """The argument that is served only where targets are 0 or 1; "" if none is."""
-        return _SOFT_LABEL if self.soft_label else ""
-
-    def _without_ignored(self, seen: _Seen, labels: bool) -> _Seen:
-        """With ignore_index as a label that the target has where it is to be left out."""
-        index, y = self.ignore_index, seen.y
-        if labels or index is None or y.shape[1] == 1:
-            return seen._replace(y=_shared.class_labels(y) if labels else y, ignore_label=index)
-        if 0 <= index < y.shape[1]:
-            of_index = y[:, index : index + 1]
-            if _shared.soft(of_index):
-                raise _refusal(
-                    f"ignore_index={index} of a class with targets between 0 and 1",
-                    "give that channel in zeros and ones",
-                )
-            counted = of_index == 0
-        else:
-            counted = y.any(1, keepdim=True).bool()  # of uint8 torch's any is uint8
-        y, label = _shared.masked(y, counted)
-        return seen._replace(y=y, ignore_label=label)
-
-    # the classes
-
-    def _kept(self, classes: int) -> int:
-        """How many classes are left without the background."""
-        return classes if self.include_background or classes == 1 else classes - 1
-
-    def _average(self, classes: int) -> dict[str, Any]:
-        """A term's settings for reduction, batch, background and ignored class."""
-        out = [0] if self._kept(classes) < classes else []
-        index = self.ignore_index
-        if index is not None and 0 <= index < classes > 1 and index not in out:
-            out.append(index)
-        each = self.reduction == "none"
-        return {
-            "reduction": "classes" if each else self.reduction,
-            "divisor": "one" if self.reduction == "sum" else "kept" if out else "classes",
-            "pool": "batch" if self.batch else "none",
-            "ignore_channel": out if len(out) > 1 else out[0] if out else -1,
-        }
-
-    def _of_classes(self, value: Tensor) -> Tensor:
-        """(B, K), or (K,) of a batch, without the background."""
-        classes = value.shape[1]
-        value = value[:, classes - self._kept(classes) :]
-        return value[0] if self.batch else value
+            raise _refusal("a target that requires grad", "detach it")
+        activation = "sigmoid" if sigmoid else "softmax" if softmax and not single else "none"
+        # That of squares is the same with and without.
+        minimum = self.soft_label and not getattr(self, "squared_pred", False)
+        reason = _SOFT_LABEL if minimum else ""
+        if reason and activation == "none":
+            raise _refusal("soft_label=True without sigmoid=True or softmax=True", "leave it out")
+        y, index, targets = target, self.ignore_index, "labels" if labels else "soft"
+        if reason and not labels and target.is_floating_point():
+            targets = "binary"
+        if index is not None:
+            y, index, of_class = _without_index(target, index, labels)
+            reason = reason or of_class
+        elif labels and target.is_floating_point():
+            y = target.int()
+        dropped = not (self.include_background or single)
+        return _Read(x, y, labels, dropped, (activation, index, targets), reason)
 
 
 class DiceLoss(_Overlap):
-    """1 - (2 I + smooth_nr) / (P + Y + smooth_dr), of the Jaccard index 2 (P + Y - I) below.
+    """The Dice loss, monai.losses.DiceLoss.
 
-    With `squared_pred` P sums squares. `weight` multiplies the classes' losses, whose plain mean is
-    taken. Reduction "none" gives (B, K, 1, ..), of a batch (K, 1, ..), K classes, 0 for one that is
-    ignored.
+    With I = sum s t, P = sum s and Y = sum t over a class's voxels, s being the probabilities, or
+    input itself, and t the targets::
 
-    Raises NotImplementedError for `squared_pred` and `soft_label` of targets between 0 and 1, for
-    `soft_label` of scores that are not a sigmoid or softmax, and for an `ignore_index` whose own
-    dense channel has values between 0 and 1.
+        1 - (2 I + smooth_nr) / (P + Y + smooth_dr)
+        1 - (2 I + smooth_nr) / (2 (P + Y - I) + smooth_dr)   # jaccard=True
+
+    for each sample and class, with `batch` for each class of all samples. `squared_pred` has
+    P = sum s^2 and Y = sum t^2. `weight` multiplies the classes' losses, and "mean" is their plain
+    mean; a scalar is expanded to one number for each class at the first call. `include_background`
+    set to False leaves out class 0.
+
+    `ignore_index` leaves out voxels: those with this label; of targets (B, C, *), those with this
+    class, or if it is none, without any class. A class that is ignored stays in the mean, as one
+    that no voxel has. Of a single channel it is a value of the target.
+
+    Shapes: input (B, C, *), target (B, 1, *) with `to_onehot_y`, else (B, C, *). The loss is a
+    scalar, or with reduction "none" (B, K, 1, ...), with `batch` (K, 1, ...) of one axis less, K
+    being the number of classes that count.
+
+    Raises AssertionError for a target of another shape, ValueError for targets out of range and for
+    a `weight` of another length than K, NotImplementedError for `soft_label` of input that is
+    neither a sigmoid nor a softmax. Targets between 0 and 1 are refused as out of range with
+    `soft_label`, unless `squared_pred` is set, and in the channel of an `ignore_index`.
+
+    Differences from MONAI: those that the module lists.
     """
 
     class_weight: Tensor | None
@@ -224,61 +206,88 @@ class DiceLoss(_Overlap):
         weight: Weight | None = None,
         soft_label: bool = False,
         ignore_index: int | None = None,
+        *,
+        backend: str | None = None,
+        num_threads: int | None = None,
+        check_labels: bool | None = None,
     ) -> None:
         super().__init__(
-            include_background,
-            to_onehot_y,
-            sigmoid,
-            softmax,
-            other_act,
-            reduction,
-            smooth_nr,
-            smooth_dr,
-            batch,
-            soft_label,
-            ignore_index,
+            include_background=include_background,
+            to_onehot_y=to_onehot_y,
+            sigmoid=sigmoid,
+            softmax=softmax,
+            other_act=other_act,
+            reduction=reduction,
+            smooth_nr=smooth_nr,
+            smooth_dr=smooth_dr,
+            batch=batch,
+            soft_label=soft_label,
+            ignore_index=ignore_index,
+            backend=backend,
+            num_threads=num_threads,
+            check_labels=check_labels,
         )
         self.squared_pred = squared_pred
         self.jaccard = jaccard
         self.register_buffer("class_weight", _weight(weight))
 
-    def _term(self, classes: int) -> losses.Term:
-        kind, share = (losses.Jaccard, 0.5) if self.jaccard else (losses.Dice, 1.0)
-        weight, kept = self.class_weight, self._kept(classes)
-        return kind(
-            p=2 if self.squared_pred else 1,
-            smooth=(share * self.smooth_nr, share * self.smooth_dr),
-            weight=None if weight is None or kept == 1 else _of_all(weight, kept, classes),
-            **self._average(classes),
+    def _loss(self, call: _Read) -> Tensor:
+        part, weights = self._part(call)
+        return self._shaped(_evaluate(call, (part,), weights, self._options), call)
+
+    def _part(self, call: _Read, factor: float = 1.0) -> tuple[Any, list[Tensor]]:
+        """Factor times this loss, as a part of what `_evaluate` takes, and its weights."""
+        weight, weights = self.class_weight, []
+        if weight is not None and call.x.shape[1] - call.dropped != 1:
+            if weight.ndim == 0:  # which the state_dict shows from now on, as in MONAI
+                weight = self.class_weight = weight.repeat(call.x.shape[1] - call.dropped)
+            weights = [_of_all(weight, call.x.shape[1], call.dropped)]
+        square = self.squared_pred and not call.labels and call.y.is_floating_point()
+        settings = (
+            self.jaccard,
+            self.squared_pred,
+            square,
+            self.smooth_nr,
+            self.smooth_dr,
+            self.reduction,
+            self.batch,
+            call.dropped,
+            bool(weights),
         )
+        return (factor, _dice, settings), weights
 
-    def _shaped(self, value: Tensor, ndim: int) -> Tensor:
-        value = self._of_classes(value)
-        return value.reshape(*value.shape, *[1] * (ndim - 2))
+    def _shaped(self, value: Tensor, call: _Read) -> Tensor:
+        if self.reduction != "none":
+            return value
+        return _of_classes(value, call.dropped, self.batch, call.x.ndim - 2)
 
-    def _needs_hard(self) -> str:
-        return "squared_pred=True" if self.squared_pred else super()._needs_hard()
-
-    def _plus(self, more: losses.Term, factor: float, seen: _Seen, input: Tensor) -> Tensor:
-        """Factor times this loss, of what was seen, plus a term of the logits."""
-        x, y, activation, ignore_label = seen
-        own = factor * self._term(x.shape[1])
+    def _plus(self, call: _Read, input: Tensor, factor: float, more: Any, weights: Any) -> Tensor:
+        """Factor times this loss plus another part, of the logits."""
+        part, own = self._part(call, factor)
         if self.other_act is None:
-            return loss(x, y, own + more, activation=activation, ignore_label=ignore_label)
-        own_value = loss(x, y, own, activation="none", ignore_label=ignore_label)
+            return _evaluate(call, (part, more), [*own, *weights], self._options)
         activation = "softmax" if input.shape[1] > 1 else "sigmoid"
-        return own_value + loss(input, y, more, activation=activation, ignore_label=ignore_label)
+        of_logits = call._replace(x=input, seen=(activation, *call.seen[1:]))
+        value = _evaluate(call, (part,), own, self._options)
+        return value + _evaluate(of_logits, (more,), weights, self._options)
 
 
 class MaskedDiceLoss(DiceLoss):
-    """`DiceLoss` of the voxels where `mask` is 1.
+    """`DiceLoss` of masked probabilities and targets, monai.losses.MaskedDiceLoss.
 
-    The mask is (B, 1, *) or (1, 1, *), of any dtype; other than of a bool one its values are looked
-    at. Labels are copied, in their own dtype, to ignore those where it is 0. With `to_onehot_y`
-    MONAI gives these the label 0 instead, voxels of the background that nothing found; here they do
-    not count.
+        1 - (2 I + smooth_nr) / (P + Y + smooth_dr), I = sum m s t, P = sum m s, Y = sum m t
 
-    Raises NotImplementedError for masks with other values than 0 and 1, and as `DiceLoss` does.
+    Only voxels with mask m = 1 count; but with `to_onehot_y` MONAI multiplies the labels by the
+    mask, and voxels with m = 0 are voxels of class 0 with probability 0: their number is added to
+    Y of class 0. Use targets (B, C, *) or `include_background=False` where that is not wanted.
+
+    Shapes: as `DiceLoss`, and mask (B, 1, *) or (1, 1, *) of any dtype. Of labels, and of targets
+    (B, C, *), a copy is made.
+
+    Raises what `DiceLoss` does; ValueError for masks that do not fit, and for values other than 0
+    and 1, which count as targets out of range; NotImplementedError for a mask that requires grad.
+
+    Differences from MONAI: those that the module lists.
     """
 
     def __init__(
@@ -296,57 +305,67 @@ class MaskedDiceLoss(DiceLoss):
         batch: bool = False,
         weight: Weight | None = None,
         soft_label: bool = False,
+        *,
+        backend: str | None = None,
+        num_threads: int | None = None,
+        check_labels: bool | None = None,
     ) -> None:
         super().__init__(
-            include_background,
-            to_onehot_y,
-            sigmoid,
-            softmax,
-            other_act,
-            squared_pred,
-            jaccard,
-            reduction,
-            smooth_nr,
-            smooth_dr,
-            batch,
-            weight,
-            soft_label,
+            include_background=include_background,
+            to_onehot_y=to_onehot_y,
+            sigmoid=sigmoid,
+            softmax=softmax,
+            other_act=other_act,
+            squared_pred=squared_pred,
+            jaccard=jaccard,
+            reduction=reduction,
+            smooth_nr=smooth_nr,
+            smooth_dr=smooth_dr,
+            batch=batch,
+            weight=weight,
+            soft_label=soft_label,
+            backend=backend,
+            num_threads=num_threads,
+            check_labels=check_labels,
         )
 
     def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, C, *), (B, 1, *) or (B, C, *), and (B, 1, *) or (1, 1, *) -> the loss."""
-        seen = self._read(input, target)
         if mask is None:
-            warnings.warn("No mask value specified: all voxels count", stacklevel=2)
-            return self._loss(seen)
-        shapes = f"{tuple(input.shape)} and that of mask, {tuple(mask.shape)}"
-        if mask.ndim != input.ndim:
-            warnings.warn(f"Dim of input, {shapes}, differ", stacklevel=2)
-        if mask.shape[0] not in (1, input.shape[0]):
-            raise ValueError(f"Batch size of mask must be 1 or input's, got {shapes}")
-        if mask.shape[1] != 1:
-            raise ValueError(f"mask must have only one channel, got {tuple(mask.shape)}")
-        if mask.shape[2:] != input.shape[2:]:
-            warnings.warn(f"Spatial size of input, {shapes}, differ", stacklevel=2)
-        if mask.requires_grad:
-            raise _refusal("mask that requires grad", "detach it")
-        counted = mask.bool()
-        if mask.dtype != torch.bool and not torch.equal(counted.to(mask), mask):
-            raise _refusal("mask with values other than 0 and 1", "threshold it")
-        counted = counted.expand(len(input), 1, *input.shape[2:])
-        y, label = _shared.masked(seen.y, counted, input.shape[1])
-        return self._loss(seen._replace(y=y, ignore_label=label))
+            warnings.warn("No mask value specified for the MaskedLoss.", stacklevel=2)
+            return self._loss(self._read(input, target))
+        _check_mask(input, mask)
+        call = self._read(input, target)
+        mask = mask.expand(len(input), 1, *input.shape[2:])
+        call = _masked(call, mask)
+        if not call.labels or call.dropped:
+            return self._loss(call)
+        part, weights = self._part(call)
+        term, asked = _built((part,), call.seen)
+        sums = _with_background(call, mask, asked, self._options)
+        if weights:
+            weights = [weight.to(sums.array) for weight in weights]
+            term = term.with_weights(weights)
+        value: Tensor = term.value(sums)
+        return self._shaped(value if call.x.dtype == torch.float64 else value.float(), call)
 
 
 class GeneralizedDiceLoss(_Overlap):
-    """1 - (2 sum_c w_c I_c + smooth_nr) / (sum_c w_c (P_c + Y_c) + smooth_dr), where w is 1 / Y^2,
-    1 / Y or 1 (`w_type` "square", "simple", "uniform").
+    """The generalized Dice loss, monai.losses.GeneralizedDiceLoss.
 
-    A class that no label has takes the largest w of its sample's others. With "square" and large
-    structures w is so small that smooth_nr and smooth_dr outweigh the sums, and the loss tends to 0
-    whatever is predicted, as in MONAI. Reduction "none" gives (B, 1, ..), of a batch one axis less.
+        1 - (2 sum_c w_c I_c + smooth_nr) / (sum_c w_c (P_c + Y_c) + smooth_dr)
 
-    Raises NotImplementedError for `soft_label` as `DiceLoss` does.
+    for each sample, with `batch` for all samples together, where w is 1 / Y^2, 1 / Y or 1 (`w_type`
+    "square", "simple", "uniform"); a class that no label has takes the largest w of its sample's
+    others. With "square" and large structures w is so small that smooth_nr and smooth_dr outweigh
+    the sums, and the loss tends to 0 whatever is predicted.
+
+    Shapes: as `DiceLoss`; the loss is a scalar, or with reduction "none" (B, 1, 1, ...), with
+    `batch` (1, 1, ...) of one axis less.
+
+    Raises what `DiceLoss` does.
+
+    Differences from MONAI: those that the module lists.
     """
 
     def __init__(
@@ -362,41 +381,57 @@ class GeneralizedDiceLoss(_Overlap):
         smooth_dr: float = 1e-5,
         batch: bool = False,
         soft_label: bool = False,
+        *,
+        backend: str | None = None,
+        num_threads: int | None = None,
+        check_labels: bool | None = None,
     ) -> None:
         super().__init__(
-            include_background,
-            to_onehot_y,
-            sigmoid,
-            softmax,
-            other_act,
-            reduction,
-            smooth_nr,
-            smooth_dr,
-            batch,
-            soft_label,
+            include_background=include_background,
+            to_onehot_y=to_onehot_y,
+            sigmoid=sigmoid,
+            softmax=softmax,
+            other_act=other_act,
+            reduction=reduction,
+            smooth_nr=smooth_nr,
+            smooth_dr=smooth_dr,
+            batch=batch,
+            soft_label=soft_label,
+            ignore_index=None,
+            backend=backend,
+            num_threads=num_threads,
+            check_labels=check_labels,
         )
         self.w_type = _one_of(w_type, "w_type", ("square", "simple", "uniform"))
 
-    def _term(self, classes: int) -> losses.Term:
-        return losses.GeneralizedDice(
-            weighting=self.w_type,
-            smooth=(self.smooth_nr, self.smooth_dr),
-            pool="all" if self.batch else "classes",
-            reduction="sum" if self.batch else self.reduction,
-            ignore_channel=-1 if self._kept(classes) == classes else 0,
+    def _loss(self, call: _Read) -> Tensor:
+        settings = (
+            self.w_type,
+            self.smooth_nr,
+            self.smooth_dr,
+            self.reduction,
+            self.batch,
+            call.dropped,
         )
-
-    def _shaped(self, value: Tensor, ndim: int) -> Tensor:
-        return value.reshape(*value.shape, *[1] * (ndim - 1))
+        value = _evaluate(call, ((1.0, _generalized_dice, settings),), [], self._options)
+        if self.reduction == "none":
+            return value.reshape(*value.shape, *[1] * (call.x.ndim - 1))
+        return value
 
 
 class TverskyLoss(_Overlap):
-    """1 - (I + smooth_nr) / (I + alpha (P - I) + beta (Y - I) + smooth_dr): `alpha` weighs false
-    positives, `beta` false negatives.
+    """The Tversky loss, monai.losses.TverskyLoss.
 
-    Reduction "none" gives (B, K), of a batch (K,), 0 for a class that is ignored.
+        1 - (I + smooth_nr) / (I + alpha (P - I) + beta (Y - I) + smooth_dr)
 
-    Raises NotImplementedError for `soft_label` and `ignore_index` as `DiceLoss` does.
+    for each sample and class, with `batch` for each class of all samples: `alpha` weights false
+    positives, `beta` false negatives. The other arguments are those of `DiceLoss`.
+
+    Shapes: as `DiceLoss`; the loss is a scalar, or with reduction "none" (B, K), with `batch` (K,).
+
+    Raises what `DiceLoss` does.
+
+    Differences from MONAI: those that the module lists.
     """
 
     def __init__(
@@ -414,45 +449,64 @@ class TverskyLoss(_Overlap):
         batch: bool = False,
         soft_label: bool = False,
         ignore_index: int | None = None,
+        *,
+        backend: str | None = None,
+        num_threads: int | None = None,
+        check_labels: bool | None = None,
     ) -> None:
         super().__init__(
-            include_background,
-            to_onehot_y,
-            sigmoid,
-            softmax,
-            other_act,
-            reduction,
-            smooth_nr,
-            smooth_dr,
-            batch,
-            soft_label,
-            ignore_index,
+            include_background=include_background,
+            to_onehot_y=to_onehot_y,
+            sigmoid=sigmoid,
+            softmax=softmax,
+            other_act=other_act,
+            reduction=reduction,
+            smooth_nr=smooth_nr,
+            smooth_dr=smooth_dr,
+            batch=batch,
+            soft_label=soft_label,
+            ignore_index=ignore_index,
+            backend=backend,
+            num_threads=num_threads,
+            check_labels=check_labels,
         )
-        self.alpha = alpha
-        self.beta = beta
+        self.alpha = _number(alpha, "alpha")
+        self.beta = _number(beta, "beta")
 
-    def _term(self, classes: int) -> losses.Term:
-        return losses.Tversky(
-            alpha=self.alpha,
-            beta=self.beta,
-            smooth=(self.smooth_nr, self.smooth_dr),
-            **self._average(classes),
+    def _loss(self, call: _Read) -> Tensor:
+        settings = (
+            self.alpha,
+            self.beta,
+            self.smooth_nr,
+            self.smooth_dr,
+            self.reduction,
+            self.batch,
+            call.dropped,
         )
-
-    def _shaped(self, value: Tensor, ndim: int) -> Tensor:
-        return self._of_classes(value)
+        value = _evaluate(call, ((1.0, _tversky, settings),), [], self._options)
+        if self.reduction == "none":
+            return _of_classes(value, call.dropped, self.batch, 0)
+        return value
 
 
 class DiceCELoss(torch.nn.Module):
-    """lambda_dice `DiceLoss` + lambda_ce cross-entropy of the logits, of all classes.
+    """Dice loss plus cross-entropy, monai.losses.DiceCELoss.
 
-    The cross-entropy is torch's: its mean is divided by the sum of the voxels' weights, of a dense
-    target by their number. Of a single channel it is the binary one, with `weight`, one number, as
-    pos_weight and without label_smoothing. `weight`, a tensor of C numbers, is for both losses;
-    without background the Dice loss has its last C - 1.
+        lambda_dice * DiceLoss(input, target) + lambda_ce * CrossEntropyLoss(input, target)
 
-    Raises NotImplementedError as `DiceLoss` does, and for several weights of a single channel. With
-    `other_act` the Dice loss and the cross-entropy take a pass each.
+    The cross-entropy is torch's, of the logits and of all classes: its mean over labels is divided
+    by the sum of the voxels' weights, that over targets (B, C, *) by the number of voxels. Of a
+    single channel it is the binary one, with `weight`, one number, as pos_weight and without
+    `label_smoothing`. `weight`, a tensor of C numbers, is for both losses; without background the
+    Dice loss has its last C - 1.
+
+    Shapes: as `DiceLoss`; the loss is a scalar. With `other_act` the Dice loss and the
+    cross-entropy take a pass each.
+
+    Raises what `DiceLoss` does; ValueError where target has neither 1 channel nor C;
+    NotImplementedError for several weights of a single channel.
+
+    Differences from MONAI: those that the module lists.
     """
 
     def __init__(
@@ -472,6 +526,10 @@ class DiceCELoss(torch.nn.Module):
         lambda_dice: float = 1.0,
         lambda_ce: float = 1.0,
         label_smoothing: float = 0.0,
+        *,
+        backend: str | None = None,
+        num_threads: int | None = None,
+        check_labels: bool | None = None,
     ) -> None:
         super().__init__()
         reduction = _one_of(reduction, "reduction", ("mean", "sum"))
@@ -490,10 +548,14 @@ class DiceCELoss(torch.nn.Module):
             smooth_dr=smooth_dr,
             batch=batch,
             weight=weight if weight is None or include_background else weight[1:],
+            backend=backend,
+            num_threads=num_threads,
+            check_labels=check_labels,
         )
         # These hold their settings, under MONAI's names, and are not called.
+        smoothing = checks.number(label_smoothing, "label_smoothing", largest=1)
         self.cross_entropy = torch.nn.CrossEntropyLoss(
-            weight, reduction=reduction, label_smoothing=label_smoothing
+            _weight(weight), reduction=reduction, label_smoothing=smoothing
         )
         self.binary_cross_entropy = torch.nn.BCEWithLogitsLoss(
             reduction=reduction, pos_weight=weight
@@ -504,56 +566,53 @@ class DiceCELoss(torch.nn.Module):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """(B, C, *) and (B, 1, *) or (B, C, *) -> the loss."""
-        _check_channels(input, target)
-        seen = self.dice._read(input, target)
-        entropy = self._entropy(input.shape[1], target.shape[1])
-        return self.dice._plus(self.lambda_ce * entropy, self.lambda_dice, seen, input)
-
-    def _entropy(self, classes: int, channels: int) -> losses.Term:
-        """For a target of so many channels."""
-        settings, binary = self.cross_entropy, self.binary_cross_entropy
-        mean = settings.reduction == "mean"
-        if classes > 1:
-            divisor = "weights" if channels == 1 else "voxels"
-            return losses.CrossEntropy(
-                weight=settings.weight,
-                label_smoothing=settings.label_smoothing,
-                reduction=settings.reduction,
-                divisor=divisor if mean else "one",
+        if input.ndim != target.ndim or target.shape[1] not in (1, input.shape[1]):
+            _refuse_channels(input, target)
+        dice, weights = self.dice, []
+        call = dice._read(input, target)
+        if input.shape[1] > 1:
+            entropy = self.cross_entropy
+            weight = entropy.weight
+            settings = (
+                entropy.label_smoothing,
+                entropy.reduction,
+                entropy.ignore_index,
+                call.labels,
+                weight is not None,
             )
-        weight = binary.pos_weight
-        if weight is not None and weight.numel() != 1:
-            raise _refusal("weight of several numbers for a single channel", "give one number")
-        return losses.BinaryCrossEntropy(
-            pos_weight=None if weight is None else weight.reshape(1),
-            reduction=binary.reduction,
-            divisor="voxels" if mean else "one",
-        )
-
-
-class _FocalSettings(torch.nn.Module):
-    """What the focal loss is given, under MONAI's names."""
-
-    class_weight: Tensor | None
-
-    def __init__(self, gamma: float, weight: Weight | None, alpha: Any) -> None:
-        super().__init__()
-        self.gamma = gamma
-        one = alpha is None or isinstance(alpha, (int, float))
-        self.alpha: Any = alpha if one else torch.as_tensor(alpha)
-        self.register_buffer("class_weight", _weight(weight))
+            part: Any = self.lambda_ce, _cross_entropy, settings
+        else:
+            binary = self.binary_cross_entropy
+            weight = binary.pos_weight
+            if weight is not None:
+                if weight.numel() != 1:
+                    what = "a weight of several numbers for a single channel"
+                    raise _refusal(what, "give one number")
+                weight = weight.reshape(1)
+            part = self.lambda_ce, _binary_cross_entropy, (binary.reduction, weight is not None)
+        if weight is not None:
+            weights = [weight]
+        return dice._plus(call, input, self.lambda_dice, part, weights)
 
 
 class DiceFocalLoss(torch.nn.Module):
-    """lambda_dice `DiceLoss` + lambda_focal focal loss of each channel's sigmoid.
+    """Dice loss plus focal loss of each channel's sigmoid, monai.losses.DiceFocalLoss.
 
-    The focal loss, mean w (a+ B+ + a- B-) of (1 - s)^gamma (-log s) over a class's voxels and
-    s^gamma (-log(1 - s)) over the others, is that of the sigmoid even with `softmax`. `alpha` gives
-    (a+, a-) = (alpha, 1 - alpha), one number for each class (alpha, 1). Reduction "sum" sums over
-    samples and classes, and is the mean over voxels still.
+        lambda_dice * DiceLoss(input, target) + lambda_focal * FocalLoss(input, target)
 
-    Raises NotImplementedError as `DiceLoss` does, for reduction "none", and for targets between 0
-    and 1 unless gamma is 0 and alpha None. With `other_act` both losses take a pass each.
+    The focal loss is the mean over voxels, samples and classes of (1 - s)^gamma (-log s) for a
+    class's voxels and s^gamma (-log(1 - s)) for the others, s being the sigmoid of input even with
+    `softmax`. A number `alpha` multiplies the former, 1 - alpha the latter; of several, one for
+    each class, the former alone. `weight` multiplies the classes' losses. With reduction "sum" it
+    is summed over samples and classes, and still the mean over voxels.
+
+    Shapes: as `DiceLoss`; the loss is a scalar. With `other_act` both losses take a pass each.
+
+    Raises what `DiceLoss` does; ValueError where target has neither 1 channel nor C;
+    NotImplementedError for reduction "none", a loss of each voxel. Targets between 0 and 1 are
+    refused as out of range unless gamma is 0 and alpha None.
+
+    Differences from MONAI: those that the module lists.
     """
 
     def __init__(
@@ -574,11 +633,15 @@ class DiceFocalLoss(torch.nn.Module):
         lambda_dice: float = 1.0,
         lambda_focal: float = 1.0,
         alpha: float | Sequence[float] | None = None,
+        *,
+        backend: str | None = None,
+        num_threads: int | None = None,
+        check_labels: bool | None = None,
     ) -> None:
         super().__init__()
         self.dice = DiceLoss(
             include_background=include_background,
-            to_onehot_y=to_onehot_y,
+            to_onehot_y=False,
             sigmoid=sigmoid,
             softmax=softmax,
             other_act=other_act,
@@ -589,10 +652,17 @@ class DiceFocalLoss(torch.nn.Module):
             smooth_dr=smooth_dr,
             batch=batch,
             weight=weight,
+            backend=backend,
+            num_threads=num_threads,
+            check_labels=check_labels,
         )
-        if self.dice.reduction == "none":
-            raise _refusal('reduction="none", a loss of each voxel,', 'use "mean" or "sum"')
-        self.focal = _FocalSettings(gamma, weight, alpha)
+        self.focal = _FocalSettings(
+            include_background=include_background,
+            gamma=gamma,
+            weight=weight,
+            alpha=alpha,
+            reduction=self.dice.reduction,
+        )
         self.reduction = "mean"  # whatever it is, as in MONAI
         self.to_onehot_y = to_onehot_y
         self.lambda_dice = _factor(lambda_dice, "lambda_dice")
@@ -600,94 +670,434 @@ class DiceFocalLoss(torch.nn.Module):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """(B, C, *) and (B, 1, *) or (B, C, *) -> the loss."""
-        _check_channels(input, target)
-        seen = self.dice._read(input, target)
-        focal = self.focal
-        dense = target.shape[1] == input.shape[1]
-        if dense and (focal.gamma or focal.alpha is not None) and _shared.soft(target):
-            name = "gamma" if focal.gamma else "alpha"
-            raise _refusal(f"{name} with targets between 0 and 1", "use gamma=0, alpha=None")
-        kept = self.dice._kept(input.shape[1])
-        factor = self.lambda_focal * (kept if self.dice.reduction == "sum" else 1)
-        term = factor * self._focal(kept, input.shape[1])
-        return self.dice._plus(term, self.lambda_dice, seen, input)
-
-    def _focal(self, kept: int, classes: int) -> losses.Term:
-        """Its mean over voxels and classes, and mean or sum over samples."""
-        weight, alpha = self.focal.class_weight, self.focal.alpha
-        if weight is not None and weight.ndim and kept == 1:
-            raise ValueError("Per-class weight is not supported for a single class: give a number")
-        of_class = isinstance(alpha, Tensor)
-        reduction = self.dice.reduction
-        return losses.SigmoidFocal(
-            gamma=self.focal.gamma,
-            alpha=None if of_class else alpha,
-            pos_weight=_of_all(alpha, kept, classes, "alpha") if of_class else None,
-            weight=None if weight is None else _of_all(weight, kept, classes),
-            pool="batch" if reduction == "mean" else "none",
-            reduction=reduction,
-            ignore_channel=-1 if kept == classes else 0,
+        if input.ndim != target.ndim or target.shape[1] not in (1, input.shape[1]):
+            _refuse_channels(input, target)
+        dice, focal = self.dice, self.focal
+        call = dice._read(input, target, self.to_onehot_y)
+        gamma, alpha = focal.gamma, focal.alpha
+        if not call.labels and (gamma or alpha is not None) and call.y.is_floating_point():
+            activation, ignore_label, _ = call.seen
+            reason = f"{'gamma' if gamma else 'alpha'} takes targets of 0 and 1 alone"
+            call = call._replace(seen=(activation, ignore_label, "binary"), reason=reason)
+        classes = input.shape[1]
+        dropped = classes > 1 and not focal.include_background
+        weight, weights = focal.class_weight, []
+        if weight is not None:
+            weights.append(_of_all(weight, classes, dropped, single=False))
+        several = isinstance(alpha, Tensor) and alpha.ndim > 0
+        if several:
+            weights.append(_of_all(alpha, classes, dropped, "alpha"))
+        settings = (
+            gamma,
+            None if several else alpha,
+            focal.reduction,
+            classes - dropped,
+            dropped,
+            weight is not None,
+            several,
         )
+        part = self.lambda_focal, _sigmoid_focal, settings
+        return dice._plus(call, input, self.lambda_dice, part, weights)
+
+
+class _FocalSettings(torch.nn.Module):
+    """What the focal loss is given, under MONAI's names."""
+
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        include_background: bool,
+        gamma: float,
+        weight: Weight | None,
+        alpha: Any,
+        reduction: str,
+    ) -> None:
+        super().__init__()
+        self.include_background = include_background
+        self.gamma = _number(gamma, "gamma")
+        several = alpha is not None and torch.as_tensor(alpha).ndim > 0
+        if alpha is not None and not several:
+            alpha = checks.number(_number(alpha, "alpha"), "alpha", largest=1)
+        self.alpha: Any = _weight(alpha, "alpha") if several else alpha
+        self.weight = weight
+        self.register_buffer("class_weight", _weight(weight))
+        self.reduction = reduction
+        _sigmoid_focal(self.gamma, None, reduction, 1, False, False, False)  # which checks it
+
+
+# ---- the losses as terms ------------------------------------------------------------------------
+
+
+def _built(parts: tuple[Any, ...], seen: tuple[Any, ...]) -> tuple[losses.Term, Spec]:
+    """The sum of factor * make(*settings), and what it needs summed; built once.
+
+    Class weights are placeholders: `Term.with_weights` replaces them.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        parts = tuple(
+            (_constant(factor), make, tuple(_constant(value) for value in settings))
+            for factor, make, settings in parts
+        )
+        built: tuple[losses.Term, Spec] = getattr(_traced, _name_traced(parts, seen))
+        return built
+    return _build(parts, seen)
+
+
+def _constant(value: Any) -> Any:
+    """A number as a constant of the graph: hashing tells dynamo to compile anew if it changes."""
+    return next(iter({value}))
+
+
+class _Traced:
+    """What compiled graphs have been built of: dynamo, which would trace through a cache, finds it
+    here as attributes.
+    """
+
+
+_traced = _Traced()
+
+
+def _name_traced(parts: tuple[Any, ...], seen: tuple[Any, ...]) -> str:
+    """Called while dynamo traces, by Python."""
+    built = _build(parts, seen)
+    name = f"term{id(built)}"
+    setattr(_traced, name, built)  # which keeps the id its own
+    return name
+
+
+torch.compiler.assume_constant_result(_name_traced)
+
+
+@functools.lru_cache(1024)
+def _build(parts: tuple[Any, ...], seen: tuple[Any, ...]) -> tuple[losses.Term, Spec]:
+    terms: list[losses.Term] = []
+    for factor, make, settings in parts:
+        for value in (factor, *settings):
+            if isinstance(value, Tensor):  # which hashes by its identity, and may change
+                raise TypeError(f"settings of a loss must be numbers, got the tensor {value}")
+        term = make(*settings)
+        terms.append(term if factor == 1 else factor * term)
+    term = functools.reduce(lambda a, b: a + b, terms)
+    return term, term.spec(*seen)
+
+
+def _dice(
+    jaccard: bool,
+    squared_pred: bool,
+    target_square: bool,
+    smooth_nr: float,
+    smooth_dr: float,
+    reduction: str,
+    batch: bool,
+    dropped: bool,
+    weighted: bool,
+) -> losses.Term:
+    kind, share = (losses.Jaccard, 0.5) if jaccard else (losses.Dice, 1.0)
+    return kind(
+        p=2 if squared_pred else 1,
+        target_square=target_square,
+        smooth=(share * smooth_nr, share * smooth_dr),
+        weight=(1.0,) if weighted else None,
+        **_average(reduction, batch, dropped),
+    )
+
+
+def _tversky(
+    alpha: float,
+    beta: float,
+    smooth_nr: float,
+    smooth_dr: float,
+    reduction: str,
+    batch: bool,
+    dropped: bool,
+) -> losses.Term:
+    smooth = smooth_nr, smooth_dr
+    settings = _average(reduction, batch, dropped)
+    return losses.Tversky(alpha=alpha, beta=beta, smooth=smooth, **settings)
+
+
+def _average(reduction: str, batch: bool, dropped: bool) -> dict[str, Any]:
+    """Of (B, K) losses, or (K,) of a batch."""
+    checks.one_of(reduction, "reduction", ("none", "mean", "sum"))
+    return {
+        "reduction": "classes" if reduction == "none" else reduction,
+        "divisor": "one" if reduction == "sum" else "kept",
+        "pool": "batch" if batch else "none",
+        "ignore_channel": 0 if dropped else -1,
+        "empty": "nan",
+    }
+
+
+def _generalized_dice(
+    w_type: str, smooth_nr: float, smooth_dr: float, reduction: str, batch: bool, dropped: bool
+) -> losses.Term:
+    checks.one_of(reduction, "reduction", ("none", "mean", "sum"))
+    return losses.GeneralizedDice(
+        weighting=w_type,
+        smooth=(smooth_nr, smooth_dr),
+        pool="all" if batch else "classes",
+        reduction="sum" if batch else reduction,
+        ignore_channel=0 if dropped else -1,
+        empty="nan",
+    )
+
+
+def _cross_entropy(
+    label_smoothing: float, reduction: str, ignore_index: int, labels: bool, weighted: bool
+) -> losses.Term:
+    if ignore_index != -100:
+        raise _refusal(f"cross_entropy.ignore_index={ignore_index}", "leave it at -100")
+    checks.one_of(reduction, "reduction", ("mean", "sum"))
+    divisor = "one" if reduction == "sum" else "weights" if labels else "voxels"
+    return losses.CrossEntropy(
+        weight=(1.0,) if weighted else None,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+        divisor=divisor,
+        empty="nan",
+    )
+
+
+def _binary_cross_entropy(reduction: str, weighted: bool) -> losses.Term:
+    checks.one_of(reduction, "reduction", ("mean", "sum"))
+    return losses.BinaryCrossEntropy(
+        pos_weight=(1.0,) if weighted else None,
+        reduction=reduction,
+        divisor="one" if reduction == "sum" else "voxels",
+        empty="nan",
+    )
+
+
+def _sigmoid_focal(
+    gamma: float,
+    alpha: float | None,
+    reduction: str,
+    kept: int,
+    dropped: bool,
+    weighted: bool,
+    several: bool,
+) -> losses.Term:
+    if reduction == "none":
+        raise _refusal('reduction="none", a loss of each voxel,', 'use "mean" or "sum"')
+    term = losses.SigmoidFocal(
+        gamma=gamma,
+        alpha=alpha,
+        weight=(1.0,) if weighted else None,
+        pos_weight=(1.0,) if several else None,
+        reduction=reduction,
+        pool="none" if reduction == "sum" else "batch",
+        ignore_channel=0 if dropped else -1,
+        empty="nan",
+    )
+    return kept * term if reduction == "sum" else term  # the sum of the classes' means
+
+
+# ---- the call -----------------------------------------------------------------------------------
+
+
+def _evaluate(
+    call: _Read, parts: tuple[Any, ...], weights: list[Tensor], options: tuple[Any, ...]
+) -> Tensor:
+    """The sum of these parts, see `_built`."""
+    term, asked = _built(parts, call.seen)
+    if weights:
+        term = term.with_weights(weights)
+    try:
+        return evaluate(call.x, call.y, term, asked, *options)
+    except ValueError as error:
+        raise _explained(error, call.reason) from None
+
+
+def _with_background(
+    call: _Read, mask: Tensor, asked: Spec, options: tuple[Any, ...]
+) -> Statistics:
+    """The sums of what the mask leaves, with the number of the other voxels in class 0."""
+    operators.check(call.x, call.y, asked)
+    try:
+        sums = operators.statistics(call.x, call.y, asked, *options)
+    except ValueError as error:
+        raise _explained(error, call.reason) from None
+    more = torch.zeros_like(sums.array)
+    more[2, :, 0] = (mask == 0).flatten(1).sum(1)
+    return Statistics(sums.array + more, sums.spec, sums.dtype)
+
+
+def _without_index(y: Tensor, index: int, labels: bool) -> tuple[Tensor, int, str]:
+    """A target in which a label stands where `ignore_index` leaves out voxels, that label, and what
+    else it needs of the target.
+    """
+    if labels or y.shape[1] == 1:
+        if y.dtype == torch.uint8:
+            index %= 256  # as torch compares them: -1 is 255
+        if labels and y.is_floating_point():
+            return torch.where(y == index, _IGNORED, y.int()), _IGNORED, ""
+        return y, index, ""
+    copy = _with_room(y)
+    if not 0 <= index < y.shape[1]:
+        return torch.where(y.any(1, keepdim=True).bool(), copy, _IGNORED), _IGNORED, ""
+    of_index = y[:, index : index + 1]
+    marks = torch.where(of_index == 1, copy.new_full((), _IGNORED), copy.new_full((), _REFUSED))
+    reason = f"ignore_index={index} takes zeros and ones alone in that channel"
+    return torch.where(of_index == 0, copy, marks), _IGNORED, reason
+
+
+def _masked(call: _Read, mask: Tensor) -> _Read:
+    """The call without the voxels where the mask is 0."""
+    y, reason = _with_room(call.y), call.reason
+    if mask.dtype == torch.bool:
+        y = torch.where(mask, y, _IGNORED)
+    else:
+        marks = torch.where(mask == 0, y.new_full((), _IGNORED), y.new_full((), _REFUSED))
+        y = torch.where(mask == 1, y, marks)
+        reason = "; ".join(filter(None, (reason, "mask takes zeros and ones alone")))
+    activation, _, targets = call.seen
+    return call._replace(y=y, seen=(activation, _IGNORED, targets), reason=reason)
+
+
+def _with_room(y: Tensor) -> Tensor:
+    """A target in a dtype that holds _IGNORED, which data of its own dtype do not."""
+    if y.dtype in (torch.bool, torch.uint8, torch.int8):
+        return y.to(torch.int16)
+    return y.to(torch.int64) if y.dtype in (torch.uint16, torch.uint32, torch.uint64) else y
+
+
+def _of_classes(value: Tensor, dropped: bool, batch: bool, axes: int) -> Tensor:
+    """(B, K) losses, or (K,) of a batch, without the background and with so many axes of 1."""
+    value = value[:, int(dropped) :]
+    value = value[0] if batch else value
+    return value.reshape(*value.shape, *[1] * axes)
+
+
+# ---- arguments ----------------------------------------------------------------------------------
 
 
 def _one_of(value: Any, name: str, allowed: Sequence[str]) -> str:
     """A string, or the one that an enumeration's member stands for."""
     value = getattr(value, "value", value)
-    spec.one_of(value, name, allowed)
+    checks.one_of(value, name, allowed)
     return str(value)
 
 
-def _factor(value: float, name: str) -> float:
+def _number(value: Any, name: str) -> float:
+    """A finite number >= 0; of a tensor its only element, unless that requires grad."""
+    if isinstance(value, Tensor):
+        if value.requires_grad or value.numel() != 1:
+            raise _refusal(f"{name} that is a tensor", "give a number")
+        value = value.item()
+    return checks.number(value, name)
+
+
+def _factor(value: Any, name: str) -> float:
     if value < 0.0:
         raise ValueError(f"{name} should be no less than 0.0, got {value}")
-    return value
+    return _number(value, name)
 
 
-def _weight(weight: Weight | None) -> Tensor | None:
+def _weight(weight: Any, name: str = "weight") -> Tensor | None:
     """As a tensor of numbers >= 0."""
     if weight is None:
         return None
     weight = torch.as_tensor(weight)
-    if bool((weight < 0).any()):
-        raise ValueError(f"the values of `weight` should be no less than 0, got {weight.tolist()}")
+    numbers = weight.detach()
+    if weight.ndim > 1 or not bool(((numbers >= 0) & numbers.isfinite()).all()):
+        raise ValueError(
+            f"the values of {name} should be finite numbers no less than 0, one for each class, "
+            f"got {numbers.tolist()}"
+        )
     return weight
 
 
-def _of_all(weight: Tensor, kept: int, classes: int, name: str = "weight") -> Tensor:
-    """(C,) of one number, or of one for each class that is kept: 0 for the background else."""
+def _of_all(
+    weight: Tensor, classes: int, dropped: bool, name: str = "weight", single: bool = True
+) -> Tensor:
+    """(C,) of one number, or of one for each class that counts: 0 for the background else."""
+    kept = classes - dropped
     if weight.ndim == 0:
         weight = weight.expand(kept)
+    elif kept == 1 and not single:
+        raise ValueError(f"Per-class {name} is not supported for a single class: give a number")
     elif len(weight) != kept:
         raise ValueError(
             f"The length of {name} should be the number of classes, {kept}, without the background "
             f"if include_background=False; got {len(weight)}"
         )
-    return torch.nn.functional.pad(weight.double(), (classes - kept, 0))
+    return functional.pad(weight.double(), (1, 0)) if dropped else weight
 
 
-def _check_shapes(x: Tensor, target: Tensor, labels: bool) -> None:
-    """Raises AssertionError, as MONAI does, where the target does not fit the scores."""
-    if x.ndim < 3:
-        raise _refusal(f"input of shape {tuple(x.shape)}, without spatial axes,", "give it one")
+def _warn_of_single(softmax: bool, to_onehot_y: bool, no_background: bool) -> None:
+    for given, name in (
+        (softmax, "softmax=True"),
+        (to_onehot_y, "to_onehot_y=True"),
+        (no_background, "include_background=False"),
+    ):
+        if given:
+            warnings.warn(f"single channel prediction, `{name}` ignored.", stacklevel=4)
+
+
+def _check_activation(sigmoid: bool, softmax: bool, other_act: Activation | None) -> None:
+    if bool(sigmoid) + bool(softmax) + (other_act is not None) > 1:
+        raise ValueError(
+            "Incompatible values: more than 1 of sigmoid=True, softmax=True and other_act"
+        )
+
+
+def _refuse_shapes(input: Tensor, x: Tensor, target: Tensor, labels: bool) -> None:
+    """Raises AssertionError, as MONAI does, for a target that does not fit; NotImplementedError for
+    what is computed there and not here.
+    """
+    if input.ndim < 3:
+        what = f"input of shape {tuple(input.shape)}, without spatial axes,"
+        raise _refusal(what, "give it one")
+    if x.shape != input.shape:
+        raise _refusal(
+            f"other_act that changes the shape {tuple(input.shape)} to {tuple(x.shape)}",
+            "apply it to the input",
+        )
     if labels and (target.ndim < 2 or target.shape[1] != 1):
         raise AssertionError(
             f"labels should have a channel with length equal to one, got {tuple(target.shape)}"
         )
     wanted = (x.shape[0], 1 if labels else x.shape[1], *x.shape[2:])
-    if target.shape != wanted:
-        raise AssertionError(
-            f"ground truth has different shape {tuple(target.shape)} from input, "
-            f"{tuple(x.shape)}: {wanted} is needed"
-        )
+    raise AssertionError(
+        f"ground truth has different shape {tuple(target.shape)} from input, "
+        f"{tuple(x.shape)}: {wanted} is needed"
+    )
 
 
-def _check_channels(input: Tensor, target: Tensor) -> None:
+def _refuse_channels(input: Tensor, target: Tensor) -> None:
     """Raises ValueError, as MONAI's compounds do, where the target has neither 1 channel nor C."""
-    shapes = f"got shape {tuple(input.shape)} and {tuple(target.shape)}"
-    if input.ndim != target.ndim:
-        raise ValueError(f"the number of dimensions of input and target should be one, {shapes}")
-    if target.shape[1] not in (1, input.shape[1]):
-        raise ValueError(f"the number of channels for target is neither 1 nor input's, {shapes}")
+    raise ValueError(
+        f"the number of dimensions of input and target should be the same, and the number of "
+        f"channels for target 1 or that of input: got shape {tuple(input.shape)} and "
+        f"{tuple(target.shape)}"
+    )
+
+
+def _check_mask(input: Tensor, mask: Tensor) -> None:
+    shapes = f"of input {tuple(input.shape)} and mask {tuple(mask.shape)}"
+    if mask.requires_grad:
+        raise _refusal("a mask that requires grad", "detach it")
+    if mask.ndim != input.ndim:
+        warnings.warn(f"Dim of input is different from mask: shapes {shapes}.", stacklevel=3)
+    if mask.shape[0] not in (1, input.shape[0]):
+        raise ValueError(f"Batch size of mask must be one or equal to input: shapes {shapes}")
+    if mask.shape[1] != 1:
+        raise ValueError(f"Mask must have only one channel: shapes {shapes}")
+    if mask.shape[2:] != input.shape[2:]:
+        warnings.warn(
+            f"Spatial size of input is different from mask: shapes {shapes}.", stacklevel=3
+        )
+    wanted = (input.shape[0], 1, *input.shape[2:])
+    ends = zip(reversed(mask.shape), reversed(wanted), strict=False)
+    if mask.ndim > input.ndim or any(m not in (1, n) for m, n in ends):
+        raise ValueError(f"mask must broadcast to {wanted}: shapes {shapes}")
+
+
+def _explained(error: ValueError, reason: str) -> ValueError:
+    """The error of targets out of range, with what asks for zeros and ones."""
+    return ValueError(f"{error}; {reason}") if reason and "outside" in str(error) else error
 
 
 def _refusal(what: str, instead: str) -> NotImplementedError:

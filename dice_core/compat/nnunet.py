@@ -1,4 +1,5 @@
-"""nnU-Net's losses by its names and arguments, one pass over the logits and their gradient alone.
+"""nnU-Net's losses by its names and arguments, one pass over the logits and one for their gradient,
+which is all that has their size.
 
 In place of `nnunetv2.training.loss.dice` and `.compound_losses`; for training with them there is
 `nnUNetTrainerDiceCore`, which needs nnunetv2 and is made when it is asked for. A .py file holding
@@ -7,40 +8,49 @@ In place of `nnunetv2.training.loss.dice` and `.compound_losses`; for training w
 
 in a folder of nnUNet_extTrainer lets `nnUNetv2_train ... -tr nnUNetTrainerDiceCore` find it.
 
-Values and gradients are nnU-Net's, with these differences:
+Values and gradients are those of nnU-Net 2.8, its 0/0 included. What differs:
 
-- Sums are added in float64, not float32. The loss is float64 for float64 logits, else float32.
-- Labels (N, *) or (N, 1, *) of any dtype and targets (N, C, *) with values in [0, 1] must have the
-  logits' spatial shape. Labels that are no class, and what else does not fit, raise ValueError; on
-  a GPU such labels make the loss NaN, as everywhere in dice_core.
-- A cross-entropy of no voxels is 0, never NaN. The result is a tensor always. No argument is
-  written to.
-- In DC_and_CE_loss both terms take a one-hot target for the labels that it encodes.
-- The softmax of a single channel, and do_bg=False of one, raise ValueError: nothing is left.
+- Sums are added in float64, not float32, and half-precision logits are computed in float32. The
+  loss is float64 for float64 logits, else float32.
+- Out-of-range labels, and soft targets outside [0, 1], raise ValueError; on a GPU they make the
+  loss NaN. So do, as if labelled -1, voxels whose loss_mask is neither 0 nor 1. Floating-point
+  labels are truncated before they are compared with ignore_label.
+- Logits of ignored voxels have no influence, even NaN, which nnU-Net multiplies by 0.
+- There are no second derivatives, and none for targets and masks: those that require grad raise
+  NotImplementedError.
+- DC_and_CE_loss without a Dice part, of voxels that are all ignored, is a tensor 0, not the int.
+- backend, num_threads and check_labels, all by keyword, are those of `dice_core.torch.loss`.
 
-NotImplementedError, naming the argument, stands for what is no function of sums over voxels: maps
-of losses (reduction="none"), masks with values between 0 and 1 or several channels, weights of
-single voxels, and for targets that require grad.
+An error naming the argument stands for what is no function of sums over voxels: maps of losses
+(reduction="none"), masks of several channels, weights of single voxels, other Dice classes. So it
+does for a target of another spatial shape than the logits', for a one-hot target of DC_and_CE_loss,
+of which nnU-Net's cross-entropy reads the first channel as labels, for do_bg=False of a single
+channel, whose loss is NaN, and for a negative smooth.
 
 `apply_nonlin` is part of the pass if it is None, torch.sigmoid, nn.Sigmoid(), nn.Softmax(1),
-partial(torch.softmax, dim=1) or nnU-Net's softmax_helper_dim1; what another callable returns is of
-image size.
+partial(torch.softmax, dim=1) or softmax_helper_dim1, nnU-Net's or this module's. What another
+callable returns, and the softmax of a single channel, has the size of the logits.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import losses, spec
-from ..torch import loss, statistics
+from .. import losses
+from ..losses.penalties import NegativeScore, Penalty
+from ..losses.terms import namespace
+from ..spec import ACTIVATIONS, Spec
+from ..sums import Statistics
+from ..torch import operators
+from ..torch.functional import evaluate
 from . import _shared
 
 __all__ = [
@@ -48,18 +58,98 @@ __all__ = [
     "DC_and_CE_loss",
     "MemoryEfficientSoftDiceLoss",
     "SoftDiceLoss",
+    "softmax_helper_dim1",
     "trainer",
 ]
 
 
-class MemoryEfficientSoftDiceLoss(nn.Module):
-    """-mean (2 I + smooth) / max(P + Y + smooth, 1e-8) over samples and classes.
+def softmax_helper_dim1(x: Tensor) -> Tensor:
+    """The softmax over channels."""
+    return torch.softmax(x, 1)
 
-    With batch_dice the sums of all samples, with ddp of all ranks too, are added first. do_bg=False
-    leaves out class 0. loss_mask, (N, 1, *) of 0 and 1, tells which voxels count.
+
+class _DiceLoss(nn.Module):
+    """-q of settings that are looked at once, and again when one was changed."""
+
+    def __init__(
+        self,
+        apply_nonlin: Callable[[Tensor], Tensor] | None,
+        batch_dice: bool,
+        do_bg: bool,
+        smooth: float,
+        ddp: bool,
+        clip_tp: float | None,
+        options: tuple[Any, ...],
+    ) -> None:
+        super().__init__()
+        self.do_bg = do_bg
+        self.batch_dice = batch_dice
+        self.apply_nonlin = apply_nonlin
+        self.smooth = smooth
+        self.clip_tp = clip_tp
+        self.ddp = ddp
+        self._options = _shared.options(*options)
+        self._prepare(self._settings())
+
+    def forward(self, x: Tensor, y: Tensor, loss_mask: Tensor | None = None) -> Tensor:
+        """The loss, a scalar.
+
+        Parameters
+        ----------
+        x : (N, C, *) floating-point tensor
+            What apply_nonlin makes probabilities of.
+        y : tensor
+            Labels (N, *) or (N, 1, *) of any dtype, or one-hot or soft targets of x's shape.
+        loss_mask : (N, 1, *) tensor, optional
+            1 for valid voxels, 0 for ignored ones.
+        """
+        settings = self._settings()
+        if settings != self._prepared:
+            self._prepare(settings)
+        x, activation = _probabilities(x, self.apply_nonlin)
+        y, targets = _targets(x, y, "y")
+        _check_channels(self, x)
+        ignored = None
+        if loss_mask is not None:
+            y, ignored = _masked(y, loss_mask, x.shape[1])
+        term, requests = self._plan
+        pooled = self.ddp and self.batch_dice
+        return _evaluate(x, y, term, requests[activation, ignored, targets], pooled, self._options)
+
+    def _settings(self) -> tuple[Any, ...]:
+        """What the term follows from."""
+        return self.batch_dice, self.do_bg, self.smooth, self.clip_tp
+
+    def _prepare(self, settings: tuple[Any, ...]) -> None:
+        self._prepared: tuple[Any, ...] = ()
+        self._plan = _planned(_dice(*settings), (None, *_shared.MASK_LABELS))
+        self._prepared = settings
+
+
+class MemoryEfficientSoftDiceLoss(_DiceLoss):
+    """-mean (2 I + smooth) / max(P + Y + smooth, 1e-8) over samples and classes, I = sum s t,
+    P = sum s and Y = sum t being sums over voxels of probabilities s and targets t.
+
+    Parameters
+    ----------
+    apply_nonlin : callable, optional
+        Makes probabilities of the logits; None if they are probabilities already.
+    batch_dice : bool
+        The sums of all samples are added first.
+    do_bg : bool
+        False leaves out class 0.
+    smooth : float
+        Added to numerator and denominator, >= 0.
+    ddp : bool
+        With batch_dice the sums of all ranks are added too, which needs a process group.
+    backend, num_threads, check_labels : optional
+        As in `dice_core.torch.loss`.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        For what does not fit; the module's documentation lists what differs from nnU-Net.
     """
-
-    clip_tp: float | None = None
 
     def __init__(
         self,
@@ -68,24 +158,26 @@ class MemoryEfficientSoftDiceLoss(nn.Module):
         do_bg: bool = True,
         smooth: float = 1.0,
         ddp: bool = True,
+        *,
+        backend: str | None = None,
+        num_threads: int | None = None,
+        check_labels: bool | None = None,
     ) -> None:
-        super().__init__()
-        self.apply_nonlin = apply_nonlin
-        self.batch_dice = batch_dice
-        self.do_bg = do_bg
-        self.smooth = smooth
-        self.ddp = ddp
-
-    def forward(self, x: Tensor, y: Tensor, loss_mask: Tensor | None = None) -> Tensor:
-        """Logits (N, C, *), labels or a target like x, and a mask -> the loss."""
-        x, activation = _scores(x, self.apply_nonlin)
-        y, masked = _counted(_target(x, y), loss_mask, x.shape[1])
-        parts = [(1.0, _term(self, x.shape[1]))]
-        return _evaluate(x, y, parts, self.ddp, ignore_label=masked, activation=activation)
+        options = backend, num_threads, check_labels
+        super().__init__(apply_nonlin, batch_dice, do_bg, smooth, ddp, None, options)
 
 
-class SoftDiceLoss(MemoryEfficientSoftDiceLoss):
-    """`MemoryEfficientSoftDiceLoss`; I is at least clip_tp, with P - I and Y - I as they are."""
+class SoftDiceLoss(_DiceLoss):
+    """`MemoryEfficientSoftDiceLoss`, with P + Y = 2 I + (P - I) + (Y - I) and I raised to clip_tp.
+
+    Parameters
+    ----------
+    clip_tp : float, optional
+        The smallest I, in numerator and denominator; P - I and Y - I stay what they are. Where it
+        is taken I has no derivative.
+
+    The other parameters, and the errors, are those of `MemoryEfficientSoftDiceLoss`.
+    """
 
     def __init__(
         self,
@@ -95,137 +187,263 @@ class SoftDiceLoss(MemoryEfficientSoftDiceLoss):
         smooth: float = 1.0,
         ddp: bool = True,
         clip_tp: float | None = None,
+        *,
+        backend: str | None = None,
+        num_threads: int | None = None,
+        check_labels: bool | None = None,
     ) -> None:
-        super().__init__(apply_nonlin, batch_dice, do_bg, smooth, ddp)
-        self.clip_tp = clip_tp
+        options = backend, num_threads, check_labels
+        super().__init__(apply_nonlin, batch_dice, do_bg, smooth, ddp, clip_tp, options)
 
 
 class DC_and_CE_loss(nn.Module):
-    """weight_ce CE + weight_dice Dice of the softmax, in one pass.
+    """weight_ce CE + weight_dice Dice of the softmax, in one pass over the voxels.
 
-    CE is torch.nn.CrossEntropyLoss(**ce_kwargs), reduction "mean" or "sum"; Dice is
-    dice_class(**soft_dice_kwargs). Voxels labelled ignore_label count in neither; those labelled
-    ce_kwargs' ignore_index are left out of CE alone. A part of weight 0 is not computed.
+    CE is `torch.nn.CrossEntropyLoss` of the labels, Dice this module's loss of them.
+
+    Parameters
+    ----------
+    soft_dice_kwargs : dict
+        The arguments of dice_class but apply_nonlin, which is the softmax.
+    ce_kwargs : dict
+        The arguments of torch.nn.CrossEntropyLoss; reduction is "mean" or "sum". ignore_label is
+        written into it as its ignore_index, as nnU-Net does. An ignore_index of its own is ignored
+        by CE alone; if that is one of the classes, CE is computed in a second pass.
+    weight_ce, weight_dice : float
+        The factors. What has the factor 0 is not computed; of two factors 0 the loss is that
+        number, not a tensor.
+    ignore_label : int, optional
+        Voxels with this label are ignored in both parts. If no voxel is valid, CE is 0; without
+        an ignore_label a mean over no voxels is NaN.
+    dice_class : class
+        SoftDiceLoss or MemoryEfficientSoftDiceLoss, nnU-Net's standing for this module's.
+    backend, num_threads, check_labels : optional
+        As in `dice_core.torch.loss`.
+
+    Raises
+    ------
+    AssertionError, TypeError, ValueError, NotImplementedError
+        For what does not fit; the module's documentation lists what differs from nnU-Net.
     """
 
     def __init__(
         self,
         soft_dice_kwargs: Mapping[str, Any],
-        ce_kwargs: Mapping[str, Any],
+        ce_kwargs: dict[str, Any],
         weight_ce: float = 1,
         weight_dice: float = 1,
         ignore_label: int | None = None,
         dice_class: Callable[..., nn.Module] = SoftDiceLoss,
+        *,
+        backend: str | None = None,
+        num_threads: int | None = None,
+        check_labels: bool | None = None,
     ) -> None:
         super().__init__()
-        if ignore_label is not None:  # nnU-Net writes it into the caller's ce_kwargs
-            ce_kwargs = {**ce_kwargs, "ignore_index": ignore_label}
+        if ignore_label is not None:
+            ce_kwargs["ignore_index"] = ignore_label
         self.weight_dice = weight_dice
         self.weight_ce = weight_ce
         self.ignore_label = ignore_label
         self.ce = nn.CrossEntropyLoss(**ce_kwargs)
-        self.dc = _dice_class(dice_class)(apply_nonlin=nn.Softmax(1), **soft_dice_kwargs)
-        _check_reduction(self.ce, "ce_kwargs")
+        self.dc = _dice_class(dice_class)(apply_nonlin=softmax_helper_dim1, **soft_dice_kwargs)
+        self._options = _shared.options(backend, num_threads, check_labels)
+        self._prepare(self._settings(self.dc, self.ce), self.ce.weight)
 
-    def forward(self, net_output: Tensor, target: Tensor) -> Tensor:
-        """Logits (N, C, *) and labels (N, 1, *) -> the loss."""
-        if self.ignore_label is not None and target.shape[1] != 1:
+    def forward(self, net_output: Tensor, target: Tensor) -> Tensor | float:
+        """The loss, a scalar.
+
+        Parameters
+        ----------
+        net_output : (N, C, *) floating-point tensor
+            Logits.
+        target : (N, 1, *) tensor
+            Labels of any dtype. With weight_ce = 0 whatever dice_class takes.
+        """
+        if self.weight_ce == 0 and self.weight_dice == 0:
+            return self.weight_ce * 0 + self.weight_dice * 0
+        dice, entropy = self.dc, self.ce
+        settings, weight = self._settings(dice, entropy), entropy.weight
+        if settings != self._prepared:
+            self._prepare(settings, weight)
+        x, ignored, index = net_output, self.ignore_label, entropy.ignore_index
+        if ignored is not None and target.shape[1] != 1:
             raise AssertionError(
                 f"with an ignore_label target must be labels (N, 1, *), got {tuple(target.shape)}"
             )
-        x, activation = _scores(net_output, self.dc.apply_nonlin)
-        y = _target(x, target)
-        ignored, weight = self.ignore_label, self.ce.weight
-        if ignored is None and self.weight_ce:
-            if not self.weight_dice and y.shape != x.shape:
-                ignored = self.ce.ignore_index
+        y, targets = _targets(x, target, "target")
+        # Passes: input, what to compute of it, activation, ignored label, whether ranks are pooled.
+        parts: list[tuple[Tensor, _Plan, str, int | None, bool]] = []
+        of_dice, of_entropy, of_both = self._plans
+        if self.weight_dice != 0:
+            _check_channels(dice, x)
+            scores, activation = _probabilities(x, dice.apply_nonlin)
+            pooled = dice.ddp and dice.batch_dice
+            parts.append((scores, of_dice, activation, ignored, pooled))
+        if self.weight_ce != 0:
+            if x.shape[1] == 1:
+                raise ValueError(
+                    f"net_output must have at least two channels, got {tuple(x.shape)}"
+                )
+            if targets != "labels" or target.ndim != x.ndim:
+                raise ValueError(
+                    f"target must be labels {(x.shape[0], 1, *x.shape[2:])}, "
+                    f"got {tuple(target.shape)}"
+                )
+            # One pass does both, unless CE reads something else or ignores a class of Dice.
+            alike = index == ignored or (ignored is None and not 0 <= index < x.shape[1])
+            if parts and scores is x and alike:
+                parts[0] = x, of_both, activation, ignored, pooled
             else:
-                weight = self._weight(x.shape[1])
-        parts: list[tuple[float, losses.Term]] = []
-        # nnU-Net returns the int 0 if both weights are 0.
-        if self.weight_dice or not self.weight_ce:
-            parts.append((self.weight_dice, _term(self.dc, x.shape[1])))
-        if self.weight_ce:
-            divisor = "weights" if self.ce.reduction == "mean" else "one"
-            smoothing = self.ce.label_smoothing
-            entropy = losses.CrossEntropy(
-                weight=weight, label_smoothing=smoothing, divisor=divisor, pool="batch"
-            )
-            parts.append((self.weight_ce, entropy))
-        return _evaluate(x, y, parts, self.dc.ddp, ignore_label=ignored, activation=activation)
+                parts.append((x, of_entropy, "softmax", index, False))
+        values = []
+        for x, (term, requests), activation, ignored, pooled in parts:
+            if term.weights and term.weights[0] is not weight:  # moved to a device, for example
+                term = term.with_weights([weight])
+            asked = requests[activation, ignored, targets]
+            values.append(_evaluate(x, y, term, asked, pooled, self._options))
+        return values[0] if len(values) == 1 else values[0] + values[1]
 
-    def _weight(self, classes: int) -> Tensor | None:
-        """CE's weights, 0 for a class that CE alone ignores."""
-        weight, index = self.ce.weight, self.ce.ignore_index
-        if not 0 <= index < classes:
-            return weight
-        if self.ce.label_smoothing:
-            raise NotImplementedError(
-                "ce_kwargs: a class as ignore_index together with label_smoothing; "
-                "ignore_label ignores it in both parts"
-            )
-        weight = torch.ones(classes) if weight is None else weight.clone()
-        weight[index] = 0
-        return weight
+    def _settings(self, dice: Any, entropy: nn.CrossEntropyLoss) -> tuple[Any, ...]:
+        """What the terms and the requests follow from."""
+        return (
+            dice._settings(),
+            self.weight_dice,
+            self.weight_ce,
+            entropy.reduction,
+            entropy.label_smoothing,
+            entropy.weight is not None,
+            self.ignore_label,
+            entropy.ignore_index,
+        )
+
+    def _prepare(self, settings: tuple[Any, ...], weight: Tensor | None) -> None:
+        self._prepared: tuple[Any, ...] = ()
+        self._plans = _dice_and_ce(weight, *settings)
+        self._prepared = settings
 
 
 class DC_and_BCE_loss(nn.Module):
-    """weight_ce BCE + weight_dice Dice of each channel's sigmoid, in one pass.
+    """weight_ce BCE + weight_dice Dice of each channel's sigmoid, in one pass over the voxels.
 
-    BCE is torch.nn.BCEWithLogitsLoss(**bce_kwargs), weight and pos_weight one number per class,
-    (C, 1, ...); Dice is dice_class(**soft_dice_kwargs). With use_ignore_label the target has a last
-    channel more, whose voxels count in neither, and BCE is the sum over the classes of the mean
-    over the voxels, C times the mean that it is without.
+    BCE is `torch.nn.BCEWithLogitsLoss`, Dice this module's loss of the targets.
+
+    Parameters
+    ----------
+    bce_kwargs : dict
+        The arguments of torch.nn.BCEWithLogitsLoss: weight and pos_weight are one number for each
+        class, (C, 1, ...), reduction is "mean" or "sum".
+    soft_dice_kwargs : dict
+        The arguments of dice_class but apply_nonlin, which is the sigmoid.
+    weight_ce, weight_dice : float
+        The factors.
+    use_ignore_label : bool
+        The target has a last channel more, 1 for voxels that both parts ignore. BCE is then the sum
+        over classes of the mean over voxels, C times what it is without, and 0 if no voxel is
+        valid; "none" is written into bce_kwargs as its reduction, as nnU-Net does.
+    dice_class : class
+        SoftDiceLoss or MemoryEfficientSoftDiceLoss, nnU-Net's standing for this module's.
+    backend, num_threads, check_labels : optional
+        As in `dice_core.torch.loss`.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        For what does not fit; the module's documentation lists what differs from nnU-Net.
     """
 
     def __init__(
         self,
-        bce_kwargs: Mapping[str, Any],
+        bce_kwargs: dict[str, Any],
         soft_dice_kwargs: Mapping[str, Any],
         weight_ce: float = 1,
         weight_dice: float = 1,
         use_ignore_label: bool = False,
         dice_class: Callable[..., nn.Module] = MemoryEfficientSoftDiceLoss,
+        *,
+        backend: str | None = None,
+        num_threads: int | None = None,
+        check_labels: bool | None = None,
     ) -> None:
         super().__init__()
-        if use_ignore_label:  # nnU-Net writes "none" into the caller's bce_kwargs
-            bce_kwargs = {**bce_kwargs, "reduction": "mean"}
+        if use_ignore_label:
+            bce_kwargs["reduction"] = "none"
         self.weight_dice = weight_dice
         self.weight_ce = weight_ce
         self.use_ignore_label = use_ignore_label
         self.ce = nn.BCEWithLogitsLoss(**bce_kwargs)
         self.dc = _dice_class(dice_class)(apply_nonlin=torch.sigmoid, **soft_dice_kwargs)
-        _check_reduction(self.ce, "bce_kwargs")
+        self._options = _shared.options(backend, num_threads, check_labels)
+        self._prepare(self._settings(self.dc, self.ce))
 
     def forward(self, net_output: Tensor, target: Tensor) -> Tensor:
-        """Logits (N, C, *) and a target like them, or with a channel more -> the loss."""
-        mask, factor = None, self.weight_ce
+        """The loss, a scalar.
+
+        Parameters
+        ----------
+        net_output : (N, C, *) floating-point tensor
+            Logits.
+        target : (N, C, *) tensor, with use_ignore_label (N, C + 1, *)
+            One-hot or soft targets of any dtype.
+        """
+        dice, entropy = self.dc, self.ce
+        settings = self._settings(dice, entropy)
+        if settings != self._prepared:
+            self._prepare(settings)
+        x, y, ignored = net_output, target, None
         if self.use_ignore_label:
-            target, mask = target[:, :-1], target[:, -1:] != 1
-            factor = factor * net_output.shape[1]
-        if target.shape != net_output.shape:
+            y = target[:, :-1]
+        if y.shape != x.shape:
             raise ValueError(
-                f"target must have shape {tuple(net_output.shape)}, and with use_ignore_label a "
-                f"channel more, got {tuple(target.shape)} without it"
+                f"target must have shape {tuple(x.shape)}, and with use_ignore_label a channel "
+                f"more, got {tuple(target.shape)}"
             )
-        x, activation = _scores(net_output, self.dc.apply_nonlin)
-        y, masked = _counted(_target(x, target), mask, x.shape[1])
-        entropy = losses.BinaryCrossEntropy(
-            weight=_per_class(self.ce.weight, x, "weight"),
-            pos_weight=_per_class(self.ce.pos_weight, x, "pos_weight"),
-            divisor="voxels" if self.ce.reduction == "mean" else "one",
-            pool="batch",
+        if y.requires_grad:
+            _shared.refuse_gradient(y, "target")
+        _check_channels(dice, x)
+        if self.use_ignore_label:
+            y, ignored = _shared.masked(y, target[:, -1:] != 1)
+        scores, activation = _probabilities(x, dice.apply_nonlin)
+        of_dice, of_entropy, of_both = self._plans
+        pooled, weights = dice.ddp and dice.batch_dice, []
+        for name, weight in (("weight", entropy.weight), ("pos_weight", entropy.pos_weight)):
+            if weight is not None:
+                weights.append(_per_class(weight, x, name))
+        both, alone = (of_both if scores is x else of_dice), of_entropy
+        term = both.term.with_weights(weights) if both.term.weights else both.term
+        asked = both.requests[activation, ignored, "soft"]
+        value = _evaluate(scores, y, term, asked, pooled, self._options)
+        if scores is x:
+            return value
+        term = alone.term.with_weights(weights)
+        asked = alone.requests["sigmoid", ignored, "soft"]
+        return value + _evaluate(x, y, term, asked, False, self._options)
+
+    def _settings(self, dice: Any, entropy: nn.BCEWithLogitsLoss) -> tuple[Any, ...]:
+        """What the terms and the requests follow from."""
+        return (
+            dice._settings(),
+            self.weight_dice,
+            self.weight_ce,
+            entropy.reduction,
+            entropy.weight is not None,
+            entropy.pos_weight is not None,
+            self.use_ignore_label,
         )
-        parts = [(self.weight_dice, _term(self.dc, x.shape[1])), (factor, entropy)]
-        return _evaluate(x, y, parts, self.dc.ddp, ignore_label=masked, activation=activation)
+
+    def _prepare(self, settings: tuple[Any, ...]) -> None:
+        self._prepared: tuple[Any, ...] = ()
+        self._plans = _dice_and_bce(*settings)
+        self._prepared = settings
 
 
 @functools.cache
 def trainer() -> type:
     """nnUNetTrainerDiceCore: nnUNetTrainer with the losses of this module, never compiled.
 
-    Its settings, and deep supervision's weights, are what nnU-Net chooses. Raises ImportError if
-    nnunetv2 cannot be imported.
+    Its settings, and deep supervision's weights, are what nnU-Net chooses; the weight of a single
+    scale, which nnU-Net divides by itself, 0, is 1. Raises ImportError if nnunetv2 cannot be
+    imported.
     """
     try:
         from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
@@ -244,7 +462,7 @@ def trainer() -> type:
             if not isinstance(built, DeepSupervisionWrapper):
                 return self._fused_loss()
             built.loss = self._fused_loss()
-            if not all(map(math.isfinite, built.weight_factors)):  # nnU-Net's, of a single scale
+            if not all(map(math.isfinite, built.weight_factors)):
                 built.weight_factors = (1.0,) * len(built.weight_factors)
             return built
 
@@ -274,7 +492,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# Arguments
+# ---- arguments -----------------------------------------------------------------------------------
 
 
 def _dice_class(dice_class: Any) -> Any:
@@ -290,66 +508,66 @@ def _dice_class(dice_class: Any) -> Any:
     return dice_class
 
 
-def _check_reduction(entropy: Any, name: str) -> None:
-    if entropy.reduction not in ("mean", "sum"):
-        raise NotImplementedError(
-            f"{name}: reduction must be 'mean' or 'sum', got {entropy.reduction!r}"
-        )
-
-
 _SIGMOIDS = (torch.sigmoid, torch.special.expit, nn.functional.sigmoid, Tensor.sigmoid)
 _SOFTMAXES = (torch.softmax, torch.special.softmax, nn.functional.softmax, Tensor.softmax)
 
 
-def _scores(x: Tensor, nonlin: Any) -> tuple[Tensor, str]:
-    """What to read, and the activation that makes scores of it."""
+def _probabilities(x: Tensor, nonlin: Any) -> tuple[Tensor, str]:
+    """What to read, and the activation that makes probabilities of it."""
     if nonlin is None:
         return x, "none"
-    if type(nonlin) is nn.Sigmoid or nonlin in _SIGMOIDS:
+    if nonlin is torch.sigmoid or nonlin in _SIGMOIDS or type(nonlin) is nn.Sigmoid:
         return x, "sigmoid"
-    partial = isinstance(nonlin, functools.partial) and nonlin.func in _SOFTMAXES
-    if (
-        (type(nonlin) is nn.Softmax and nonlin.dim == 1)
-        or (partial and not nonlin.args and nonlin.keywords == {"dim": 1})
-        or getattr(nonlin, "__name__", None) == "softmax_helper_dim1"
-    ):
-        if x.shape[1] == 1:
-            raise ValueError("the softmax of a single channel is 1 everywhere; it has a sigmoid")
+    if _is_softmax(nonlin) and x.shape[1] > 1:
         return x, "softmax"
     return nonlin(x), "none"
 
 
-def _target(x: Tensor, y: Tensor) -> Tensor:
-    """With an axis for channels, and labels as integers."""
+def _is_softmax(nonlin: Any) -> bool:
+    """Whether this is the softmax over channels."""
+    if nonlin is softmax_helper_dim1 or (type(nonlin) is nn.Softmax and nonlin.dim == 1):
+        return True
+    if isinstance(nonlin, functools.partial):
+        return nonlin.func in _SOFTMAXES and not nonlin.args and nonlin.keywords == {"dim": 1}
+    name = getattr(nonlin, "__module__", None), getattr(nonlin, "__name__", None)
+    return name == ("nnunetv2.utilities.helpers", "softmax_helper_dim1")
+
+
+def _targets(x: Tensor, y: Tensor, name: str) -> tuple[Tensor, str]:
+    """Labels (N, 1, *) as integers, or soft targets like x, and which of the two they are."""
     if y.requires_grad:
-        raise NotImplementedError("the target requires grad, and dice_core has none for it")
+        _shared.refuse_gradient(y, name)
     if y.ndim == x.ndim - 1:
         y = y.unsqueeze(1)
-    return y if y.shape == x.shape else _shared.class_labels(y)
+    if y.shape == x.shape:
+        return y, "soft"
+    if y.shape != (x.shape[0], 1, *x.shape[2:]):
+        raise ValueError(
+            f"{name} must have shape {(x.shape[0], 1, *x.shape[2:])} or {tuple(x.shape)}, "
+            f"got {tuple(y.shape)}"
+        )
+    return (_shared.class_labels(y) if y.is_floating_point() else y), "labels"
 
 
-def _counted(y: Tensor, mask: Tensor | None, classes: int) -> tuple[Tensor, int | None]:
+def _check_channels(dice: Any, x: Tensor) -> None:
+    if x.shape[1] == 1 and not dice.do_bg:
+        raise ValueError("do_bg=False leaves no class of a single channel")
+
+
+def _masked(y: Tensor, mask: Tensor, classes: int) -> tuple[Tensor, int]:
     """y with an ignored label where the mask is 0, and that label."""
-    if mask is None:
-        return y, None
     if mask.ndim != y.ndim or mask.shape[1] != 1:
         raise NotImplementedError(
             f"loss_mask must have shape (N, 1, *), got {tuple(mask.shape)} for a target of "
             f"{tuple(y.shape)}"
         )
     if mask.requires_grad:
-        raise NotImplementedError("loss_mask requires grad, and dice_core has none for it")
-    if mask.dtype != torch.bool:
-        if ((mask != 0) & (mask != 1)).any():
-            raise NotImplementedError("loss_mask must hold 0 and 1 only")
-        mask = mask != 0
+        _shared.refuse_gradient(mask, "loss_mask")
     return _shared.masked(y, mask, classes)
 
 
-def _per_class(weight: Tensor | None, x: Tensor, name: str) -> Tensor | None:
+def _per_class(weight: Tensor, x: Tensor, name: str) -> Tensor:
     """(C,) of what broadcasts to x, if it has one number per class."""
-    if weight is None:
-        return None
     shape = (1,) * (x.ndim - weight.ndim) + tuple(weight.shape)
     if len(shape) != x.ndim or shape != (1, shape[1]) + (1,) * (x.ndim - 2):
         raise NotImplementedError(
@@ -359,67 +577,171 @@ def _per_class(weight: Tensor | None, x: Tensor, name: str) -> Tensor | None:
     return weight.reshape(-1).expand(x.shape[1])
 
 
-# Terms
+# ---- terms ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class _SoftDice(losses.Dice):
-    """-q of Dice's score q, I being at least `clip` and P - I and Y - I as they are."""
+    """-q of the Dice score q, with I raised to `clip_tp`, P - I and Y - I being as they are."""
 
-    clip: float | None = None
+    clip_tp: float | None = None
 
-    def _penalty(self, loss: Any) -> Any:
-        return loss - 1
+    penalty: ClassVar[Penalty | None] = NegativeScore()
 
-    def _ratio(self, pooled: losses.Sums) -> tuple[Any, Any]:
-        if self.clip is not None:
-            i, p, y = pooled[:3]
-            more = i.clip(self.clip, None) - i
-            pooled = losses.Sums(i + more, p + more, y + more)
-        return super()._ratio(pooled)
+    def score(self, xp: Any, rows: tuple[Any, ...]) -> tuple[Any, Any]:
+        return super().score(xp, self._raised(xp, rows))
 
-    def _ratio_slopes(self, pooled: losses.Sums, loss: Any, den: Any, share: Any) -> Any:
-        slopes = super()._ratio_slopes(pooled, loss, den, share)
-        if self.clip is not None:
-            clipped = pooled.intersection < self.clip
-            slopes[0] = np.where(clipped, -slopes[1] - slopes[2], slopes[0])
+    def slopes(self, rows: tuple[Any, ...], loss: Any, den: Any, share: Any) -> Any:
+        slopes = super().slopes(self._raised(np, rows), loss, den, share)
+        if self.clip_tp is not None:
+            raised = rows[0] < self.clip_tp
+            slopes[0] = np.where(raised, -slopes[1] - slopes[2], slopes[0])
         return slopes
 
+    def _raised(self, xp: Any, rows: tuple[Any, ...]) -> tuple[Any, ...]:
+        if self.clip_tp is None:
+            return rows
+        i, p, y = rows
+        more = xp.clip(i, self.clip_tp, None) - i
+        return i + more, p + more, y + more
 
-def _term(dice: Any, classes: int) -> _SoftDice:
-    """Of a Dice module's settings."""
-    if not dice.do_bg and classes == 1:
-        raise ValueError("do_bg=False leaves no class of a single channel")
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class _MaskedCrossEntropy(losses.CrossEntropy):
+    """CrossEntropy, 0 if no voxel is valid, and NaN if all that are have the weight 0."""
+
+    def count(self, sums: Statistics) -> Any:
+        count, where = super().count(sums), namespace(sums.array).where
+        return where((count == 0) & (sums.voxels > 0), math.nan, count)
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class _SummedBinaryCrossEntropy(losses.BinaryCrossEntropy):
+    """BinaryCrossEntropy summed over the classes, not their mean."""
+
+    def factors(self, xp: Any, like: Any) -> dict[str, Any]:
+        return {name: like.shape[1] * each for name, each in super().factors(xp, like).items()}
+
+
+class _Plan(NamedTuple):
+    """A term, whose weights may be stand-ins, and what to sum for it, by activation, ignored label
+    and whether targets are "labels" or "soft".
+    """
+
+    term: losses.Term
+    requests: dict[tuple[str, int | None, str], Spec]
+
+
+def _planned(term: losses.Term, ignored: Iterable[int | None]) -> _Plan:
+    """All requests of a term, since a call that torch.compile traces cannot make one."""
+    requests = {
+        (activation, label, targets): term.spec(activation, label, targets)
+        for activation in ACTIVATIONS
+        for label in ignored
+        for targets in ("labels", "soft")
+    }
+    return _Plan(term, requests)
+
+
+def _dice(batch_dice: bool, do_bg: bool, smooth: float, clip_tp: float | None) -> _SoftDice:
     return _SoftDice(
-        smooth=dice.smooth,
+        smooth=_shared.number(smooth, "smooth"),
         floor=1e-8,
-        pool="batch" if dice.batch_dice else "none",
-        ignore_channel=-1 if dice.do_bg else 0,
+        pool="batch" if batch_dice else "none",
+        ignore_channel=-1 if do_bg else 0,
         divisor="kept",
-        clip=dice.clip_tp,
+        clip_tp=None if clip_tp is None else _shared.number(clip_tp, "clip_tp", signed=True),
     )
 
 
-# Evaluation
+def _dice_and_ce(
+    weight: Tensor | None,
+    of_dice: tuple[Any, ...],
+    weight_dice: float,
+    weight_ce: float,
+    reduction: str,
+    label_smoothing: float,
+    weighted: bool,
+    ignore_label: int | None,
+    ignore_index: int,
+) -> tuple[_Plan, _Plan, _Plan]:
+    """Dice, cross-entropy and their sum, times the factors."""
+    if reduction not in ("mean", "sum"):
+        raise NotImplementedError(
+            f"ce_kwargs: reduction must be 'mean' or 'sum', got {reduction!r}"
+        )
+    masked = ignore_label is not None
+    entropy = (_MaskedCrossEntropy if masked else losses.CrossEntropy)(
+        weight=weight if weighted else None,
+        label_smoothing=_shared.number(label_smoothing, "label_smoothing"),
+        divisor="weights" if reduction == "mean" else "one",
+        empty="perfect" if masked else "nan",
+    )
+    ignored = (None, ignore_label, ignore_index)
+    return _plans(_dice(*of_dice), weight_dice, entropy, weight_ce, ignored)
 
-_Parts = Sequence[tuple[float, losses.Term]]
+
+def _dice_and_bce(
+    of_dice: tuple[Any, ...],
+    weight_dice: float,
+    weight_ce: float,
+    reduction: str,
+    weighted: bool,
+    pos_weighted: bool,
+    use_ignore_label: bool,
+) -> tuple[_Plan, _Plan, _Plan]:
+    """Dice, binary cross-entropy and their sum, times the factors."""
+    if not use_ignore_label and reduction not in ("mean", "sum"):
+        raise NotImplementedError(
+            f"bce_kwargs: reduction must be 'mean' or 'sum', got {reduction!r}"
+        )
+    kind = _SummedBinaryCrossEntropy if use_ignore_label else losses.BinaryCrossEntropy
+    entropy = kind(
+        weight=(1.0,) if weighted else None,
+        pos_weight=(1.0,) if pos_weighted else None,
+        divisor="one" if reduction == "sum" else "voxels",
+        empty="perfect" if use_ignore_label else "nan",
+    )
+    ignored = (None, *_shared.MASK_LABELS)
+    return _plans(_dice(*of_dice), weight_dice, entropy, weight_ce, ignored)
 
 
-def _evaluate(x: Tensor, y: Tensor, parts: _Parts, ddp: bool, **options: Any) -> Tensor:
-    """The sum of factors times terms; with ddp, Dice that pools takes the sums of all ranks."""
-    term = losses.Sum(tuple(parts))
-    of_ranks = [ddp and part.pool == "batch" and isinstance(part, _SoftDice) for _, part in parts]
-    if not any(of_ranks):
-        return loss(x, y, term, **options)
-    needs = {spec.OPTIONS[field]: value for field, value in term.needs.items()}
-    sums = losses.Sums(**statistics(x, y, **needs, **options)._asdict())
-    term = term.with_weights(lambda weight: torch.as_tensor(weight).to(x.device, torch.float64))
-    term.check(x.shape[1])
-    added = torch.stack(sums[:3]).sum(1, keepdim=True)
-    pooled = losses.Sums(*_SumOfRanks.apply(added))  # type: ignore[no-untyped-call]
+def _plans(
+    dice: losses.Term,
+    weight_dice: float,
+    entropy: losses.Term,
+    weight_ce: float,
+    ignored: tuple[int | None, ...],
+) -> tuple[_Plan, _Plan, _Plan]:
+    for name, factor in (("weight_dice", weight_dice), ("weight_ce", weight_ce)):
+        if isinstance(factor, Tensor):
+            raise TypeError(f"{name} must be a number, got a tensor")
+    parts = (float(weight_dice), dice), (float(weight_ce), entropy)
+    of_dice, of_entropy, both = (losses.Sum(each) for each in (parts[:1], parts[1:], parts))
+    return _planned(of_dice, ignored), _planned(of_entropy, ignored), _planned(both, ignored)
+
+
+# ---- evaluation ----------------------------------------------------------------------------------
+
+
+def _evaluate(
+    x: Tensor, y: Tensor, term: losses.Term, asked: Spec, pooled: bool, options: tuple[Any, ...]
+) -> Tensor:
+    """The loss; if `pooled`, of the sums of all ranks what is Dice, which pools the batch."""
+    if not pooled:
+        return evaluate(x, y, term, asked, *options)
+    operators.check(x, y, asked)
+    if term.weights:
+        weights = [weight.to(x.device, torch.float64) for weight in term.weights]
+        term = term.with_weights(weights)
+        term.check(x.shape[1])
+    sums = operators.statistics(x, y, asked, *options)
+    added = _SumOfRanks.apply(sums.array[:3].sum(1, keepdim=True))  # type: ignore[no-untyped-call]
+    of_ranks = Statistics(added, asked, sums.dtype)
+    parts = term.parts if isinstance(term, losses.Sum) else ((1.0, term),)
     values = [
-        factor * part.value(pooled if ranks else sums)
-        for (factor, part), ranks in zip(term.parts, of_ranks, strict=True)
+        factor * part.value(of_ranks if isinstance(part, _SoftDice) else sums)
+        for factor, part in parts
     ]
     value: Tensor = torch.stack(values).sum()
     return value if x.dtype == torch.float64 else value.float()

@@ -1,46 +1,53 @@
-"""Losses of segmentation_models_pytorch by its names and arguments, one pass over the logits.
+"""Losses of segmentation_models_pytorch by its names and arguments, one pass over the logits and
+one for their gradient, which is all that has their size.
 
-In place of `segmentation_models_pytorch.losses`. Each is the mean over classes of 1 - q, or with
-log_loss of -log max(q, eps), with
+In place of `segmentation_models_pytorch.losses`. Each loss is a function of the Tversky score
 
     q = (I + smooth) / max(I + alpha (P - I) + beta (Y - I) + smooth, eps)
 
-of the sums over all samples; a class that no label has counts 0. Scores are the softmax of the
-logits (mode "multiclass") or each channel's sigmoid ("binary", "multilabel"), or y_pred itself
-with from_logits=False. `classes` are those in the mean, which class_weights, (C,) numbers, weigh.
-Voxels labelled ignore_index do not count, in "multilabel" for that channel alone.
+of a class, where I = sum min(s, t), P = sum s and Y = sum t over the valid voxels of all samples, s
+is the probability and t the target. The loss of a class is 1 - q, or -log max(q, eps) with
+log_loss=True, and 0 where Y is 0. The result is the mean over classes, or over those in `classes`,
+weighted by class_weights and divided by their sum. Voxels labelled ignore_index are ignored, in
+mode "multilabel" for that channel alone.
 
-Values and gradients are SMP's, with these differences:
+Values and gradients are those of segmentation_models_pytorch 0.6, its 0/0 included. What differs:
 
-- Sums are added in float64. The loss is float64 for float64 logits, else float32, for half too.
-- Labels of any integer dtype, and floats that hold such, not int64 alone. Labels that are no class,
-  and what else does not fit, raise ValueError; on a GPU such labels make the loss NaN, as
-  everywhere in dice_core.
-- The derivative of 0**gamma is 0, not NaN. Class weights that sum to 0 raise ValueError.
-- A number for classes or class_weights, which SMP takes for None, raises TypeError; a list of one
-  weight for several classes ValueError. "multiclass" needs two channels at least,
-  and log_loss an eps between 0 and 1.
-- With from_logits=False scores must lie in [0, 1], and where one is exactly 0 or 1 and right its
-  derivative is that of the product, not of the minimum, of score and label.
+- Sums are added in float64, class weights included, and half-precision logits are computed in
+  float32: probabilities are not rounded to the logits' dtype first. The loss is float64 for float64
+  logits, else float32.
+- Out-of-range labels raise ValueError; on a GPU they make the loss NaN. So does a soft target of
+  the modes "binary" and "multilabel", anything but 0 and 1: sum min(s, t) is a sum of products only
+  for those.
+- Logits of ignored voxels have no influence, even NaN, which SMP multiplies by 0.
+- There are no second derivatives, and none for targets: one that requires grad raises
+  NotImplementedError.
+- Labels of mode "multiclass" may have any integer dtype, or be floating-point numbers, which are
+  truncated before they are compared with ignore_index; without one SMP takes int64 alone.
+- backend, num_threads and check_labels, all by keyword, are those of `dice_core.torch.loss`.
 
-NotImplementedError, naming the argument, stands for soft targets (SMP sums min(score, target),
-which only for targets of 0 and 1 is the product) and for targets that require grad.
+An error naming the argument stands for the rest: from_logits=False (the derivative of min(s, t) at
+a probability of exactly 0 or 1 is no function of the sums), a negative smooth, eps, alpha or beta,
+eps = 0 with log_loss (whether -log of a score of 0 is infinite there depends on how SMP's sums are
+rounded), class weights that sum to 0 or are not one per class, no classes at all, and numbers for
+classes or class_weights, which SMP takes for None.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import losses
-from ..losses.overlap import LogScore
-from ..torch import loss
+from .. import checks, losses
+from ..losses.penalties import NegativeLog, RawPower
+from ..losses.terms import assign
+from ..spec import Spec
+from ..torch.functional import evaluate
 from . import _shared
 
 __all__ = [
@@ -58,9 +65,11 @@ MULTILABEL_MODE = "multilabel"
 
 
 class _OverlapLoss(nn.Module):
+    """The module's loss of settings that are looked at once, and again when one was changed."""
+
     alpha: float
     beta: float
-    gamma = 1.0
+    gamma: float = 1.0
 
     def __init__(
         self,
@@ -72,14 +81,18 @@ class _OverlapLoss(nn.Module):
         ignore_index: int | None = None,
         eps: float = 1e-7,
         class_weights: Sequence[float] | None = None,
+        *,
+        backend: str | None = None,
+        num_threads: int | None = None,
+        check_labels: bool | None = None,
     ) -> None:
         super().__init__()
         if mode not in (BINARY_MODE, MULTICLASS_MODE, MULTILABEL_MODE):
             raise AssertionError(f"mode must be binary, multiclass or multilabel, got {mode!r}")
         if mode == BINARY_MODE and class_weights is not None:
-            raise ValueError("class_weights are of several classes, and mode='binary' has one")
+            raise ValueError("class_weights are not supported with mode='binary'")
         if mode == BINARY_MODE and classes is not None:
-            raise AssertionError("classes are some of several, and mode='binary' has one")
+            raise AssertionError("classes are not supported with mode='binary'")
         self.mode = mode
         self.classes = _numbers(classes, "classes", torch.long)
         self.from_logits = from_logits
@@ -88,85 +101,151 @@ class _OverlapLoss(nn.Module):
         self.log_loss = log_loss
         self.ignore_index = ignore_index
         self.class_weights = _numbers(class_weights, "class_weights", torch.float)
+        _check_weights(self.classes, self.class_weights)
+        self._options = _shared.options(backend, num_threads, check_labels)
+        self._prepare(self._settings())
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
-        """Logits (N, C, *), or for "binary" (N, *), and labels (N, *), (N, 1, *), or for
-        "multilabel" (N, C, *) -> the loss.
+        """The loss, a scalar.
+
+        Parameters
+        ----------
+        y_pred : (N, C, *) floating-point tensor
+            Logits. In mode "binary" those of a single class, of any shape (N, ...).
+        y_true : tensor
+            "multiclass": labels (N, *) or (N, 1, *). "multilabel": 0 or 1 for each channel,
+            (N, C, *). "binary": 0 or 1 for as many voxels as y_pred has.
         """
-        x, y, activation = y_pred, y_true, "none"
-        if len(y) != len(x):
-            raise AssertionError(f"y_true has {len(y)} samples and y_pred {len(x)}")
-        if y.requires_grad:
-            raise NotImplementedError("y_true requires grad, and dice_core has none for it")
-        if self.mode == BINARY_MODE:  # one class, whatever the axes
-            x = x if x.shape[1] == 1 else x.unsqueeze(1)
-        elif self.mode == MULTICLASS_MODE and x.shape[1] == 1:
-            raise ValueError("mode='multiclass' needs at least two channels; one is 'binary'")
-        shape = (len(x), *x.shape[2:]) if self.mode == MULTICLASS_MODE else x.shape
-        if self.mode != MULTILABEL_MODE and y.numel() != math.prod(shape):
-            raise AssertionError(f"y_true has shape {tuple(y.shape)}, y_pred {tuple(x.shape)}")
-        y = y.reshape(shape)
+        settings = self._settings()
+        if settings != self._prepared:
+            self._prepare(settings)
+        if y_true.requires_grad:
+            _shared.refuse_gradient(y_true, "y_true")
+        x = y_pred
+        if y_true.shape[0] != x.shape[0]:
+            raise AssertionError(f"y_true has {y_true.shape[0]} samples and y_pred {x.shape[0]}")
+        if self.mode == BINARY_MODE and x.shape[1] != 1:  # one class, whatever the axes
+            x = x.unsqueeze(1)
+        shape = x.shape
         if self.mode == MULTICLASS_MODE:
+            if shape[1] == 1:
+                raise ValueError("y_pred must have at least two channels with mode='multiclass'")
+            shape = shape[:1] + shape[2:]
+        if y_true.numel() != math.prod(shape) or not y_true.numel():
+            raise AssertionError(
+                f"y_true has shape {tuple(y_true.shape)} and y_pred {tuple(y_pred.shape)}"
+            )
+        y = y_true if y_true.shape == shape else y_true.reshape(shape)
+        if self.mode == MULTICLASS_MODE and y.is_floating_point():
             y = _shared.class_labels(y)
-        elif _shared.soft(y):
-            raise NotImplementedError("y_true must hold 0 and 1: minima with soft ones are no sums")
-        if self.from_logits:
-            activation = "softmax" if self.mode == MULTICLASS_MODE else "sigmoid"
-        return loss(
-            x, y, self._term(x.shape[1]), ignore_label=self.ignore_index, activation=activation
+        term = self._term
+        if self._weighted:
+            weight = self._weight(x.shape[1])
+            if weight is not term.weights[0]:
+                term = term.with_weights([weight])
+        return evaluate(x, y, term, self._asked, *self._options)
+
+    def _settings(self) -> tuple[Any, ...]:
+        """What the term and the request follow from."""
+        return (
+            self.mode,
+            self.from_logits,
+            self.ignore_index,
+            self.alpha,
+            self.beta,
+            self.gamma,
+            self.smooth,
+            self.eps,
+            self.log_loss,
+            self.classes is not None or self.class_weights is not None,
         )
 
-    def _term(self, channels: int) -> losses.Term:
-        weight = self._weight(channels)
-        settings: dict[str, Any] = {
-            "alpha": self.alpha,
-            "beta": self.beta,
-            "smooth": self.smooth,
-            "floor": self.eps,
-            "pool": "batch",
-            "absent": "zero",
-            "weight": weight,
-            "divisor": "classes" if weight is None else "weights",
-        }
-        kinds = (losses.Tversky, losses.FocalTversky), (_LogTversky, _LogFocalTversky)
-        plain, focal = kinds[bool(self.log_loss)]
-        if self.log_loss:
-            settings["eps"] = self.eps
-        if self.gamma == 1:
-            return plain(**settings)
-        return focal(**settings, gamma=self.gamma, of_mean=True)
-
-    def _weight(self, channels: int) -> Any:
-        """(C,): how much each class counts in the mean; None for all alike."""
-        if self.classes is None and self.class_weights is None:
-            return None
-        weight = np.ones(channels)
+    def _prepare(self, settings: tuple[Any, ...]) -> None:
+        self._prepared: tuple[Any, ...] = ()
+        self._term, self._asked = _term_and_request(*settings)
+        self._prepared, self._weighted = settings, settings[-1]
         if self.class_weights is not None:
-            weight = self.class_weights.double().cpu().numpy()
-        if self.classes is not None:  # some of them, maybe several times
-            times = np.zeros(len(weight))
-            np.add.at(times, self.classes.cpu().numpy(), 1)
-            weight = weight * times
-        if weight.sum() == 0:
-            name = "classes" if self.class_weights is None else "class_weights"
-            raise ValueError(f"the {name} leave nothing: their weights sum to 0")
-        return weight
+            self._term = self._term.with_weights([self.class_weights])
+
+    def _weight(self, channels: int) -> Tensor:
+        """(C,): how much each class counts in the mean."""
+        classes, weights = self.classes, self.class_weights
+        if classes is None:
+            if weights is None or weights.shape != (channels,):
+                raise ValueError(
+                    f"class_weights must have {channels} entries, one per class, "
+                    f"got {weights if weights is None else tuple(weights.shape)}"
+                )
+            return weights
+        index = torch.arange(channels, device=classes.device)[classes].reshape(-1)
+        if weights is None:
+            picked = torch.ones(index.shape, dtype=torch.float64, device=index.device)
+        else:
+            picked = weights.to(index.device, torch.float64)[classes].reshape(-1)
+        return picked.new_zeros(channels).index_add(0, index, picked)
 
 
 class DiceLoss(_OverlapLoss):
-    """The module's loss with alpha = beta = 1/2."""
+    """1 - (2 I + 2 smooth) / max(P + Y + 2 smooth, 2 eps) of each class, averaged: the module's
+    loss with alpha = beta = 1/2.
+
+    Parameters
+    ----------
+    mode : {"binary", "multiclass", "multilabel"}
+        Probabilities are the softmax over channels in mode "multiclass", else the sigmoid of each
+        channel.
+    classes : sequence of int, optional
+        The classes that are averaged; None for all. Not in mode "binary".
+    log_loss : bool
+        -log max(q, eps) in place of 1 - q.
+    from_logits : bool
+        Must be True.
+    smooth : float
+        Added to the score's numerator and denominator, >= 0.
+    ignore_index : int, optional
+        Voxels with this label are ignored.
+    eps : float
+        The smallest denominator of the score and the smallest score of the logarithm, >= 0, > 0
+        with log_loss.
+    class_weights : (C,) numbers, optional
+        The weights of the average. Not in mode "binary".
+    backend, num_threads, check_labels : optional
+        As in `dice_core.torch.loss`.
+
+    Raises
+    ------
+    AssertionError, TypeError, ValueError, NotImplementedError
+        For what does not fit; the module's documentation lists what differs from SMP.
+    """
 
     alpha = beta = 0.5
 
 
 class JaccardLoss(_OverlapLoss):
-    """The module's loss with alpha = beta = 1."""
+    """1 - (I + smooth) / max(P + Y - I + smooth, eps) of each class, averaged: the module's loss
+    with alpha = beta = 1.
+
+    Parameters and errors are those of `DiceLoss`.
+    """
 
     alpha = beta = 1.0
 
 
 class TverskyLoss(DiceLoss):
-    """The module's loss to the power of gamma."""
+    """The module's loss to the power of gamma: alpha weights false positives, beta false negatives.
+
+    The power is taken of the mean over classes. Its derivative is NaN where that mean is 0 and
+    gamma < 1, as SMP's is.
+
+    Parameters
+    ----------
+    alpha, beta : float
+        The weights, >= 0.
+    gamma : float
+        The exponent.
+
+    The other parameters, and the errors, are those of `DiceLoss`.
+    """
 
     def __init__(
         self,
@@ -181,23 +260,71 @@ class TverskyLoss(DiceLoss):
         beta: float = 0.5,
         gamma: float = 1.0,
         class_weights: Sequence[float] | None = None,
+        *,
+        backend: str | None = None,
+        num_threads: int | None = None,
+        check_labels: bool | None = None,
     ) -> None:
         super().__init__(
-            mode, classes, log_loss, from_logits, smooth, ignore_index, eps, class_weights
+            mode,
+            classes,
+            log_loss,
+            from_logits,
+            smooth,
+            ignore_index,
+            eps,
+            class_weights,
+            backend=backend,
+            num_threads=num_threads,
+            check_labels=check_labels,
         )
         self.alpha = alpha
         self.beta = beta
         self.gamma = gamma
+        self._prepare(self._settings())
 
 
-@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class _LogTversky(LogScore, losses.Tversky):
-    """-log q of each class's Tversky score q."""
-
-
-@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class _LogFocalTversky(LogScore, losses.FocalTversky):
-    """(mean of -log q)^gamma."""
+def _term_and_request(
+    mode: str,
+    from_logits: bool,
+    ignore_index: int | None,
+    alpha: float,
+    beta: float,
+    gamma: float,
+    smooth: float,
+    eps: float,
+    log_loss: bool,
+    weighted: bool,
+) -> tuple[losses.Term, Spec]:
+    """The loss of these settings, with stand-ins for its class weights, and the sums it needs."""
+    if not from_logits:
+        raise NotImplementedError(
+            "from_logits=False is not supported: pass logits, whose probabilities are then part "
+            "of the pass"
+        )
+    if ignore_index is not None:
+        ignore_index = checks.integer(ignore_index, "ignore_index")
+    eps, gamma = _shared.number(eps, "eps"), _shared.number(gamma, "gamma", signed=True)
+    if log_loss and eps == 0:
+        raise ValueError("eps must be greater than 0 with log_loss=True")
+    term = losses.Tversky(
+        alpha=_shared.number(alpha, "alpha"),
+        beta=_shared.number(beta, "beta"),
+        smooth=_shared.number(smooth, "smooth"),
+        floor=eps,
+        pool="batch",
+        absent="zero",
+        weight=(1.0,) if weighted else None,
+        divisor="weights" if weighted else "classes",
+        empty="nan",
+    )
+    if log_loss:
+        assign(term, penalty=NegativeLog(eps))
+    if gamma != 1:
+        assign(term, mean_penalty=RawPower(gamma))
+    if mode == MULTICLASS_MODE:
+        return term, term.spec("softmax", ignore_index, "labels")
+    return term, term.spec("sigmoid", ignore_index, "binary")
 
 
 def _numbers(values: Any, name: str, dtype: torch.dtype) -> Tensor | None:
@@ -206,3 +333,13 @@ def _numbers(values: Any, name: str, dtype: torch.dtype) -> Tensor | None:
     if not isinstance(values, (list, tuple, np.ndarray, Tensor)):
         raise TypeError(f"{name} must be a list, got {values!r}")
     return torch.as_tensor(values).to(dtype)
+
+
+def _check_weights(classes: Tensor | None, weights: Tensor | None) -> None:
+    if classes is not None and not classes.numel():
+        raise ValueError("classes must name at least one class")
+    if weights is not None:
+        total = weights.detach().double().cpu()
+        total = (total if classes is None else total[classes.cpu()]).sum()
+        if total == 0:
+            raise ValueError("the class_weights that are averaged with sum to 0")

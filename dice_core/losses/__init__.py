@@ -1,11 +1,11 @@
-"""The losses: plain arithmetic on statistics, small values that add and scale.
+"""The losses: small values that add and scale, computed from the sums over voxels.
 
     Dice(smooth=1) + 0.5 * CrossEntropy()
 
-A term sees the sums of each sample and class, (K, N, C) in float64, a NumPy array or a torch
-tensor, and never a voxel. Values are written once for both libraries; their derivative, of NumPy
-arrays, is written beside them, and torch finds its own. `TERMS` lists them all, with formula,
-source and what others call them.
+A loss here is a term: it sees `dice_core.Statistics`, the sums of each sample and class, as NumPy
+arrays or torch tensors, and never a voxel. Values are written once for both libraries; beside them
+stands their derivative, for NumPy, and torch finds its own. `TERMS` lists all with formula, source
+and what other libraries call them.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import spec
-from .entropy import BinaryCrossEntropy, CrossEntropy, Entropy, Focal, SigmoidFocal
+from .. import checks
+from .cross_entropy import BinaryCrossEntropy, CrossEntropy, Focal, SigmoidFocal, VoxelLoss
 from .overlap import (
     MCC,
     Dice,
     FocalTversky,
     GeneralizedDice,
     Jaccard,
+    LinearOverlap,
     LogCoshDice,
     LogDice,
     Overlap,
     Tversky,
 )
-from .terms import Ratio, Sum, Sums, Term, assign, times
+from .terms import Ratio, Settings, Sum, Term, assign
 
 __all__ = [
     "MCC",
@@ -37,40 +38,41 @@ __all__ = [
     "BinaryCrossEntropy",
     "CrossEntropy",
     "Dice",
-    "Entropy",
-    "Entry",
     "Focal",
     "FocalTversky",
     "GeneralizedDice",
     "Jaccard",
+    "LinearOverlap",
     "LogCoshDice",
     "LogDice",
     "Overlap",
     "Ratio",
+    "Settings",
     "SigmoidFocal",
     "Sum",
-    "Sums",
     "Term",
     "Tversky",
-    "dice",
-    "term",
-    "times",
+    "VoxelLoss",
 ]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 class Entry(NamedTuple):
-    """A term of the family."""
+    """A loss of the table."""
 
     term: type[Term]
     formula: str
     source: str
-    elsewhere: str  # what other libraries call it
+    peers: str  # what other libraries call it
 
     @property
     def statistics(self) -> str:
         """The sums that it needs, by letter."""
-        letters = {"power": "I, P", "gamma": "H", "binary_gamma": "B+, B-"}
-        return ", ".join([*(letters[field] for field in self.term().needs), "Y"])
+        letters = {"p": "I, P", "gamma": "H", "binary_gamma": "B+, B-"}
+        return ", ".join([*(letters[option] for option, _ in self.term().needs), "Y"])
 
 
 TERMS = (
@@ -119,39 +121,50 @@ TERMS = (
 )
 
 
-def dice(weight: Any, ignore_channel: Any, smooth: Any, p: Any, reduction: Any) -> Dice:
-    """Dice with the options of `dice_core.loss`; reduction "batch" is that of the pooled batch."""
-    try:
-        term = _dice(ignore_channel, smooth, p, reduction)
-    except TypeError:  # of what does not hash, and of what does not fit
-        term = _dice.__wrapped__(ignore_channel, smooth, p, reduction)
-    if weight is None:
-        return term
-    term = copy.copy(term)
-    assign(term, weight=weight if hasattr(weight, "requires_grad") else spec.weights(weight))
+def of(
+    term: Any,
+    weight: Any = None,
+    ignore_channel: Any = -1,
+    smooth: Any = 0.0,
+    p: Any = 1,
+    reduction: Any = "mean",
+) -> Term:
+    """`term`, or without one Dice with the options of `dice_core.loss`.
+
+    Raises TypeError or ValueError naming what does not fit; a term has settings of its own, and
+    takes none of these.
+    """
+    if term is None:
+        try:
+            dice = _dice(ignore_channel, smooth, p, reduction)
+        except TypeError:  # of what does not hash, and of what does not fit
+            dice = _dice.__wrapped__(ignore_channel, smooth, p, reduction)
+        return dice if weight is None else _weighted(dice, weight)
+    if not isinstance(term, Term):
+        kind = f"the class {term.__name__}" if isinstance(term, type) else type(term).__name__
+        raise TypeError(f"term must be a loss such as dice_core.losses.Dice(), got {kind}")
+    for name, value, default in (
+        ("weight", weight, None),
+        ("ignore_channel", ignore_channel, -1),
+        ("smooth", smooth, 0),
+        ("p", p, 1),
+        ("reduction", reduction, "mean"),
+    ):
+        if value is not default and not (np.ndim(value) == 0 and value == default):
+            raise TypeError(
+                f"{name} cannot be combined with term=: give it to the term, "
+                f"{term.name}({name}=...)"
+            )
     return term
 
 
 @functools.lru_cache(typed=True)
 def _dice(ignore_channel: Any, smooth: Any, p: Any, reduction: Any) -> Dice:
-    pool = "none"
-    if spec.reduction(reduction) == "batch":
-        pool, reduction = "batch", "sum"
-    return Dice(ignore_channel=ignore_channel, smooth=smooth, p=p, pool=pool, reduction=reduction)
+    return Dice(ignore_channel=ignore_channel, smooth=smooth, p=p, reduction=reduction)
 
 
-def term(loss: Any, **options: Any) -> Term:
-    """`loss` itself, if it is a term and the options of `dice` beside it are as they are unasked.
-
-    Raises TypeError naming what does not fit.
-    """
-    if not isinstance(loss, Term):
-        kind = f"the class {loss.__name__}" if isinstance(loss, type) else type(loss).__name__
-        raise TypeError(f"loss must be a term such as dice_core.losses.Dice(), got {kind}")
-    for name, value in options.items():
-        if value is not UNASKED[name] and not (np.ndim(value) == 0 and value == UNASKED[name]):
-            raise TypeError(f"{name} goes to the term, if there is one: {loss.name}({name}=...)")
-    return loss
-
-
-UNASKED = {"weight": None, "ignore_channel": -1, "smooth": 0, "p": 1, "reduction": "mean"}
+def _weighted(dice: Dice, weight: Any) -> Dice:
+    dice = copy.copy(dice)  # what else it has was checked
+    weight = weight if hasattr(weight, "requires_grad") else checks.weight(weight)
+    assign(dice, weight=weight, weights=(weight,))
+    return dice

@@ -1,12 +1,22 @@
-"""The loss with autograd, on torch tensors.
+"""The losses with autograd, on torch tensors.
 
-Two torch operators are all that touches voxels, the losses are ordinary torch arithmetic on (N, C)
-numbers. On plain tensors that arithmetic would take longer than many images: there a loss is a
-single node of the graph, its arithmetic NumPy's or, on a GPU, part of the kernels. Between forward
-and backward only x, y and numbers of that size are kept.
+Two torch operators are all that touches voxels; a loss is ordinary torch arithmetic on (N, C) sums.
+For plain tensors that arithmetic would take longer than many images: there a loss is a single node
+of the graph, its arithmetic NumPy's or, on a GPU, part of the kernels. Between forward and backward
+only x, y and numbers of that size are kept.
 """
 
-from .functional import dice_loss, loss, statistics
+try:
+    import torch as _torch  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    raise ImportError(
+        "dice_core.torch and dice_core.compat need PyTorch, which is not installed: "
+        "pip install torch, or see pytorch.org"
+    ) from None
+
+from .functional import loss, statistics
 from .metrics import DiceScore
 from .modules import (
     DeepSupervision,
@@ -31,7 +41,6 @@ __all__ = [
     "JaccardLoss",
     "Loss",
     "TverskyLoss",
-    "dice_loss",
     "loss",
     "statistics",
 ]

@@ -2,29 +2,51 @@
 
 from __future__ import annotations
 
-import collections
-import functools
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .. import backends, buffers, losses, spec
+from .. import allocators, buffers, calls, losses, spec, threads
+from ..losses import Term
+from ..spec import Spec
+from ..sums import Statistics
 from . import operators
-from .operators import Options, is_plain
+from .operators import is_plain
 
-# Differentiable sums over voxels, (N, C) float64 each, as a tuple with their names.
-_STATISTICS: dict[tuple[str, ...], Any] = {
-    asked.statistics: collections.namedtuple("Statistics", asked.statistics)
-    for asked in (
-        spec.Spec(gamma=gamma, smoothing=smoothing, binary_gamma=binary_gamma, dense=dense)
-        for gamma in (None, 0.0)
-        for smoothing in (False, True)
-        for binary_gamma in (None, 0.0)
-        for dense in (False, True)
-    )
-}
+
+def loss(
+    x: Tensor,
+    y: Tensor,
+    term: Term | None = None,
+    *,
+    weight: Any = None,
+    ignore_channel: Any = -1,
+    ignore_label: int | None = -1,
+    smooth: float = 0.0,
+    p: int = 1,
+    reduction: str = "mean",
+    activation: str = "softmax",
+    backend: str | None = None,
+    num_threads: int | None = None,
+    check_labels: bool | None = None,
+) -> Tensor:
+    """`dice_core.loss` with autograd: the same arguments, formula and errors, in and out as torch
+    tensors.
+
+    Replaces, without allocating anything of x's size but the gradient::
+
+        s, t = x.softmax(1), one_hot(y, C).movedim(-1, 1)
+        i, p, t = (s * t).sum(spatial), s.sum(spatial), t.sum(spatial)
+        loss = (1 - (2 * i + smooth) / (p + t + smooth)).mean()
+
+    Gradients reach x, in its dtype, memory format and device, and class weights that are tensors
+    and require grad; a y that requires grad raises NotImplementedError. `num_threads` is by default
+    torch's own setting.
+    """
+    term = losses.of(term, weight, ignore_channel, smooth, p, reduction)
+    asked = term.spec(activation, ignore_label)
+    return evaluate(x, y, term, asked, backend, num_threads, check_labels)
 
 
 def statistics(
@@ -34,15 +56,16 @@ def statistics(
     ignore_label: int | None = -1,
     p: int = 1,
     gamma: float | None = None,
-    smoothing: bool = False,
+    nll: bool = False,
     binary_gamma: float | None = None,
+    target_square: bool = False,
     activation: str = "softmax",
     backend: str | None = None,
     num_threads: int | None = None,
     check_labels: bool | None = None,
-) -> Any:
-    """Intersection, pred_sum, target_sum and what else is asked for of logits and labels, a named
-    tuple of (N, C) float64 tensors, differentiable in x.
+) -> Statistics:
+    """`dice_core.statistics` as torch tensors, differentiable in x: any differentiable function of
+    them is a loss whose backward pass is one pass over x.
 
     Replaces, without allocating anything of x's size::
 
@@ -51,154 +74,131 @@ def statistics(
         (s * t).sum(spatial), (s**p).sum(spatial), t.sum(spatial)
         (t * (1 - s) ** gamma * -s.log()).sum(spatial)
 
-    Any differentiable function of them is a loss whose backward pass is one pass over x. For the
-    arguments see `dice_core.statistics`; `num_threads` is by default torch's own setting.
+    `num_threads` is by default torch's own setting.
     """
-    asked = spec.asked(
+    asked = spec.checked(
+        activation=activation,
         p=p,
         ignore_label=ignore_label,
         gamma=gamma,
-        smoothing=smoothing,
+        nll=nll,
         binary_gamma=binary_gamma,
-        activation=activation,
+        target_square=target_square,
     )
-    asked, options = operators.checked(x, y, asked, backend, num_threads, check_labels)
-    return _STATISTICS[asked.statistics](*torch.ops.dice_core.statistics(x, y, *options))
+    operators.check(x, y, asked)
+    if num_threads is not None:
+        num_threads = threads.resolve(num_threads)
+    return operators.statistics(x, y, asked, backend, num_threads, check_labels)
 
 
-def loss(
+def evaluate(
     x: Tensor,
     y: Tensor,
-    term: losses.Term,
-    *,
-    ignore_label: int | None = -1,
-    activation: str = "softmax",
+    term: Term,
+    asked: Spec,
     backend: str | None = None,
     num_threads: int | None = None,
     check_labels: bool | None = None,
 ) -> Tensor:
-    """A term of `dice_core.losses`, or a sum of terms, of logits and labels, with autograd.
+    """The loss of a term, of these sums of the tensors."""
+    operators.check(x, y, asked)
+    if num_threads is not None:
+        num_threads = threads.resolve(num_threads)
+    fused = is_plain(x, y) and (x.is_cpu or _is_ratio(x, y, term, asked))
+    if term.weights:
+        classes = spec.for_shapes(x.shape, y.shape, asked).classes(x.shape[1])
+        fused = fused and _are_constants(term.weights)
+        term = (_with_arrays if fused else _with_tensors)(term, x)
+        term.check(classes)
+    if not fused:
+        sums = operators.statistics(x, y, asked, backend, num_threads, check_labels)
+        value: Tensor = term.value(sums)
+        return value if x.dtype == torch.float64 else value.float()
+    how = _How(term, asked, backend, num_threads, check_labels)
+    if x.requires_grad and torch.is_grad_enabled():
+        return _Loss.apply(x, y, how)  # type: ignore[no-untyped-call]
+    result = how.call(x, y).value(term)
+    return torch.from_numpy(result) if x.is_cpu else result
 
-    Its weights may be tensors, on any device; gradients reach x and those that require grad. For
-    the other arguments see `dice_core.loss`.
-    """
-    needs = {spec.OPTIONS[field]: value for field, value in term.needs.items()}
-    asked = spec.asked(ignore_label=ignore_label, activation=activation, **needs)
-    asked, options = operators.checked(x, y, asked, backend, num_threads, check_labels)
-    samples, classes = x.shape[0], asked.classes(x.shape[1])
-    term = term.with_weights(functools.partial(_weight, x=x))
-    term.check(classes)
-    plain = is_plain(x, y, *term.weights) and not any(w.requires_grad for w in term.weights)
-    if plain and (x.is_cpu or term.ratio(samples, classes)):
-        if x.requires_grad and torch.is_grad_enabled():
-            return _Loss.apply(x, y, term, asked, options)  # type: ignore[no-untyped-call]
-        return _value(x, y, term, asked, options)[0]
-    value: Tensor = term(torch.ops.dice_core.statistics(x, y, *options), asked.statistics)
-    return value if x.dtype == torch.float64 else value.float()
 
+class _How(NamedTuple):
+    """What to compute of tensors, and how."""
 
-def dice_loss(
-    x: Tensor,
-    y: Tensor,
-    *,
-    weight: Any = None,
-    ignore_channel: int = -1,
-    ignore_label: int | None = -1,
-    smooth: float = 0.0,
-    p: int = 1,
-    reduction: str = "mean",
-    backend: str | None = None,
-    num_threads: int | None = None,
-    check_labels: bool | None = None,
-) -> Tensor:
-    """`dice_core.loss` with autograd: the same arguments, formula and errors, in and out as torch
-    tensors.
+    term: Term
+    spec: Spec
+    backend: str | None
+    num_threads: int | None
+    check_labels: bool | None
 
-    Gradients reach x, in its dtype, memory format and device, and `weight` if it is a tensor that
-    requires grad; y has none. `num_threads` is by default torch's own setting.
-    """
-    return loss(
-        x,
-        y,
-        losses.dice(weight, ignore_channel, smooth, p, reduction),
-        ignore_label=ignore_label,
-        backend=backend,
-        num_threads=num_threads,
-        check_labels=check_labels,
-    )
+    def call(self, x: Tensor, y: Tensor) -> calls.Call:
+        """Bound to these tensors."""
+        count = self.num_threads or torch.get_num_threads()
+        return calls.call(x, y, self.spec, self.backend, count, self.check_labels)
 
 
 class _Loss(torch.autograd.Function):
     """A loss of plain tensors as one node of the graph."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, y: Tensor, term: losses.Term, asked: spec.Spec, options: Options
-    ) -> Tensor:
-        value, ctx.derivative = _value(x, y, term, asked, options)
+    def forward(ctx: Any, x: Tensor, y: Tensor, how: _How) -> Tensor:
+        call = how.call(x, y)
+        value, ctx.derivative = call.value_and_derivative(how.term)
         ctx.save_for_backward(x, y)
-        ctx.options = options
-        return value
+        call.logits.owner = call.labels.owner = None  # the saved tensors alone keep them alive
+        ctx.call, ctx.how = call, how
+        return torch.from_numpy(value) if x.is_cpu else value
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, None, None]:
         x, y = ctx.saved_tensors
-        derivative = ctx.derivative
-        if not is_plain(x, y, grad) or torch.is_grad_enabled():
+        call, how = ctx.call, ctx.how
+        if torch.is_grad_enabled() or not is_plain(x, y, grad_loss):
             # The operator, unlike its kernel, can be traced and refuses a second derivative.
-            if not isinstance(derivative, Tensor):
-                derivative = torch.from_numpy(derivative)
-            cotangent = losses.times(grad, derivative)
-            of_x = torch.ops.dice_core.statistics_grad(x, y, cotangent, *ctx.options)
-        elif x.is_cpu:
-            cotangent = losses.times(grad.numpy(), derivative)
-            of_x = operators.statistics_grad(x, y, cotangent, *ctx.options)
-        else:
-            of_x = operators.statistics_grad(x, y, derivative, *ctx.options, scale=grad)
-        return of_x, None, None, None, None
+            cotangent = calls.cotangent(torch.as_tensor(ctx.derivative), grad_loss)
+            grad = operators.statistics_grad(
+                x, y, cotangent, call.spec, how.backend, how.num_threads
+            )
+            return grad, None, None
+        if x.is_cpu and x.data_ptr() == call.logits.address and y.data_ptr() == call.labels.address:
+            call.logits.owner, call.labels.owner = x, y
+        else:  # on a device, or where hooks have moved what was saved
+            call = how.call(x, y)
+        grad = allocators.empty_like(x, "x")
+        at = buffers.of(grad, "grad")
+        call.gradient(ctx.derivative, grad_loss.numpy() if x.is_cpu else grad_loss, at)
+        call.logits.owner = call.labels.owner = None
+        return grad, None, None
 
 
-_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
-
-
-def _value(
-    x: Tensor, y: Tensor, term: losses.Term, asked: spec.Spec, options: Options
-) -> tuple[Tensor, Any]:
-    """The loss of plain tensors and its derivative for the sums: NumPy's, or on a GPU, where it is
-    a ratio, torch's.
+def _is_ratio(x: Tensor, y: Tensor, term: Term, asked: Spec) -> bool:
+    """Whether the loss of tensors on a GPU is part of the kernels there, as a ratio of the usual
+    sums is, and not torch arithmetic on the sums.
     """
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if x.is_cpu:
-        term = term.with_weights(Tensor.numpy)
-        sums = operators.statistics(x, y, *options).numpy()
-        value, derivative = term.with_derivative(sums, asked.statistics)
-        return torch.from_numpy(np.asarray(value, _NUMPY[dtype])), derivative
-    at, kernels, _, check_labels = operators.request(x, y, options)
-    value = x.new_empty(term.shape(*at.sums_shape[1:]), dtype=dtype)
-    derivative = x.new_empty(at.sums_shape, dtype=torch.float64)
-    backends.loss(
-        kernels,
-        at,
-        buffers.of(value, "loss"),
-        buffers.of(derivative, "derivative"),
-        term.ratio(*at.sums_shape[1:]),
-        buffers.of(term.weights[0].contiguous(), "weight") if term.weights else None,
-        check_labels,
-    )
-    return value, derivative
+    if x.ndim < 2 or (asked.target_square and x.shape == y.shape):
+        return False
+    return term.ratio(x.shape[0], asked.classes(x.shape[1])) is not None
 
 
-def _weight(weight: Any, x: Tensor) -> Tensor:
-    """In float64 and where x is; the host's numbers are copied to a GPU once, not at every call."""
-    if isinstance(weight, Tensor):
-        if not (weight.is_cpu and x.is_cuda and is_plain(weight) and not weight.requires_grad):
-            return weight.to(x.device, torch.float64)
-        weight = weight.double().numpy()
-    if x.is_cuda and is_plain(x):
-        return _copied(weight.tobytes(), weight.shape, x.device)
-    return torch.as_tensor(weight, device=x.device)
+def _are_constants(weights: tuple[Any, ...]) -> bool:
+    """Whether these class weights are numbers or plain tensors without a gradient."""
+    tensors = [weight for weight in weights if isinstance(weight, Tensor)]
+    return all(is_plain(weight) and not weight.requires_grad for weight in tensors)
 
 
-@functools.lru_cache(64)
-def _copied(numbers: bytes, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.frombuffer(numbers).reshape(shape).copy()).to(device)
+def _with_tensors(term: Term, x: Tensor) -> Term:
+    """The term with its class weights as float64 tensors on x's device."""
+    weights = [torch.as_tensor(weight).to(x.device, torch.float64) for weight in term.weights]
+    return term.with_weights(weights)
+
+
+def _with_arrays(term: Term, x: Tensor) -> Term:
+    """The term with its class weights as the fused loss takes them: NumPy's, or tensors on x's GPU,
+    where the host's are copied once and not at every call.
+    """
+    weights: list[Any] = []
+    for weight in term.weights:
+        if isinstance(weight, Tensor):
+            on_x = x.is_cuda and weight.device == x.device
+            weight = weight.double().contiguous() if on_x else weight.double().cpu().numpy()
+        weights.append(weight)
+    return term.with_weights(weights)

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from .. import losses, spec
-from .functional import loss
+from .. import checks, losses, threads
+from .functional import evaluate
+
+Reduction = Literal["mean", "sum", "none", "classes", "batch"]
+Activation = Literal["softmax", "sigmoid", "none"]
+Absent = Literal["count", "skip", "zero", "one"]
+Divisor = Literal["one", "classes", "kept", "weights"]
 
 
 class Loss(torch.nn.Module):
-    """`loss` of a term as a module; the weights of its classes are buffers.
+    """A term of `dice_core.losses`, or a sum of terms, as a module: `dice_core.torch.loss`.
+
+    Reduction, pool and class weights are the term's; the weights become buffers. Everything is
+    checked here, once; a call checks shapes.
 
     >>> import torch, dice_core.torch
     >>> from dice_core.losses import CrossEntropy, Dice
@@ -28,37 +36,57 @@ class Loss(torch.nn.Module):
         self,
         term: losses.Term,
         ignore_label: int | None = -1,
-        activation: str = "softmax",
+        activation: Activation = "softmax",
+        *,
+        backend: str | None = None,
+        num_threads: int | None = None,
+        check_labels: bool | None = None,
     ) -> None:
         super().__init__()
-        self.term = losses.term(term)
-        self.ignore_label = spec.label(ignore_label)
-        spec.one_of(activation, "activation", spec.ACTIVATIONS)
-        self.activation = activation
-        self._names = [f"weight{i}" if i else "weight" for i in range(len(self.term.weights))]
-        for name, weight in zip(self._names, self.term.weights, strict=True):
-            if isinstance(weight, Tensor):
-                spec.weights(weight.detach().double().cpu())
-            self.register_buffer(name, torch.as_tensor(weight))
+        self.term = losses.of(term)
+        self.spec = self.term.spec(activation, ignore_label)
+        threads_asked = None if num_threads is None else threads.resolve(num_threads)
+        self.options = backend, threads_asked, check_labels
+        self._weight_names: list[str] = []
+        for i, weight in enumerate(self.term.weights):
+            self._register(f"weight{i}" if i else "weight", weight)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Logits (N, C, *) and labels (N, *) or (N, 1, *) -> the loss."""
-        return loss(
-            x, y, self._weighted(), ignore_label=self.ignore_label, activation=self.activation
-        )
+        """Logits (N, C, *) and labels (N, *) or (N, 1, *), or soft targets like x -> the loss."""
+        term = self._current() if self._weight_names else self.term
+        return evaluate(x, y, term, self.spec, *self.options)
 
     def extra_repr(self) -> str:
         """The term, its settings and the weights that the buffers hold."""
-        activation = "" if self.activation == "softmax" else f", activation={self.activation!r}"
-        return f"{self._weighted()!r}, ignore_label={self.ignore_label}{activation}"
+        activation = self.spec.activation
+        more = "" if activation == "softmax" else f", activation={activation!r}"
+        return f"{self._current()!r}, ignore_label={self.spec.ignore_label}{more}"
 
-    def _weighted(self) -> losses.Term:
-        weights = iter([getattr(self, name) for name in self._names])
-        return self.term.with_weights(lambda _: next(weights))
+    def _register(self, name: str, weight: Any) -> None:
+        if isinstance(weight, Tensor):
+            checks.weight(weight.detach().double().cpu(), name)
+        self.register_buffer(name, torch.as_tensor(weight))
+        self._weight_names.append(name)
+
+    def _rename(self, *names: str) -> None:
+        """The buffers' names, in the order of the term's weights."""
+        weights = [getattr(self, name) for name in self._weight_names]
+        for name in self._weight_names:
+            delattr(self, name)
+        self._weight_names = list(names)
+        for name, weight in zip(names, weights, strict=True):
+            self.register_buffer(name, weight)
+
+    def _current(self) -> losses.Term:
+        """The term with the weights that the buffers hold."""
+        return self.term.with_weights([getattr(self, name) for name in self._weight_names])
 
 
 class DiceLoss(Loss):
-    """`dice_loss` as a module; `weight` is a buffer.
+    """`dice_core.losses.Dice` as a module; `weight` is a buffer.
+
+    The positional arguments are those of the C++ extension nslay/diceloss_cpp. `dice_core.loss`
+    explains the options, `dice_core.losses.Overlap` pool, absent, divisor and floor.
 
     >>> import torch, dice_core.torch
     >>> criterion = dice_core.torch.DiceLoss(smooth=1)
@@ -71,22 +99,82 @@ class DiceLoss(Loss):
     def __init__(
         self,
         weight: Any = None,
-        ignore_channel: int = -1,
+        ignore_channel: int | Sequence[int] = -1,
         ignore_label: int | None = -1,
-        smooth: float = 0,
+        smooth: float | tuple[float, float] = 0.0,
         p: int = 1,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
+        *,
+        pool: Literal["none", "batch", "classes", "all"] = "none",
+        absent: Absent = "count",
+        divisor: Divisor | None = None,
+        floor: float = 0.0,
+        activation: Activation = "softmax",
+        backend: str | None = None,
+        num_threads: int | None = None,
+        check_labels: bool | None = None,
     ) -> None:
+        term = losses.Dice(
+            weight=weight,
+            ignore_channel=ignore_channel,
+            smooth=smooth,
+            p=p,
+            reduction=reduction,
+            pool=pool,
+            absent=absent,
+            divisor=divisor,
+            floor=floor,
+        )
         super().__init__(
-            losses.dice(weight, ignore_channel, smooth, p, reduction), ignore_label=ignore_label
+            term,
+            ignore_label,
+            activation,
+            backend=backend,
+            num_threads=num_threads,
+            check_labels=check_labels,
         )
 
 
 class JaccardLoss(Loss):
     """`dice_core.losses.Jaccard`, whose settings it takes, as a module."""
 
-    def __init__(self, *, ignore_label: int | None = -1, **settings: Any) -> None:
-        super().__init__(losses.Jaccard(**settings), ignore_label)
+    def __init__(
+        self,
+        *,
+        weight: Any = None,
+        ignore_channel: int | Sequence[int] = -1,
+        ignore_label: int | None = -1,
+        smooth: float | tuple[float, float] = 0.0,
+        p: int = 1,
+        reduction: Reduction = "mean",
+        pool: Literal["none", "batch", "classes", "all"] = "none",
+        absent: Absent = "count",
+        divisor: Divisor | None = None,
+        floor: float = 0.0,
+        activation: Activation = "softmax",
+        backend: str | None = None,
+        num_threads: int | None = None,
+        check_labels: bool | None = None,
+    ) -> None:
+        term = losses.Jaccard(
+            weight=weight,
+            ignore_channel=ignore_channel,
+            smooth=smooth,
+            p=p,
+            reduction=reduction,
+            pool=pool,
+            absent=absent,
+            divisor=divisor,
+            floor=floor,
+        )
+        super().__init__(
+            term,
+            ignore_label,
+            activation,
+            backend=backend,
+            num_threads=num_threads,
+            check_labels=check_labels,
+        )
 
 
 class TverskyLoss(Loss):
@@ -97,10 +185,42 @@ class TverskyLoss(Loss):
         alpha: float = 0.5,
         beta: float = 0.5,
         *,
+        weight: Any = None,
+        ignore_channel: int | Sequence[int] = -1,
         ignore_label: int | None = -1,
-        **settings: Any,
+        smooth: float | tuple[float, float] = 0.0,
+        p: int = 1,
+        reduction: Reduction = "mean",
+        pool: Literal["none", "batch", "classes", "all"] = "none",
+        absent: Absent = "count",
+        divisor: Divisor | None = None,
+        floor: float = 0.0,
+        activation: Activation = "softmax",
+        backend: str | None = None,
+        num_threads: int | None = None,
+        check_labels: bool | None = None,
     ) -> None:
-        super().__init__(losses.Tversky(alpha=alpha, beta=beta, **settings), ignore_label)
+        term = losses.Tversky(
+            alpha=alpha,
+            beta=beta,
+            weight=weight,
+            ignore_channel=ignore_channel,
+            smooth=smooth,
+            p=p,
+            reduction=reduction,
+            pool=pool,
+            absent=absent,
+            divisor=divisor,
+            floor=floor,
+        )
+        super().__init__(
+            term,
+            ignore_label,
+            activation,
+            backend=backend,
+            num_threads=num_threads,
+            check_labels=check_labels,
+        )
 
 
 class FocalTverskyLoss(Loss):
@@ -112,27 +232,99 @@ class FocalTverskyLoss(Loss):
         beta: float = 0.7,
         gamma: float = 0.75,
         *,
+        weight: Any = None,
+        ignore_channel: int | Sequence[int] = -1,
         ignore_label: int | None = -1,
-        **settings: Any,
+        smooth: float | tuple[float, float] = 0.0,
+        p: int = 1,
+        reduction: Reduction = "mean",
+        pool: Literal["none", "batch", "classes", "all"] = "none",
+        absent: Absent = "count",
+        divisor: Divisor | None = None,
+        floor: float = 0.0,
+        of_mean: bool = False,
+        activation: Activation = "softmax",
+        backend: str | None = None,
+        num_threads: int | None = None,
+        check_labels: bool | None = None,
     ) -> None:
-        term = losses.FocalTversky(alpha=alpha, beta=beta, gamma=gamma, **settings)
-        super().__init__(term, ignore_label)
+        term = losses.FocalTversky(
+            alpha=alpha,
+            beta=beta,
+            gamma=gamma,
+            of_mean=of_mean,
+            weight=weight,
+            ignore_channel=ignore_channel,
+            smooth=smooth,
+            p=p,
+            reduction=reduction,
+            pool=pool,
+            absent=absent,
+            divisor=divisor,
+            floor=floor,
+        )
+        super().__init__(
+            term,
+            ignore_label,
+            activation,
+            backend=backend,
+            num_threads=num_threads,
+            check_labels=check_labels,
+        )
 
 
 class GeneralizedDiceLoss(Loss):
     """`dice_core.losses.GeneralizedDice`, whose settings it takes, as a module."""
 
     def __init__(
-        self, weighting: str = "square", *, ignore_label: int | None = -1, **settings: Any
+        self,
+        weighting: Literal["square", "simple", "uniform"] = "square",
+        *,
+        weight: Any = None,
+        ignore_channel: int | Sequence[int] = -1,
+        ignore_label: int | None = -1,
+        smooth: float | tuple[float, float] = 0.0,
+        p: int = 1,
+        reduction: Reduction = "mean",
+        pool: Literal["classes", "all"] = "classes",
+        absent: Absent = "count",
+        divisor: Divisor | None = None,
+        floor: float = 0.0,
+        activation: Activation = "softmax",
+        backend: str | None = None,
+        num_threads: int | None = None,
+        check_labels: bool | None = None,
     ) -> None:
-        super().__init__(losses.GeneralizedDice(weighting=weighting, **settings), ignore_label)
+        term = losses.GeneralizedDice(
+            weighting=weighting,
+            weight=weight,
+            ignore_channel=ignore_channel,
+            smooth=smooth,
+            p=p,
+            reduction=reduction,
+            pool=pool,
+            absent=absent,
+            divisor=divisor,
+            floor=floor,
+        )
+        super().__init__(
+            term,
+            ignore_label,
+            activation,
+            backend=backend,
+            num_threads=num_threads,
+            check_labels=check_labels,
+        )
 
 
 class DiceCELoss(Loss):
-    """lambda_dice Dice + lambda_ce CrossEntropy as a module, in one pass over the voxels.
+    """lambda_dice Dice + lambda_ce cross-entropy as a module, in one pass over the voxels.
 
-    `weight`, (C,) numbers, weighs the classes of both, whose means it normalises; the other
-    settings are those of `dice_core.losses.Dice`.
+    With activation "sigmoid" the cross-entropy is the binary one of each channel (multi-label).
+    `weight` is that of Dice, sum_c weight_c Dice_c; `ce_weight`, (C,) numbers too, is that of
+    the cross-entropy, with torch's meaning. The other settings are those of
+    `dice_core.losses.Dice`. With reduction "mean" the cross-entropy is the mean over all valid
+    voxels of the batch; with "sum", "none" and "classes" it is one of each sample.
     """
 
     def __init__(
@@ -141,20 +333,67 @@ class DiceCELoss(Loss):
         lambda_ce: float = 1.0,
         *,
         weight: Any = None,
+        ce_weight: Any = None,
+        label_smoothing: float = 0.0,
+        ignore_channel: int | Sequence[int] = -1,
         ignore_label: int | None = -1,
-        **settings: Any,
+        smooth: float | tuple[float, float] = 0.0,
+        p: int = 1,
+        reduction: Reduction = "mean",
+        pool: Literal["none", "batch", "classes", "all"] = "none",
+        absent: Absent = "count",
+        divisor: Divisor | None = None,
+        floor: float = 0.0,
+        activation: Activation = "softmax",
+        backend: str | None = None,
+        num_threads: int | None = None,
+        check_labels: bool | None = None,
     ) -> None:
-        entropy = losses.CrossEntropy(weight=weight)
-        super().__init__(
-            lambda_dice * _weighted_dice(weight, settings) + lambda_ce * entropy, ignore_label
+        dice = losses.Dice(
+            weight=weight,
+            ignore_channel=ignore_channel,
+            smooth=smooth,
+            p=p,
+            reduction=reduction,
+            pool=pool,
+            absent=absent,
+            divisor=divisor,
+            floor=floor,
         )
+        average, voxels = dice.reduction, _voxel_pool(dice)
+        checks.one_of(activation, "activation", ("softmax", "sigmoid"))
+        entropy: losses.Term
+        if activation == "softmax":
+            entropy = losses.CrossEntropy(
+                weight=ce_weight,
+                label_smoothing=label_smoothing,
+                reduction=average,
+                pool=voxels,
+            )
+        elif label_smoothing:
+            raise ValueError(f"label_smoothing needs activation 'softmax', got {activation!r}")
+        else:
+            entropy = losses.BinaryCrossEntropy(weight=ce_weight, reduction=average, pool=voxels)
+        term = lambda_dice * dice + lambda_ce * entropy
+        super().__init__(
+            term,
+            ignore_label,
+            activation,
+            backend=backend,
+            num_threads=num_threads,
+            check_labels=check_labels,
+        )
+        self._rename(*_given(weight=weight, ce_weight=ce_weight))
 
 
 class DiceFocalLoss(Loss):
     """lambda_dice Dice + lambda_focal Focal(gamma) as a module, in one pass over the voxels.
 
-    `weight`, (C,) numbers, weighs the classes of both; the other settings are those of
-    `dice_core.losses.Dice`.
+    With activation "sigmoid" the focal loss is that of each channel's sigmoid (multi-label).
+    `weight` is that of Dice, sum_c weight_c Dice_c; `focal_weight`, (C,) numbers too, is that of
+    the focal loss, with torch's meaning. The other settings are those of
+    `dice_core.losses.Dice`. With reduction "mean" the focal loss is the mean over all valid
+    voxels of the batch; with "sum", "none" and "classes" it is one of each sample.
     """
 
     def __init__(
@@ -164,26 +403,68 @@ class DiceFocalLoss(Loss):
         gamma: float = 2.0,
         *,
         weight: Any = None,
+        focal_weight: Any = None,
+        ignore_channel: int | Sequence[int] = -1,
         ignore_label: int | None = -1,
-        **settings: Any,
+        smooth: float | tuple[float, float] = 0.0,
+        p: int = 1,
+        reduction: Reduction = "mean",
+        pool: Literal["none", "batch", "classes", "all"] = "none",
+        absent: Absent = "count",
+        divisor: Divisor | None = None,
+        floor: float = 0.0,
+        activation: Activation = "softmax",
+        backend: str | None = None,
+        num_threads: int | None = None,
+        check_labels: bool | None = None,
     ) -> None:
-        focal = losses.Focal(gamma=gamma, weight=weight)
-        super().__init__(
-            lambda_dice * _weighted_dice(weight, settings) + lambda_focal * focal, ignore_label
+        dice = losses.Dice(
+            weight=weight,
+            ignore_channel=ignore_channel,
+            smooth=smooth,
+            p=p,
+            reduction=reduction,
+            pool=pool,
+            absent=absent,
+            divisor=divisor,
+            floor=floor,
         )
+        average, voxels = dice.reduction, _voxel_pool(dice)
+        checks.one_of(activation, "activation", ("softmax", "sigmoid"))
+        kind = losses.Focal if activation == "softmax" else losses.SigmoidFocal
+        focal = kind(gamma=gamma, weight=focal_weight, reduction=average, pool=voxels)
+        term = lambda_dice * dice + lambda_focal * focal
+        super().__init__(
+            term,
+            ignore_label,
+            activation,
+            backend=backend,
+            num_threads=num_threads,
+            check_labels=check_labels,
+        )
+        self._rename(*_given(weight=weight, focal_weight=focal_weight))
 
 
-def _weighted_dice(weight: Any, settings: dict[str, Any]) -> losses.Dice:
-    if weight is not None:
-        settings = {"divisor": "weights", **settings}
-    return losses.Dice(weight=weight, **settings)
+def _voxel_pool(dice: losses.Dice) -> str:
+    """How the voxels of a compound's other loss are pooled: one mean over the batch where a single
+    number is asked for, as torch has it, else one for each sample.
+    """
+    return "batch" if dice.reduction == "mean" or dice.pool in ("batch", "all") else "none"
+
+
+def _given(**weights: Any) -> list[str]:
+    return [name for name, weight in weights.items() if weight is not None]
 
 
 class DeepSupervision(torch.nn.Module):
     """A loss summed over the outputs of several resolutions, finest first, times their weights.
 
-    Labels of a lower resolution are strided views of the labels, every second voxel for example: no
-    copies. `weights` is a number for each output; None halves from output to output and sums to 1.
+    Replaces::
+
+        sum(w * loss(x, nearest(y, x.shape[2:])) for w, x in zip(weights, outputs))
+
+    `weights` is a number for each output; None halves from output to output and sums to 1. Outputs
+    of weight 0 are skipped.
 
     >>> import torch, dice_core.torch
     >>> criterion = dice_core.torch.DeepSupervision(dice_core.torch.DiceLoss(smooth=1))
@@ -197,8 +478,11 @@ class DeepSupervision(torch.nn.Module):
         self.loss = loss
         self.weights = None if weights is None else [float(weight) for weight in weights]
 
-    def forward(self, outputs: Sequence[Tensor], y: Tensor) -> Tensor:
-        """Logits (N, C, *) of each resolution and labels (N, *) or (N, 1, *) -> the loss.
+    def forward(self, outputs: Sequence[Tensor], y: Tensor | Sequence[Tensor]) -> Tensor:
+        """Logits (N, C, *) of each resolution and their labels -> the loss.
+
+        y is one label volume, of which lower resolutions are strided views (every second voxel, for
+        example: no copies), or a list of one for each output, as nnU-Net gives it.
 
         Raises ValueError where the labels' sides are not whole multiples of an output's.
         """
@@ -209,8 +493,12 @@ class DeepSupervision(torch.nn.Module):
             weights = [2.0**-i / (2 - 2.0 ** (1 - len(outputs))) for i in range(len(outputs))]
         if len(weights) != len(outputs):
             raise ValueError(f"there are {len(weights)} weights for {len(outputs)} outputs")
-        pairs = zip(weights, outputs, strict=True)
-        terms = [weight * self.loss(x, _nearest(y, x)) for weight, x in pairs if weight]
+        if not isinstance(y, Tensor) and len(y) != len(outputs):
+            raise ValueError(f"there are {len(y)} label volumes for {len(outputs)} outputs")
+        labels = [_nearest(y, x) for x in outputs] if isinstance(y, Tensor) else y
+        terms = [w * self.loss(x, t) for w, x, t in zip(weights, outputs, labels, strict=True) if w]
+        if not terms:
+            raise ValueError("all weights are 0: there is no loss")
         return torch.stack(terms).sum(0)
 
 

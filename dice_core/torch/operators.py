@@ -10,43 +10,43 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import backends, buffers, spec, threads
+from .. import allocators, buffers, calls, checks, spec
+from ..spec import Spec
+from ..sums import Statistics
 
-# A Spec's first fields, and backend, num_threads, check_labels.
-Options = tuple[Any, ...]
-_SUMMED = 6
+# The operators' arguments after their tensors: the fields of a Spec, then how to call.
+_SPEC = (
+    "str activation, int p, int? ignore_label, float? gamma, bool nll, float? binary_gamma, "
+    "bool target_square, str targets"
+)
+_OPTIONS = f"{_SPEC}, str? backend, int? num_threads, bool? check_labels"
+_SPEC_LENGTH = _SPEC.count(",") + 1
 
 
-def checked(
-    x: Tensor,
-    y: Tensor,
-    asked: spec.Spec,
-    backend: str | None,
-    num_threads: int | None,
-    check_labels: bool | None,
-) -> tuple[spec.Spec, Options]:
-    """What to sum, for y's kind, and the operators' options after x and y, checked."""
-    for name, value in (("x", x), ("y", y)):
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"{name} must be a torch tensor, got {type(value).__name__}; "
-                f"dice_core.loss takes other arrays"
-            )
+def check(x: Tensor, y: Tensor, asked: Spec) -> None:
+    """Raises TypeError, ValueError or NotImplementedError for what no operator takes."""
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+        name, value = ("y", y) if isinstance(x, Tensor) else ("x", x)
+        raise TypeError(
+            f"{name} must be a torch tensor, got {type(value).__name__}; "
+            f"dice_core.loss takes other arrays"
+        )
+    if y.requires_grad:
+        raise NotImplementedError(
+            "y requires grad, and dice_core computes no gradient for targets: pass y.detach()"
+        )
+    if x.device != y.device:
+        checks.same_device(str(x.device), str(y.device))
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
         raise NotImplementedError("dice_core computes gradients in reverse mode only")
     label = asked.ignore_label
     if label is not None and not -(2**63) <= label < 2**63:
         raise ValueError(f"ignore_label must fit in torch's int64, got {label}")
-    if num_threads is not None:
-        num_threads = threads.resolve(num_threads)
-    asked = spec.of_shapes(x.shape, y.shape, asked)
-    summed = asked.activation, asked.power, label, asked.gamma, asked.smoothing, asked.binary_gamma
-    return asked, (*summed, backend, num_threads, check_labels)
 
 
-def is_plain(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether these are tensors of the memory of the host or of one GPU that nothing traces,
-    transforms or intercepts: their numbers may be read and written outside torch.
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether these are tensors of the host or of one GPU that nothing traces, transforms or
+    intercepts: their memory may be read and written outside torch.
     """
     if (
         torch.compiler.is_compiling()
@@ -56,11 +56,12 @@ def is_plain(x: Tensor, *others: Tensor | None) -> bool:
         or forward_ad._current_level >= 0
     ):
         return False
-    for t in (x, *others):
-        if t is not None and not (
+    device = tensors[0].device
+    for t in tensors:
+        if not (
             type(t) in (Tensor, torch.nn.Parameter)
             and (t.is_cpu or t.is_cuda)
-            and t.device == x.device
+            and t.device == device
             and not t.is_neg()
             and not torch._C._functorch.is_legacy_batchedtensor(t)
         ):
@@ -68,57 +69,77 @@ def is_plain(x: Tensor, *others: Tensor | None) -> bool:
     return True
 
 
-# Defined through torch.library so that torch.compile and export see them whole.
-
-_library = torch.library.Library("dice_core", "DEF")
-_OPTIONS = (
-    "str activation, int p, int? ignore_label, float? gamma, bool smoothing, float? binary_gamma, "
-    "str? backend, int? num_threads, bool? check_labels"
-)
-_library.define(f"statistics(Tensor x, Tensor y, {_OPTIONS}) -> Tensor")
-_library.define(f"statistics_grad(Tensor x, Tensor y, Tensor cotangent, {_OPTIONS}) -> Tensor")
-
-
-def request(x: Tensor, y: Tensor, options: Options) -> tuple[spec.Call, Any, int, bool | None]:
-    """The call, its kernels, how many threads and whether to check labels."""
-    backend, num_threads, check_labels = options[_SUMMED:]
-    at = spec.call(buffers.of(x, "x"), buffers.of(y, "y"), spec.Spec(*options[:_SUMMED]))
-    kernels = backends.select(at.signature, backend)
-    return at, kernels, num_threads or torch.get_num_threads(), check_labels
-
-
-def statistics(x: Tensor, y: Tensor, *options: Any) -> Tensor:
-    """(K, N, C) float64 on x's device."""
-    at, kernels, count, check_labels = request(x, y, options)
-    sums = x.new_empty(at.sums_shape, dtype=torch.float64)
-    backends.statistics(kernels, at, buffers.of(sums, "sums"), count, check_labels)
-    return sums
+def statistics(
+    x: Tensor,
+    y: Tensor,
+    asked: Spec,
+    backend: str | None = None,
+    num_threads: int | None = None,
+    check_labels: bool | None = None,
+) -> Statistics:
+    """The sums of checked tensors, differentiable in x."""
+    asked = spec.for_shapes(x.shape, y.shape, asked)
+    options = (*_options(asked), backend, num_threads, check_labels)
+    array = torch.ops.dice_core.statistics(x, y, *options)
+    return Statistics(array, asked, str(x.dtype).removeprefix("torch."))
 
 
 def statistics_grad(
-    x: Tensor, y: Tensor, cotangent: Any, *options: Any, scale: Tensor | None = None
+    x: Tensor,
+    y: Tensor,
+    cotangent: Tensor,
+    asked: Spec,
+    backend: str | None,
+    num_threads: int | None,
 ) -> Tensor:
-    """The gradient for x of sum(cotangent * statistics); cotangent may be a NumPy array.
-
-    On a GPU each sample's cotangent is multiplied by its entry of scale, () or (N,).
-    """
-    if isinstance(cotangent, Tensor):
-        cotangent = cotangent.contiguous()
-    at, kernels, count, _ = request(x, y, options)
-    grad: Tensor = buffers.empty_like(x, "x")
-    backends.gradient(
-        kernels,
-        at,
-        buffers.of(cotangent, "cotangent"),
-        buffers.of(grad, "grad"),
-        count,
-        None if scale is None else buffers.of(scale, "grad_loss"),
+    """The gradient for x of sum(cotangent * statistics), which can be traced."""
+    grad: Tensor = torch.ops.dice_core.statistics_grad(
+        x, y, cotangent, *_options(asked), backend, num_threads, None
     )
     return grad
 
 
+def _options(asked: Spec) -> tuple[Any, ...]:
+    return (
+        asked.activation,
+        asked.p,
+        asked.ignore_label,
+        asked.gamma,
+        asked.nll,
+        asked.binary_gamma,
+        asked.target_square,
+        asked.targets,
+    )
+
+
+# ---- the operators: through torch.library, so that torch.compile and export see them whole -------
+
+_library = torch.library.Library("dice_core", "DEF")
+_library.define(f"statistics(Tensor x, Tensor y, {_OPTIONS}) -> Tensor")
+_library.define(f"statistics_grad(Tensor x, Tensor y, Tensor cotangent, {_OPTIONS}) -> Tensor")
+
+
+def _call(x: Tensor, y: Tensor, options: tuple[Any, ...]) -> calls.Call:
+    backend, num_threads, check_labels = options[_SPEC_LENGTH:]
+    asked = Spec(*options[:_SPEC_LENGTH])
+    return calls.call(x, y, asked, backend, num_threads or torch.get_num_threads(), check_labels)
+
+
+def _statistics(x: Tensor, y: Tensor, *options: Any) -> Tensor:
+    """(K, N, C) float64 on x's device."""
+    return torch.as_tensor(_call(x, y, options).statistics().array)
+
+
+def _statistics_grad(x: Tensor, y: Tensor, cotangent: Tensor, *options: Any) -> Tensor:
+    grad: Tensor = allocators.empty_like(x, "x")
+    cotangent = cotangent.detach().contiguous()
+    numbers = cotangent.numpy() if x.is_cpu else cotangent
+    _call(x, y, options).gradient(numbers, None, buffers.of(grad, "grad"))
+    return grad
+
+
 def _fake_statistics(x: Tensor, y: Tensor, *options: Any) -> Tensor:
-    asked = spec.of_shapes(x.shape, y.shape, spec.Spec(*options[:_SUMMED]))
+    asked = spec.for_shapes(x.shape, y.shape, Spec(*options[:_SPEC_LENGTH]))
     return x.new_empty(asked.sums_shape(x.shape), dtype=torch.float64)
 
 
@@ -144,8 +165,8 @@ def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]
 
 
 for _name, _kernel, _fake, _setup, _vjp in (
-    ("statistics", statistics, _fake_statistics, _save, _backward),
-    ("statistics_grad", statistics_grad, _fake_statistics_grad, None, _no_second_derivative),
+    ("statistics", _statistics, _fake_statistics, _save, _backward),
+    ("statistics_grad", _statistics_grad, _fake_statistics_grad, None, _no_second_derivative),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dice_core::{_name}", _fake, lib=_library)

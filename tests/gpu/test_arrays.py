@@ -1,4 +1,4 @@
-"""Arrays of other libraries than torch, in and out, on the device."""
+"""Arrays of other libraries than torch: in and out, on the device."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.gpu
 
 
 class CuPy:
-    """Its arrays."""
+    """CuPy's arrays."""
 
     def __init__(self):
         cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
@@ -19,7 +19,7 @@ class CuPy:
 
 
 class Numba:
-    """Its device arrays."""
+    """numba's device arrays."""
 
     def __init__(self):
         cuda = pytest.importorskip("numba.cuda", reason="numba is not installed")
@@ -34,12 +34,12 @@ def library(gpu, request):
 
 @pytest.fixture(params=["float16", "float32", "float64"])
 def arrays(request):
-    """x and y, NumPy's."""
+    """x and y as NumPy arrays."""
     return tuple(t.cpu().numpy() for t in Volume(4, (32, 33), request.param).tensors())
 
 
 def back(library, *arrays):
-    """As torch's, on the host; they are the library's."""
+    """The library's arrays as torch tensors on the host."""
     assert all(isinstance(array, library.kind) for array in arrays)
     return [torch.from_numpy(np.array(library.to_host(array))) for array in arrays]
 
@@ -54,7 +54,7 @@ def test_loss_and_gradient(library, arrays):
     assert alone == loss
 
 
-def test_gradient_over_the_logits(library, arrays):
+def test_gradient_in_place(library, arrays):
     x, y = map(library.to_device, arrays)
     loss, out = dice_core.loss_and_grad(x, y, grad_loss=1000.0, out=x)
     assert out is x
@@ -64,6 +64,6 @@ def test_gradient_over_the_logits(library, arrays):
 
 def test_statistics(library, arrays):
     x, y = map(library.to_device, arrays)
-    (sums,) = back(library, dice_core.statistics(x, y).sums)
+    (sums,) = back(library, dice_core.statistics(x, y).array)
     x, y = map(torch.from_numpy, arrays)
     assert_sums(sums, true_sums(x, y, torch.ones_like(sums))[0], x.dtype)

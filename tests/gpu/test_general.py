@@ -1,34 +1,36 @@
-"""Sums of other scores, dense targets, label smoothing and binary cross-entropy, against the
-reference on the host.
+"""Other activations, soft targets, label smoothing and binary cross-entropy, against the reference
+on the host.
 """
 
 import itertools
+import math
 
 import pytest
 import torch
 from gpu.volumes import DEVICE, LAYOUTS, LOGITS, Volume, assert_gradient, assert_sums
 
 import dice_core
-from dice_core import losses
+from dice_core import calls, losses
+from dice_core.spec import Spec
 from dice_core.torch import DiceScore, loss, statistics
 
 pytestmark = pytest.mark.gpu
 
-ASKED = {
-    "smoothing": {"smoothing": True},
-    "smoothing_focal": {"smoothing": True, "gamma": 2.0, "p": 2},
+OPTIONS = {
+    "nll": {"nll": True},
+    "nll_focal": {"nll": True, "gamma": 2.0, "p": 2},
     "none": {"activation": "none"},
     "sigmoid": {"activation": "sigmoid", "p": 2},
     "binary": {"activation": "sigmoid", "binary_gamma": 0.0},
     "binary_focal": {"activation": "sigmoid", "binary_gamma": 2.0},
     "binary_of_softmax": {"binary_gamma": 0.5},
-    "everything": {"activation": "sigmoid", "gamma": 0.5, "smoothing": True, "binary_gamma": 1.5},
+    "everything": {"activation": "sigmoid", "gamma": 0.5, "nll": True, "binary_gamma": 1.5},
 }
 TARGETS = ("uint8", "int64", "float16", "bfloat16", "float32", "float64")
 
 
 def on_host(x, y):
-    """The same numbers there, x in float64."""
+    """Copies there, x in float64."""
     return x.detach().cpu().double(), y.cpu().double() if y.is_floating_point() else y.cpu()
 
 
@@ -36,13 +38,11 @@ def check(x, y, **options):
     """Sums and the gradient of a random cotangent are the reference's."""
     x = x.sigmoid() if options.get("activation") == "none" else x  # probabilities do not cancel
     x.requires_grad_()
-    sums = torch.stack(statistics(x, y, **options))
+    sums = statistics(x, y, **options).array
     cotangent = torch.randn(sums.shape, generator=torch.Generator().manual_seed(1)).double()
     (grad,) = torch.autograd.grad(sums, x, cotangent.to(DEVICE))
     true_x, true_y = on_host(x, y)
-    expected = torch.stack(
-        statistics(true_x.requires_grad_(), true_y, **options, backend="reference")
-    )
+    expected = statistics(true_x.requires_grad_(), true_y, **options, backend="reference").array
     (expected_grad,) = torch.autograd.grad(expected, true_x, cotangent)
     assert_sums(sums, expected, x.dtype)
     assert_gradient(grad, expected_grad)
@@ -50,39 +50,60 @@ def check(x, y, **options):
 
 @pytest.mark.parametrize("channels", [1, 2, 5, 20, 150])
 @pytest.mark.parametrize("logits", LOGITS)
-@pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
-def test_of_labels(asked, logits, channels):
-    if channels == 1 and asked.get("activation", "softmax") != "softmax":
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_labels(options, logits, channels):
+    if channels == 1 and options.get("activation", "softmax") != "softmax":
         channels = 3
     layout = list(LAYOUTS)[channels % 3]
     x, y = Volume(channels, (40, 41), logits, "int16", ignore=-1, layout=layout).tensors()
-    check(x, y, ignore_label=-1, **asked)
+    check(x, y, ignore_label=-1, **options)
 
 
 @pytest.mark.parametrize(("logits", "targets"), list(itertools.product(LOGITS, TARGETS)))
-@pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
-def test_of_dense_targets(asked, logits, targets):
-    channels = 3 + (len(targets) + len(asked)) % 3 * 14
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_soft_targets(options, logits, targets):
+    channels = 3 + (len(targets) + len(options)) % 3 * 14
     x, _ = Volume(channels, (517,), logits).tensors()
     generator = torch.Generator().manual_seed(2)
     whole = not targets.startswith(("float", "bfloat"))
     y = torch.rand(x.shape, generator=generator)
     y = (y.round() if whole else y).to(getattr(torch, targets))
     y[torch.rand(x.shape, generator=generator) < 0.1] = 127
-    check(x, y.to(DEVICE), ignore_label=127, **asked)
+    check(x, y.to(DEVICE), ignore_label=127, target_square=True, **options)
 
 
-def test_bad_targets_make_their_sample_nan():
+def test_targets_out_of_range_make_their_sample_nan():
     x, _ = Volume(3, (40, 41)).tensors()
     y = torch.rand(x.shape, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     y[1, 2, 5, 6] = 1.5
-    sums = torch.stack(statistics(x, y))
+    sums = statistics(x, y).array
     assert sums[:, 1].isnan().all()
     assert not sums[:, 0].isnan().any()
 
 
+def test_binary_targets_are_0_or_1():
+    x, _ = Volume(3, (40, 41)).tensors()
+    y = torch.rand(x.shape, generator=torch.Generator().manual_seed(2)).round().to(DEVICE)
+    y[1, 2, 5, 6] = 0.5
+    sums = calls.call(x, y, Spec("sigmoid", binary_gamma=0.0, targets="binary")).statistics().array
+    assert sums[:, 1].isnan().all()
+    assert not sums[:, 0].isnan().any()
+
+
+def test_binary_cross_entropy_at_infinity_is_torchs():
+    x = torch.tensor([math.inf, math.inf, -math.inf, -math.inf]).reshape(4, 1, 1)
+    y = torch.tensor([1.0, 0, 1, 0]).reshape(4, 1, 1)
+    found_x = x.to(DEVICE).requires_grad_()
+    found = statistics(found_x, y.to(DEVICE), activation="sigmoid", binary_gamma=0)
+    total = found.positive_sum + found.negative_sum
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(x, y, reduction="none")
+    torch.testing.assert_close(total.cpu().float(), expected[..., 0], equal_nan=True)
+    (grad,) = torch.autograd.grad(total.sum(), found_x)
+    torch.testing.assert_close(grad.cpu(), x.sigmoid() - y)
+
+
 TERMS = {
-    "smoothing": (losses.Dice() + losses.CrossEntropy(label_smoothing=0.1), {}),
+    "label_smoothing": (losses.Dice() + losses.CrossEntropy(label_smoothing=0.1), {}),
     "binary": (
         losses.Dice() + losses.BinaryCrossEntropy(pos_weight=[1, 2, 3]),
         {"activation": "sigmoid"},
@@ -115,5 +136,5 @@ def test_scores(activation, channels):
         y = (y[:, None] == torch.arange(channels, device=DEVICE)[:, None, None]).to(torch.uint8)
     score = DiceScore(activation=activation)
     score.update(x, y)
-    expected = dice_core.score(*on_host(x, y), pool=True, activation=activation).dice[0]
+    expected = dice_core.score(*on_host(x, y), pool="batch", activation=activation).dice[0]
     torch.testing.assert_close(score.compute().cpu(), torch.from_numpy(expected), equal_nan=True)

@@ -6,6 +6,7 @@ import math
 import naive
 import pytest
 import torch
+from compare import assert_close
 from gpu.volumes import (
     DEVICE,
     LABELS,
@@ -20,19 +21,20 @@ from gpu.volumes import (
 )
 
 import dice_core
-from dice_core.spec import REDUCTIONS
-from dice_core.torch import dice_loss, statistics
+from dice_core.torch import loss as dice_loss
+from dice_core.torch import statistics
 
 pytestmark = pytest.mark.gpu
 
 CHANNELS = (1, 2, 3, 4, 5, 8, 16, 17, 20, 33, 105, 150, 1000)
 GAMMAS = (None, 0.0, 0.5, 1.0, 2.0)
+REDUCTIONS = ("mean", "sum", "none", "batch")
 VOXELS = ((1,), (7,), (255,), (16, 16, 16), (3, 17, 23), (4099,), (8, 40))
 
 
 def channels_by_dtypes():
-    """Every number of channels with every dtype of logits; the rest changes from one to the next,
-    at paces of which none is a multiple of another.
+    """Every number of channels with every dtype of logits. The other options cycle, with periods
+    none of which is a multiple of another.
     """
     for i, (channels, logits) in enumerate(itertools.product(CHANNELS, LOGITS)):
         wide = channels > 99 or i % 3 == 0  # labels that leave room for the classes
@@ -55,10 +57,10 @@ def sweeps():
 
 @pytest.mark.parametrize("volume", [*channels_by_dtypes(), *sweeps()], ids=str)
 def test_sums_and_their_gradient(volume):
-    """The gradient for a random cotangent, in which it is linear: every loss has one."""
+    """The gradient for a random cotangent: it is linear in it, and every loss has one."""
     x, y = volume.tensors()
     x.requires_grad_()
-    sums = torch.stack(statistics(x, y, **volume.options))
+    sums = statistics(x, y, **volume.options).array
     cotangent = torch.randn(sums.shape, generator=torch.Generator().manual_seed(1)).double()
     (grad,) = torch.autograd.grad(sums, x, cotangent.to(DEVICE))
     expected, expected_grad = true_sums(x, y, cotangent, **volume.options)
@@ -90,17 +92,17 @@ def test_loss_and_its_gradient(logits, weight, ignore_channel, smooth, reduction
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("logits", LOGITS)
 @pytest.mark.parametrize("channels", [1, 5, 33])
-def test_gradient_over_the_logits_is_the_fresh_one(channels, logits, layout):
+def test_the_gradient_in_place_is_the_same(channels, logits, layout):
     x, y = Volume(channels, (4099,), logits, layout=layout).tensors()
     loss, grad = dice_core.loss_and_grad(x, y, grad_loss=1000.0)
-    over_loss, out = dice_core.loss_and_grad(x, y, grad_loss=1000.0, out=x)
+    in_place_loss, out = dice_core.loss_and_grad(x, y, grad_loss=1000.0, out=x)
     assert out is x
-    assert_same_bits(over_loss, loss, "loss")
+    assert_same_bits(in_place_loss, loss, "loss")
     assert_same_bits(x, grad, "gradient")
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 0), (0, 3, 5), (2, 1, 1), (1, 3)], ids=str)
-def test_next_to_nothing(shape):
+def test_tiny_shapes(shape):
     x, y = torch.ones(shape), torch.ones(shape[0], *shape[2:], dtype=torch.uint8)
     for reduction in REDUCTIONS:
         expected, expected_grad = dice_core.loss_and_grad(x, y, reduction=reduction)
@@ -109,12 +111,12 @@ def test_next_to_nothing(shape):
         assert_gradient(grad, expected_grad)
 
 
-@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0])  # of a root autograd makes NaN there
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0])  # autograd of a root is NaN there
 @pytest.mark.parametrize("channels", [1, 4, 33])
-def test_scores_of_0_have_an_entropy(channels, gamma):
+def test_probabilities_of_0_have_a_finite_cross_entropy(channels, gamma):
     x, y = Volume(channels, (33, 37)).tensors()
     x = (1e4 * x).requires_grad_()
-    sums = torch.stack(statistics(x, y, gamma=gamma))
+    sums = statistics(x, y, gamma=gamma).array
     cotangent = torch.ones_like(sums)
     (grad,) = torch.autograd.grad(sums, x, cotangent)
     expected, expected_grad = true_sums(x, y, cotangent, gamma=gamma)
@@ -123,30 +125,41 @@ def test_scores_of_0_have_an_entropy(channels, gamma):
     assert_gradient(grad, expected_grad)
 
 
-@pytest.mark.parametrize("gamma", GAMMAS[1:])
 @pytest.mark.parametrize("label", [0, 3])
-def test_the_entropy_of_infinities_is_as_in_the_limit(label, gamma):
-    x, y = torch.zeros(5, 4, 1), torch.full((5, 1), label)
+def test_infinities_are_torchs(label):
+    x = torch.zeros(5, 4, 1)
     x[0, 3], x[1, 2:], x[2, 3], x[3], x[4, 1] = math.inf, math.inf, -math.inf, -math.inf, math.nan
-    found = statistics(x.to(DEVICE), y.to(DEVICE), gamma=gamma)[3]
-    expected = statistics(x.double(), y, gamma=gamma, backend="reference")[3]
-    assert_sums(found, expected, x.dtype)
+    found_x, exact_x = x.to(DEVICE).requires_grad_(), x.double().requires_grad_()
+    found = statistics(found_x, torch.full((5, 1), label, device=DEVICE), gamma=0)
+    nll = -exact_x.log_softmax(1)[:, label, 0]
+    assert_sums(found.pred_sum, exact_x.softmax(1)[..., 0], x.dtype)
+    assert_sums(found.cross_entropy_sum[:, label], nll, x.dtype)
+    (grad,) = torch.autograd.grad(found.cross_entropy_sum.sum(), found_x)
+    (exact_grad,) = torch.autograd.grad(nll.sum(), exact_x)
+    assert_close(grad.cpu(), exact_grad, rtol=1e-5, atol=1e-6)
 
 
-# ---- what must not count -----------------------------------------------------------------------
+def test_a_single_channel_is_1_or_0_at_infinity():
+    x = torch.tensor([math.inf, -math.inf], device=DEVICE).reshape(2, 1, 1)
+    found = statistics(x, torch.ones(2, 1, dtype=torch.uint8, device=DEVICE), gamma=0)
+    assert found.pred_sum.tolist() == [[0, 1], [1, 0]]
+    assert found.cross_entropy_sum.tolist() == [[0, 0], [0, math.inf]]
+
+
+# ---- ignored voxels, NaN and labels out of range -------------------------------------------------
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("logits", LOGITS)
 @pytest.mark.parametrize("channels", [1, 4, 33])
-def test_logits_of_ignored_voxels_are_of_no_account(channels, logits, poison):
+def test_ignored_voxels_contribute_nothing_whatever_their_logits(channels, logits, poison):
     x, y = Volume(channels, (33, 37), logits, "int8", ignore=-1).tensors()
     ignored = (y == -1)[:, None].expand_as(x)
     found = []
     for each in (x, x.masked_fill(ignored, poison)):
         loss, grad = dice_core.loss_and_grad(each, y)
         each.requires_grad_()
-        sums = torch.stack(statistics(each, y, gamma=2.0))
+        sums = statistics(each, y, gamma=2.0).array
         (of_sums,) = torch.autograd.grad(sums.sum(), each)
         found.append({"loss": loss, "gradient": grad, "sums": sums, "their gradient": of_sums})
         assert not grad[ignored].any()
@@ -156,22 +169,22 @@ def test_logits_of_ignored_voxels_are_of_no_account(channels, logits, poison):
 
 
 @pytest.mark.parametrize("channels", [1, 4, 33])
-def test_nan_in_a_counted_voxel_is_not_hidden(channels):
+def test_nan_in_a_valid_voxel_is_not_hidden(channels):
     x, y = Volume(channels, (33, 37)).tensors()
     x[1, 0, 5, 6] = math.nan
     each = dice_core.loss(x, y, reduction="none")
     assert each.isnan().tolist() == [False, True]
 
 
-def with_bad_labels(channels):
+def with_labels_out_of_range(channels):
     x, y = Volume(channels, (33, 37), labels="int64").tensors()
     y[1, 3, 4], y[1, 5, 6], y[1, 32, 36] = -7, max(2, channels), 2**40
     return x, y
 
 
 @pytest.mark.parametrize("channels", [1, 4, 33])
-def test_bad_labels_make_their_sample_nan(channels):
-    x, y = with_bad_labels(channels)
+def test_labels_out_of_range_make_their_sample_nan(channels):
+    x, y = with_labels_out_of_range(channels)
     assert dice_loss(x, y, reduction="none").isnan().tolist() == [False, True]
     assert dice_loss(x, y).isnan()
     loss, _ = dice_core.loss_and_grad(x, y)
@@ -182,8 +195,8 @@ def test_bad_labels_make_their_sample_nan(channels):
     "function", [dice_loss, dice_core.loss, dice_core.loss_and_grad, statistics]
 )
 @pytest.mark.parametrize("ask", ["argument", "environment"])
-def test_bad_labels_raise_the_hosts_error_when_asked(function, ask, monkeypatch):
-    x, y = with_bad_labels(4)
+def test_labels_out_of_range_raise_the_error_of_the_host_when_asked(function, ask, monkeypatch):
+    x, y = with_labels_out_of_range(4)
     with pytest.raises(ValueError, match="3 labels outside") as expected:
         function(x.cpu(), y.cpu())
     if ask == "environment":
@@ -200,7 +213,7 @@ TILE, TILES, GIGABYTES = 2**20, 1025, 8
 
 
 def test_more_elements_than_31_bits_count():
-    """Many times the same tile: as many times its sums, and in each the same gradient."""
+    """The same tile many times: as many times its sums, and the same gradient in each."""
     free, _ = torch.cuda.mem_get_info()
     if free < GIGABYTES * 1e9:
         pytest.skip(f"needs {GIGABYTES} GB of the GPU's memory, {free / 1e9:.1f} are free")
@@ -213,7 +226,7 @@ def test_more_elements_than_31_bits_count():
     sums = [TILES * each for each in naive.statistics(exact, labels.cpu().long())]
     expected = naive.dice_of(*sums)
     (of_tiles,) = torch.autograd.grad(expected, exact)
-    assert_sums(torch.stack(statistics(x, y)), torch.stack(sums), x.dtype)
+    assert_sums(statistics(x, y).array, torch.stack(sums), x.dtype)
 
     scale = float(TILE * TILES)  # or the gradient would be below what float16 has
     loss, grad = dice_core.loss_and_grad(x, y, grad_loss=scale, out=x)

@@ -1,4 +1,4 @@
-"""What is queued on the GPU: the same bits every time, in the caller's order, in CUDA graphs."""
+"""Work on the GPU: bitwise reproducible, in the order of the caller's streams, in CUDA graphs."""
 
 import os
 import subprocess
@@ -16,12 +16,13 @@ from gpu.volumes import (
     true_loss,
 )
 
-from dice_core.torch import DiceLoss, dice_loss
+from dice_core.torch import DiceLoss
+from dice_core.torch import loss as dice_loss
 
 pytestmark = pytest.mark.gpu
 
 RUNS = 20
-LONG = 100_000_000  # clock cycles, about 50 ms: whoever does not wait for them sees old numbers
+LONG = 100_000_000  # clock cycles, about 50 ms: work that does not wait for them sees old data
 
 
 def step(x, y, **options):
@@ -88,7 +89,7 @@ def test_other_work_on_the_device_does_not_change_the_bits():
 
 
 def test_work_goes_on_the_current_stream():
-    """The numbers arrive there late: work elsewhere would find zeros."""
+    """The data arrive late on this stream: work on another one would find zeros."""
     x, y = Volume(4, (64, 65)).tensors()
     late = torch.zeros_like(x), torch.zeros_like(y)
     step(*late)  # compiled
@@ -116,7 +117,7 @@ def test_backward_runs_on_the_stream_of_forward():
     assert_step((loss, grad), x, y)
 
 
-def test_nothing_waits_for_the_device():
+def test_nothing_synchronizes():
     x, y = Volume(4, (64, 65)).tensors()
     step(x, y)
     torch.cuda.synchronize()
@@ -129,7 +130,7 @@ def test_nothing_waits_for_the_device():
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
-def test_torch_sees_no_synchronisation():
+def test_torch_sees_no_synchronization():
     x, y = Volume(4, (64, 65)).tensors()
     weight = [1.0, 2.0, 3.0, 4.0]
     step(x, y, weight=weight)  # which is copied to the device once
@@ -196,13 +197,13 @@ from dice_core.losses import Dice, Focal
 x = torch.randn(1, 6, 40, 41, device="cuda", dtype=torch.float16)
 y = torch.zeros(1, 40, 41, device="cuda", dtype=torch.int16)
 dice_core.precompile(x, y, p=2)
-dice_core.precompile(x, y, loss=Dice(p=2) + Focal(gamma=2))
+dice_core.precompile(x, y, Dice(p=2) + Focal(gamma=2))
 before = sorted(os.listdir(os.environ["DICE_CORE_CACHE_DIR"]))
-dice_core.torch.dice_loss(x.requires_grad_(), y, p=2).backward()
-sum(dice_core.torch.statistics(x, y, p=2)).sum().backward()
-sum(dice_core.torch.statistics(x, y, p=2, gamma=2)).sum().backward()
+dice_core.torch.loss(x.requires_grad_(), y, p=2).backward()
+dice_core.torch.statistics(x, y, p=2).array.sum().backward()
+dice_core.torch.statistics(x, y, p=2, gamma=2).array.sum().backward()
 after = sorted(os.listdir(os.environ["DICE_CORE_CACHE_DIR"]))
-assert before, "nothing was kept"
+assert before, "nothing was cached"
 assert after == before, "a call compiled more"
 """
 

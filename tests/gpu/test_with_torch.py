@@ -16,12 +16,13 @@ from gpu.volumes import (
 )
 
 from dice_core import BackendError
-from dice_core.torch import DiceLoss, dice_loss, statistics
+from dice_core.torch import DiceLoss, statistics
+from dice_core.torch import loss as dice_loss
 
 pytestmark = pytest.mark.gpu
 
-# activation, p, ignore_label, gamma, smoothing, binary_gamma, backend, num_threads, check_labels
-OPTIONS = ("softmax", 1, -1, 2.0, False, None, None, None, None)
+# The fields of a Spec; backend, num_threads, check_labels.
+OPTIONS = ("softmax", 1, -1, 2.0, False, None, False, "labels", None, None, None)
 
 
 # ---- autograd ----------------------------------------------------------------------------------
@@ -70,7 +71,7 @@ def test_strides_that_are_not_read_in_place_are_refused_with_the_remedy():
         dice_loss(x.transpose(2, 4), y)
 
 
-def test_own_loss_of_the_statistics():
+def test_a_loss_written_by_a_user():
     x, y = Volume(4, (40, 41)).tensors()
 
     def tversky(i, p, t):
@@ -161,7 +162,7 @@ def test_compiled_whole(mode):
     def step(x, y):
         return criterion(2 * x, y)
 
-    for seed in range(4):  # the first record, the later ones replay
+    for seed in range(4):  # the first ones record a graph, the others replay it
         x, y = volume.tensors(seed)
         x.requires_grad_()
         loss = step(x, y)
@@ -176,7 +177,7 @@ def test_compiled_whole(mode):
 
 @pytest.fixture
 def process_group():
-    """Of this process alone."""
+    """A group of this process alone."""
     import torch.distributed as dist
 
     backend = "nccl" if DEVICE == "cuda" else "gloo"
@@ -204,7 +205,7 @@ def test_distributed_data_parallel(process_group):
 
 @pytest.mark.parametrize("side", [16, 64, 128])
 def test_host_cost_of_a_step_is_reported(side, record_property, capsys):
-    """Measured, not judged: the time to enqueue forward and backward."""
+    """The time to queue forward and backward: printed, with no bound."""
     x, y = Volume(4, (side,) * 3, "float16").tensors()
     x.requires_grad_()
     criterion, samples = DiceLoss(), []

@@ -1,43 +1,62 @@
-"""Logits and labels on the GPU, and what they give by the naive code, in float64 on the host."""
+"""Random logits and labels on the GPU, the exact results, which are those of the naive code in
+float64 on the host, and comparisons with them.
+"""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import naive
 import numpy as np
 import torch
 from compare import assert_close
+from torch import Tensor
 
 DEVICE = "cuda"
 LOGITS = ("float16", "bfloat16", "float32", "float64")
 LABELS = ("uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64", "bool")
 
-# Relative to the numbers themselves; a gradient moreover to the largest, which it is a difference
-# of. The arithmetic is float32 for half-precision logits too, and the gradient is rounded once.
-SUMS = {"float16": 5e-6, "bfloat16": 5e-6, "float32": 5e-6, "float64": 1e-13}
-ROUNDING = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 2**-24, "float64": 2**-53}
+# Tolerances by the logits' dtype. Statistics and losses: relative and absolute. A gradient is
+# computed in float32 (float64 logits: float64) and rounded to the dtype once: its relative
+# tolerance is the unit roundoff; the absolute one is TOLERANCE times the largest entry, since an
+# entry is a difference of numbers of that size.
+TOLERANCE = {"float16": 5e-6, "bfloat16": 5e-6, "float32": 5e-6, "float64": 1e-13}
+UNIT_ROUNDOFF = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 2**-24, "float64": 2**-53}
 
 
-def _misaligned(array):
-    """One voxel behind the beginning of a larger buffer, whose other elements nobody may read."""
-    room = array.new_full((*array.shape[:-1], array.shape[-1] + 1), _poison(array.dtype))
-    room[..., 1:] = array
-    return room.to(DEVICE)[..., 1:]
+def _misaligned(array: Tensor) -> Tensor:
+    """A view that starts at the second voxel of a larger array, whose first must not be read."""
+    padded = array.new_full((*array.shape[:-1], array.shape[-1] + 1), _poison(array.dtype))
+    padded[..., 1:] = array
+    return padded.to(DEVICE)[..., 1:]
 
 
-def _poison(dtype):
+def _poison(dtype: torch.dtype) -> float:
+    """A value that changes the results of a kernel that reads it."""
     return float("nan") if dtype.is_floating_point else 1 if dtype == torch.bool else 100
 
 
-LAYOUTS = {  # logits (N, C, *) and labels (N, *) of the host -> on the GPU
-    "first": lambda x, y: (x.to(DEVICE), y.to(DEVICE)),
-    "last": lambda x, y: (x.movedim(1, -1).contiguous().to(DEVICE).movedim(-1, 1), y.to(DEVICE)),
+def _channels_last(x: Tensor) -> Tensor:
+    return x.movedim(1, -1).contiguous().to(DEVICE).movedim(-1, 1)
+
+
+# Copies logits (N, C, *) and labels (N, *) from the host to the GPU.
+LAYOUTS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "contiguous": lambda x, y: (x.to(DEVICE), y.to(DEVICE)),
+    "channels-last": lambda x, y: (_channels_last(x), y.to(DEVICE)),
     "misaligned": lambda x, y: (_misaligned(x.flatten(2)), _misaligned(y.flatten(1))),
 }
 
 
 @dataclass(frozen=True)
 class Volume:
-    """Random logits (2, C, *) of one dtype and labels (2, *) of another."""
+    """Random logits (2, C, *) and labels (2, *), and the options of their statistics.
+
+    - channels, voxels: the shape of the logits, C and *.
+    - logits, labels: dtypes.
+    - p, gamma, ignore: options; a fifth of the voxels have the label `ignore`.
+    - layout: of LAYOUTS.
+    """
 
     channels: int
     voxels: tuple[int, ...] = (4099,)
@@ -45,10 +64,10 @@ class Volume:
     labels: str = "uint8"
     p: int = 1
     gamma: float | None = None
-    ignore: int | None = None  # a fifth of the voxels have this label
-    layout: str = "first"
+    ignore: int | None = None
+    layout: str = "contiguous"
 
-    def __str__(self):
+    def __str__(self) -> str:
         ignore = "" if self.ignore is None else f"-ignore{self.ignore}"
         gamma = "" if self.gamma is None else f"-gamma{self.gamma:g}"
         voxels = "x".join(map(str, self.voxels))
@@ -58,12 +77,12 @@ class Volume:
         )
 
     @property
-    def options(self):
-        """Of the statistics."""
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of `statistics`."""
         return {"p": self.p, "gamma": self.gamma, "ignore_label": self.ignore}
 
-    def tensors(self, seed=0):
-        """x and y."""
+    def tensors(self, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """(logits, labels) on the GPU."""
         generator = torch.Generator().manual_seed(seed)
         classes = min(
             max(2, self.channels), {"bool": 2, "int8": 99, "uint8": 199}.get(self.labels, 9999)
@@ -76,40 +95,42 @@ class Volume:
         return LAYOUTS[self.layout](x, y)
 
 
-def on_host(x, y):
-    """The same numbers there, x in float64 and with a gradient to come."""
+def on_host(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies on the host: x in float64 and requiring a gradient, y in int64."""
     return x.detach().cpu().double().requires_grad_(), y.cpu().long()
 
 
-def true_sums(x, y, cotangent, **options):
-    """(K, N, C) statistics and their vector-Jacobian product."""
+def true_sums(x: Tensor, y: Tensor, cotangent: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """The exact statistics, (K, N, C), and their vector-Jacobian product with `cotangent`."""
     x, y = on_host(x, y)
     sums = torch.stack(naive.statistics(x, y, **options))
     return sums.detach(), torch.autograd.grad(sums, x, cotangent.cpu())[0]
 
 
-def true_loss(x, y, upstream=None, **options):
-    """The loss and its gradient."""
+def true_loss(
+    x: Tensor, y: Tensor, upstream: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """The exact loss and its gradient, for the incoming gradient `upstream`, 1 by default."""
     x, y = on_host(x, y)
     loss = naive.dice_loss(x, y, **options)
     upstream = torch.ones_like(loss) if upstream is None else upstream.cpu().double()
     return loss.detach(), torch.autograd.grad(loss, x, upstream)[0]
 
 
-def assert_sums(actual, expected, dtype, what="sums"):
-    """Sums, or a loss, of logits of this dtype."""
-    tolerance = SUMS[_name(dtype)]
+def assert_sums(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str = "sums") -> None:
+    """Statistics, or a loss, of logits of this dtype are close to the exact ones."""
+    tolerance = TOLERANCE[_name(dtype)]
     assert_close(_numpy(actual), _numpy(expected), rtol=tolerance, atol=tolerance, what=what)
 
 
-def assert_gradient(actual, expected, what="gradient"):
-    """A gradient in the logits' dtype."""
-    name, expected = _name(actual.dtype), _numpy(expected)
-    atol = SUMS[name] * np.abs(expected).max(initial=0)
-    assert_close(_numpy(actual), expected, rtol=1.01 * ROUNDING[name], atol=atol, what=what)
+def assert_gradient(actual: Tensor, expected: Tensor, what: str = "gradient") -> None:
+    """A gradient, in the logits' dtype, is close to the exact one."""
+    name, exact = _name(actual.dtype), _numpy(expected)
+    atol = TOLERANCE[name] * np.abs(exact).max(initial=0)
+    assert_close(_numpy(actual), exact, rtol=1.01 * UNIT_ROUNDOFF[name], atol=atol, what=what)
 
 
-def assert_same_bits(actual, expected, what="tensor"):
+def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "tensor") -> None:
     """The same dtype, shape and bytes, NaN included."""
     assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), what
     ours, theirs = (
@@ -119,9 +140,9 @@ def assert_same_bits(actual, expected, what="tensor"):
     assert not differ, f"{what}: {differ} of {theirs.numel()} bytes differ"
 
 
-def _name(dtype):
+def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _numpy(array):
+def _numpy(array: Tensor) -> np.ndarray[Any, Any]:
     return array.detach().cpu().double().numpy()

@@ -1,17 +1,17 @@
-"""What the kernels do with vectors of numbers, for either type: _vectors.h in Cython's terms.
+"""SIMD vectors: loads and stores, masks, exp and log. `simd.h` in Cython's terms.
 
-A vector is a number to Cython, which hands + - * / and functions of it on to C.
+To Cython a vector is a number: it passes + - * / on to C, which applies them to every lane. A mask has all bits set in
+the lanes where a condition holds, and none in the others.
 """
 
 from libc.stdint cimport int16_t, uint16_t, uint32_t, uint64_t
 
-cdef extern from "_vectors.h":
-    # Vectors; to Cython they are numbers, and C applies + - * / to every lane.
+cdef extern from "simd.h":
     ctypedef float f32 "floats"
     ctypedef double f64 "doubles"
     enum:
-        VECTORS  # in a line
-    const float LN2  # and the rest of it, where products are rounded
+        VECTORS  # in 64 bytes
+    const float LN2  # ln(2) = LN2 + LN2_REST
     const float LN2_REST
 
     void PREFETCH(const void *) noexcept nogil
@@ -23,14 +23,14 @@ cdef extern from "_vectors.h":
     void store_bf16(void *, f32) noexcept nogil
     void store_floats(void *, f32) noexcept nogil
     void store_doubles(void *, f64) noexcept nogil
-    void stream_floats(void *, f32) noexcept nogil
-    void stream_doubles(void *, f64) noexcept nogil
-    void STREAMED() noexcept nogil
+    void store_non_temporal_floats(void *, f32) noexcept nogil
+    void store_non_temporal_doubles(void *, f64) noexcept nogil
+    void NON_TEMPORAL_FENCE() noexcept nogil
     void transpose_16(const uint16_t *, Py_ssize_t, uint16_t *, Py_ssize_t) noexcept nogil
     void transpose_32(const uint32_t *, Py_ssize_t, uint32_t *, Py_ssize_t) noexcept nogil
     void transpose_64(const uint64_t *, Py_ssize_t, uint64_t *, Py_ssize_t) noexcept nogil
-    f32 spread_floats(float) noexcept nogil
-    f64 spread_doubles(double) noexcept nogil
+    f32 broadcast_floats(float) noexcept nogil
+    f64 broadcast_doubles(double) noexcept nogil
     f32 max_floats(f32, f32) noexcept nogil
     f64 max_doubles(f64, f64) noexcept nogil
     f32 min_floats(f32, f32) noexcept nogil
@@ -39,39 +39,41 @@ cdef extern from "_vectors.h":
     f64 equal_doubles(f64, f64) noexcept nogil
     f32 less_floats(f32, f32) noexcept nogil
     f64 less_doubles(f64, f64) noexcept nogil
-    f32 where_floats(f32, f32) noexcept nogil
-    f64 where_doubles(f64, f64) noexcept nogil
-    f32 unless_floats(f32, f32) noexcept nogil
-    f64 unless_doubles(f64, f64) noexcept nogil
-    f32 magnitude_floats(f32) noexcept nogil
-    f64 magnitude_doubles(f64) noexcept nogil
-    bint any_above_floats(f32, float) noexcept nogil
-    bint any_above_doubles(f64, double) noexcept nogil
+    f32 and_mask_floats(f32, f32) noexcept nogil
+    f64 and_mask_doubles(f64, f64) noexcept nogil
+    f32 andnot_floats(f32, f32) noexcept nogil
+    f64 andnot_doubles(f64, f64) noexcept nogil
+    f32 select_floats(f32, f32, f32) noexcept nogil
+    f64 select_doubles(f64, f64, f64) noexcept nogil
+    f32 abs_floats(f32) noexcept nogil
+    f64 abs_doubles(f64) noexcept nogil
+    bint any_greater_floats(f32, float) noexcept nogil
+    bint any_greater_doubles(f64, double) noexcept nogil
     f32 exponent_floats(f32) noexcept nogil
     f64 exponent_doubles(f64) noexcept nogil
     f32 split_floats(f32, f32 *) noexcept nogil
     f64 split_doubles(f64, f64 *) noexcept nogil
-    f32 tally_floats(f32, f32) noexcept nogil
-    f64 tally_doubles(f64, f64) noexcept nogil
+    f32 count_floats(f32, f32) noexcept nogil
+    f64 count_doubles(f64, f64) noexcept nogil
 
-ctypedef uint16_t float16  # stored numbers; the kernels compute with float
+ctypedef uint16_t float16  # as stored; two distinct types, so that functions can be specialised for them
 ctypedef int16_t bfloat16
 
 ctypedef fused vec:
     f32
     f64
 
-ctypedef fused logit:
+ctypedef fused logit:  # the dtype of the logits
     float16
     bfloat16
     float
     double
 
-ctypedef fused real:
+ctypedef fused real:  # a lane of a vector
     float
     double
 
-ctypedef fused word:  # a stored number's bits
+ctypedef fused word:  # the bits of a stored number
     uint16_t
     uint32_t
     uint64_t
@@ -99,18 +101,20 @@ cdef inline void store(logit *p, vec v) noexcept nogil:
         store_floats(p, v)
 
 
-cdef inline void stream(logit *p, vec v) noexcept nogil:
-    """Stores past the caches: p is a whole vector's address, and STREAMED must follow. 16-bit numbers just store."""
+cdef inline void store_non_temporal(logit *p, vec v) noexcept nogil:
+    """Stores around the caches: p is a multiple of the vector's size, NON_TEMPORAL_FENCE must follow. 16-bit numbers,
+    half a vector, are stored as usual.
+    """
     if logit is double and vec is f64:
-        stream_doubles(p, v)
+        store_non_temporal_doubles(p, v)
     elif logit is float and vec is f32:
-        stream_floats(p, v)
+        store_non_temporal_floats(p, v)
     else:
         store(p, v)
 
 
 cdef inline void transpose_four(const word *source, Py_ssize_t source_row, word *to, Py_ssize_t row) noexcept nogil:
-    """to[j, i] = source[i, j], four by four."""
+    """to[j, i] = source[i, j] for four rows and columns."""
     if word is uint16_t:
         transpose_16(source, source_row, to, row)
     elif word is uint32_t:
@@ -123,24 +127,24 @@ cdef inline int lanes(const vec *v) noexcept nogil:
     return sizeof(vec) // sizeof(double) if vec is f64 else sizeof(vec) // sizeof(float)
 
 
-cdef inline void spread(vec *v, const char *table, Py_ssize_t i) noexcept nogil:
-    """The i-th number of a table in every lane."""
+cdef inline void broadcast(vec *v, const char *table, Py_ssize_t i) noexcept nogil:
+    """v = table[i] in every lane; the table has the type of a lane."""
     if vec is f64:
-        v[0] = spread_doubles((<const double *>table)[i])
+        v[0] = broadcast_doubles((<const double *>table)[i])
     else:
-        v[0] = spread_floats((<const float *>table)[i])
+        v[0] = broadcast_floats((<const float *>table)[i])
 
 
-cdef inline vec number(const vec *like, double x) noexcept nogil:
-    """The number in every lane."""
+cdef inline vec constant(const vec *like, double x) noexcept nogil:
+    """x in every lane of a vector like this."""
     if vec is f64:
-        return spread_doubles(x)
+        return broadcast_doubles(x)
     else:
-        return spread_floats(<float>x)
+        return broadcast_floats(<float>x)
 
 
 cdef inline vec maximum(vec a, vec b) noexcept nogil:
-    """The larger; b if either is NaN."""
+    """The larger; b if either is NaN, as the instruction does."""
     if vec is f64:
         return max_doubles(a, b)
     else:
@@ -148,7 +152,7 @@ cdef inline vec maximum(vec a, vec b) noexcept nogil:
 
 
 cdef inline vec minimum(vec a, vec b) noexcept nogil:
-    """The smaller; b if either is NaN."""
+    """The smaller; b if either is NaN, as the instruction does."""
     if vec is f64:
         return min_doubles(a, b)
     else:
@@ -169,79 +173,90 @@ cdef inline vec less(vec a, vec b) noexcept nogil:
         return less_floats(a, b)
 
 
-cdef inline vec where(vec mask, vec v) noexcept nogil:
-    """v where the mask is set, else 0."""
+cdef inline vec and_mask(vec mask, vec v) noexcept nogil:
+    """v where the mask is set, else 0 (even if v is NaN)."""
     if vec is f64:
-        return where_doubles(mask, v)
+        return and_mask_doubles(mask, v)
     else:
-        return where_floats(mask, v)
+        return and_mask_floats(mask, v)
 
 
-cdef inline vec unless(vec mask, vec v) noexcept nogil:
-    """0 where the mask is set, else v."""
+cdef inline vec andnot(vec mask, vec v) noexcept nogil:
+    """0 where the mask is set (even if v is NaN), else v."""
     if vec is f64:
-        return unless_doubles(mask, v)
+        return andnot_doubles(mask, v)
     else:
-        return unless_floats(mask, v)
+        return andnot_floats(mask, v)
+
+
+cdef inline vec select(vec mask, vec a, vec b) noexcept nogil:
+    """a where the mask is set, else b."""
+    if vec is f64:
+        return select_doubles(mask, a, b)
+    else:
+        return select_floats(mask, a, b)
 
 
 cdef inline vec exponent(vec t) noexcept nogil:
-    """The lowest bits of the significand as exponent bits."""
+    """The lowest bits of the significand, moved to the exponent field."""
     if vec is f64:
         return exponent_doubles(t)
     else:
         return exponent_floats(t)
 
 
-cdef inline vec tally(vec count, vec mask) noexcept nogil:
-    """The count, an integer in a vector's bits, plus one where the mask is set."""
+cdef inline vec count_mask(vec count, vec mask) noexcept nogil:
+    """count + 1 where the mask is set; the lanes of count are integers."""
     if vec is f64:
-        return tally_doubles(count, mask)
+        return count_doubles(count, mask)
     else:
-        return tally_floats(count, mask)
+        return count_floats(count, mask)
 
 
-cdef inline vec magnitude(vec v) noexcept nogil:
+cdef inline vec abs(vec v) noexcept nogil:
     if vec is f64:
-        return magnitude_doubles(v)
+        return abs_doubles(v)
     else:
-        return magnitude_floats(v)
+        return abs_floats(v)
 
 
-cdef inline bint any_above(vec a, double bound) noexcept nogil:
-    """Whether any lane is above the bound or NaN."""
+cdef inline bint any_greater(vec a, double bound) noexcept nogil:
+    """Whether any lane is greater than the bound, or NaN."""
     if vec is f64:
-        return any_above_doubles(a, bound)
+        return any_greater_doubles(a, bound)
     else:
-        return any_above_floats(a, <float>bound)
+        return any_greater_floats(a, <float>bound)
 
 
-cdef inline void largest(vec *v) noexcept nogil:
+cdef inline void set_largest(vec *v) noexcept nogil:
+    """The largest finite number."""
     if vec is f64:
-        v[0] = spread_doubles(1.7976931348623157e308)
+        v[0] = broadcast_doubles(1.7976931348623157e308)
     else:
-        v[0] = spread_floats(<float>3.4028234663852886e38)
+        v[0] = broadcast_floats(<float>3.4028234663852886e38)
 
 
-cdef inline void zero(vec *v) noexcept nogil:
+cdef inline void set_zero(vec *v) noexcept nogil:
     if vec is f64:
-        v[0] = spread_doubles(0)
+        v[0] = broadcast_doubles(0)
     else:
-        v[0] = spread_floats(0)
+        v[0] = broadcast_floats(0)
 
 
-cdef inline void lowest_exp(vec *v) noexcept nogil:
-    """Just small enough for exp to be 0."""
+cdef inline void set_lowest_exp(vec *v) noexcept nogil:
+    """The lower limit of exp's argument, just small enough for the result to be 0."""
     if vec is f64:
-        v[0] = spread_doubles(-709.0895657128241)
+        v[0] = broadcast_doubles(-709.0895657128241)
     else:
-        v[0] = spread_floats(<float>-88.02969)
+        v[0] = broadcast_floats(<float>-88.02969)
 
 
 cdef inline vec exp(vec x) noexcept nogil:
-    """exp(x), x from -88.02 to 88 (float64: -709.08 to 709); 0 where that is below the smallest normal number.
+    """exp(x) for -88.03 <= x <= 88 (float64: -709.09 to 709); 0 where that is below the smallest normal number.
 
-    2^n e^r with |r| <= ln(2)/2, within 5.5 ulp, 2.5 where x > -10 (float64: 1.2).
+    2^n e^r with n = round(x / ln 2), hence |r| <= ln(2)/2, and a minimax polynomial for e^r: within 5.5 ulp, 2.5 for
+    x > -10 (float64: 1.2). Adding 1.5 * 2^23 (2^52) plus the exponent's bias rounds to n and leaves n + bias in the
+    lowest bits, from where `exponent` makes 2^n of it.
     """
     cdef vec n, r, y
     if vec is f64:
@@ -273,14 +288,17 @@ cdef inline vec exp(vec x) noexcept nogil:
 
 
 cdef inline vec log(vec x, vec rest) noexcept nogil:
-    """log(x) of normal numbers, within 2 ulp however near to 1 as long as `rest`, 1 - x, is exact."""
+    """log(x) of positive normal numbers within 2 ulp, near 1 too, provided that `rest` is 1 - x before rounding.
+
+    NaN gives an arbitrary number.
+    """
     cdef vec n, m, r, f, w, y, near
     if vec is f64:
         n = split_doubles(x, &m)
     else:
         n = split_floats(x, &m)
     near = equal(n, n - n)
-    r = unless(near, m - 1) - where(near, rest)  # of x = (1 + r) 2^n
+    r = andnot(near, m - 1) - and_mask(near, rest)  # x = (1 + r) 2^n
     if vec is f64:
         f = r / (r + 2)  # log(1 + r) = 2 artanh(f)
         w = f * f
@@ -307,7 +325,7 @@ cdef inline vec log(vec x, vec rest) noexcept nogil:
 
 
 cdef inline vec log_of_sum(vec e) noexcept nogil:
-    """log(1 + e), e from 0 to 1, within 2 ulp."""
+    """log(1 + e) for 0 <= e <= 1, within 2 ulp."""
     cdef vec y
     if vec is f64:
         return log(e + 1.0, e - e - e)

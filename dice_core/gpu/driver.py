@@ -1,7 +1,7 @@
 """NVIDIA's driver library: devices, loading a cubin, launching its kernel.
 
-Called through ctypes, since a launch through numba-cuda costs ten times as much. Nothing here
-allocates a device's memory, and nothing but `synchronize` waits for it. Kernels run in a device's
+Called through ctypes, since a launch through numba-cuda takes ten times as long. Nothing here
+allocates device memory, and nothing but `synchronize` synchronizes. Kernels run in a device's
 primary context, the one that torch, CuPy and numba share.
 """
 
@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import struct
 import sys
 import threading
 from ctypes import addressof, byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from typing import Any
 
 LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-MAJOR, MINOR = 75, 76  # attributes of a device: its compute capability
-NO_TIMING = 2
-PARAMETERS, SIZE, END = 1, 2, 0  # of the arguments of a launch, packed
-LEGACY = 1  # a handle of the default stream, beside 0
+# Constants of cuda.h
+CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING
+BUFFER_POINTER, BUFFER_SIZE, END = 1, 2, 0  # CU_LAUNCH_PARAM_*
+DEFAULT_STREAMS = {0, 1}  # 0 and CU_STREAM_LEGACY are the same stream
 
 _Extra = c_void_p * 5
 
-# Names as the library has them; _v2 is today's version of what changed once.
+# Symbols of the library; cuda.h maps the names without _v2 to these.
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuInit": (c_uint,),
     "cuGetErrorName": (c_int, c_void_p),
@@ -71,7 +71,7 @@ def unavailable() -> list[str]:
 
 
 def version() -> int:
-    """The major version of CUDA that the driver is made for."""
+    """The major version of CUDA that the driver supports."""
     number = c_int()
     _call("cuDriverGetVersion", byref(number))
     return number.value // 1000
@@ -81,8 +81,8 @@ def version() -> int:
 def capability(device: int) -> tuple[int, int]:
     """Its compute capability, (9, 0) for example."""
     major, minor = c_int(), c_int()
-    _call("cuDeviceGetAttribute", byref(major), MAJOR, _handle(device))
-    _call("cuDeviceGetAttribute", byref(minor), MINOR, _handle(device))
+    _call("cuDeviceGetAttribute", byref(major), CAPABILITY_MAJOR, _handle(device))
+    _call("cuDeviceGetAttribute", byref(minor), CAPABILITY_MINOR, _handle(device))
     return major.value, minor.value
 
 
@@ -95,53 +95,52 @@ def name(device: int) -> str:
 
 
 class Kernel:
-    """A kernel of a loaded cubin, for every device of its capability.
+    """A kernel of a loaded cubin, for every device of its compute capability."""
 
-    `arguments`: the types of its arguments, in order, as `struct` calls them.
-    """
-
-    def __init__(self, handle: int, arguments: str) -> None:
+    def __init__(self, handle: int) -> None:
         self.handle = handle
-        self.pack = struct.Struct(arguments).pack
-        self.size = c_size_t(struct.calcsize(arguments))
 
-    def make_ready(self, device: int) -> None:
-        """Brings it to the device now, which its first launch would, even in a graph's capture."""
+    def load_on(self, device: int) -> None:
+        """Loads it now. Its first launch would, which a graph that is being captured forbids."""
         with _Current(device):
             _call("cuKernelGetFunction", byref(c_void_p()), self.handle)
 
-    def launch(self, device: int, stream: int, blocks: int, threads: int, *arguments: Any) -> None:
-        """Queues it."""
-        packed = c_char_p(self.pack(*arguments))
-        extra = _Extra(PARAMETERS, ctypes.cast(packed, c_void_p), SIZE, addressof(self.size), END)
+    def launch(
+        self, device: int, stream: int, blocks: int, threads: int, parameters: bytes
+    ) -> None:
+        """Queues it, with its packed parameters."""
+        packed, size = c_char_p(parameters), c_size_t(len(parameters))
+        extra = _Extra(
+            *(BUFFER_POINTER, ctypes.cast(packed, c_void_p), BUFFER_SIZE, addressof(size), END)
+        )
         with _Current(device):
             _call(
                 "cuLaunchKernel", self.handle, blocks, 1, 1, threads, 1, 1, 0, stream, None, extra
             )
 
 
-def load(cubin: bytes, entry: str, arguments: str) -> Kernel:
-    """The kernel of that name; it stays loaded."""
+def load(cubin: bytes, entry: str) -> Kernel:
+    """The kernel of this name; it stays loaded."""
     library, kernel = c_void_p(), c_void_p()
     _call("cuLibraryLoadData", byref(library), cubin, None, None, 0, None, None, 0)
     _call("cuLibraryGetKernel", byref(kernel), library, entry.encode())
     assert kernel.value is not None
-    return Kernel(kernel.value, arguments)
+    return Kernel(kernel.value)
 
 
 def synchronize(device: int, stream: int) -> None:
-    """Waits until what `stream` has queued is done."""
+    """Waits for everything queued on `stream`."""
     with _Current(device):
         _call("cuStreamSynchronize", stream)
 
 
 def wait(device: int, stream: int, other: int) -> None:
-    """Lets what is queued from now on in `stream` wait for what `other` has queued."""
-    if {stream, other} <= {0, LEGACY} or stream == other:
+    """Makes `stream` wait, from now on, for what is queued on `other`. The host does not wait."""
+    if {stream, other} <= DEFAULT_STREAMS or stream == other:
         return
     with _Current(device):
         event = c_void_p()
-        _call("cuEventCreate", byref(event), NO_TIMING)
+        _call("cuEventCreate", byref(event), DISABLE_TIMING)
         try:
             _call("cuEventRecord", event, other)
             _call("cuStreamWaitEvent", stream, event, 0)
@@ -150,15 +149,15 @@ def wait(device: int, stream: int, other: int) -> None:
 
 
 class _Current:
-    """While it lasts the device's primary context is the current one."""
+    """Makes the device's primary context the current one, and restores the one before."""
 
     def __init__(self, device: int) -> None:
         self.context = _context(device)
 
     def __enter__(self) -> None:
-        now = c_void_p()
-        _call("cuCtxGetCurrent", byref(now))
-        self.pushed = now.value != self.context
+        current = c_void_p()
+        _call("cuCtxGetCurrent", byref(current))
+        self.pushed = current.value != self.context
         if self.pushed:
             _call("cuCtxPushCurrent_v2", self.context)
 
@@ -186,7 +185,7 @@ _lock = threading.Lock()
 
 @functools.cache
 def _driver() -> dict[str, Any]:
-    """Its functions, the driver being initialised."""
+    """The functions of the driver, initialized."""
     with _lock:
         library = ctypes.CDLL(LIBRARY)
         functions = {}

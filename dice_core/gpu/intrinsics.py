@@ -1,10 +1,12 @@
-"""What numba.cuda lacks, as LLVM: reading and writing several numbers at once, half precision, a
-fast exponential and logarithm, a counter.
+"""What numba.cuda lacks, as LLVM: vector loads and stores, half precision, a fast exponential and
+logarithm, an atomic counter.
 
 Pointers are `CPointer(uint8)`, offsets are bytes. This is the only file that touches numba's
 extension API. Nothing here computes in half precision: numbers are float32 (float64 for float64)
 from load to store.
 """
+
+# mypy: disallow-untyped-decorators=false
 
 from __future__ import annotations
 
@@ -23,10 +25,10 @@ REAL = {
     "float32": types.float32,
     "float64": types.float64,
 }
-LOG2_E = 1.4426950216293335  # as float32 has it
+LOG2_E = 1.4426950216293335  # rounded to float32
 LOG_2 = 0.6931471805599453
-# Of p in log(1 + f) = f + f**2 p(f) for |f| <= 1/3, fitted for the least relative error, 3e-8.
-LOG_SERIES = (
+# Of p in log(1 + f) = f + f**2 p(f) for |f| <= 1/3: fitted for the least relative error, 3e-8.
+LOG_COEFFICIENTS = (
     *(-0.49999937, 0.33333197, -0.25007820, 0.20011169),
     *(-0.16415960, 0.13995807, -0.15388547, 0.14026363),
 )
@@ -39,15 +41,13 @@ _BITS = {"float16": 16, "bfloat16": 16, "float32": 32, "float64": 64}
 
 
 def load_numbers(dtype: str, count: int) -> Callable[..., Any]:
-    """(pointer, offset) -> a tuple of `count` neighbouring numbers as REAL[dtype], read as whole
-    words.
-    """
+    """(pointer, offset) -> a tuple of `count` adjacent numbers as REAL[dtype], in one load."""
     result = types.UniTuple(REAL[dtype], count)
 
     @intrinsic
     def load(typingctx: Any, pointer: Any, offset: Any) -> Any:
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            if _BITS[dtype] == 16 and count > 1:  # as words: LLVM would read less at a time
+            if _BITS[dtype] == 16 and count > 1:  # LLVM splits a vector of halves, not of words
                 pairs = _load(builder, args, _I32, 32, count // 2)
                 numbers = [half for pair in pairs for half in _halves(builder, pair, dtype)]
             else:
@@ -61,7 +61,7 @@ def load_numbers(dtype: str, count: int) -> Callable[..., Any]:
 
 
 def load_labels(dtype: str, count: int) -> Callable[..., Any]:
-    """(pointer, offset) -> a tuple of `count` neighbouring labels as `label_type`."""
+    """(pointer, offset) -> a tuple of `count` adjacent labels as `label_type`, in one load."""
     bits = 8 if dtype == "bool" else int(dtype.lstrip("uint"))
     result = types.UniTuple(label_type(dtype), count)
 
@@ -80,8 +80,8 @@ def load_labels(dtype: str, count: int) -> Callable[..., Any]:
 
 
 def label_type(dtype: str) -> Any:
-    """What labels are compared as: unsigned ones keep their bits, so that those too large are
-    negative; floating-point ones are REAL[dtype].
+    """The type that labels are compared in: int32 or, for 64-bit ones, int64, where unsigned labels
+    too large for it turn negative; REAL[dtype] for floating-point targets.
     """
     if dtype in REAL:
         return REAL[dtype]
@@ -89,13 +89,13 @@ def label_type(dtype: str) -> Any:
 
 
 def load_targets(dtype: str, count: int) -> Callable[..., Any]:
-    """`load_labels`, of any dtype: floating-point ones as REAL[dtype]."""
+    """`load_labels` for any dtype, floating-point targets as REAL[dtype]."""
     return (load_numbers if dtype in REAL else load_labels)(dtype, count)
 
 
 def store_numbers(dtype: str, count: int) -> Callable[..., Any]:
-    """(pointer, offset, array, first): writes `count` numbers of the array of REAL[dtype] from the
-    first on, rounded to nearest even, as whole words.
+    """(pointer, offset, array, first): stores `count` numbers of the array, of REAL[dtype], from
+    `first` on, rounded to nearest even, in one store.
     """
 
     @intrinsic
@@ -103,8 +103,8 @@ def store_numbers(dtype: str, count: int) -> Callable[..., Any]:
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
             pointer, offset, array, first = args
             data = context.make_array(signature.args[2])(context, builder, array).data
-            places = [builder.gep(data, [builder.add(first, _I64(i))]) for i in range(count)]
-            numbers = [builder.load(place) for place in places]
+            pointers = [builder.gep(data, [builder.add(first, _I64(i))]) for i in range(count)]
+            numbers = [builder.load(each) for each in pointers]
             if dtype == "bfloat16" and count > 1:
                 halves = zip(numbers[::2], numbers[1::2], strict=True)
                 pairs = [_pair(builder, low, high) for low, high in halves]
@@ -120,7 +120,7 @@ def store_numbers(dtype: str, count: int) -> Callable[..., Any]:
 
 
 def store_number(dtype: Any) -> Callable[..., Any]:
-    """(pointer, offset, number): writes one of this numba type."""
+    """(pointer, offset, number): stores a number of this numba type."""
 
     @intrinsic
     def store(typingctx: Any, pointer: Any, offset: Any, number: Any) -> Any:
@@ -135,8 +135,8 @@ def store_number(dtype: Any) -> Callable[..., Any]:
 
 
 @intrinsic
-def load_fresh(typingctx: Any, pointer: Any, offset: Any) -> Any:
-    """A float64 that another block may have written during this launch: past the first cache."""
+def load_relaxed(typingctx: Any, pointer: Any, offset: Any) -> Any:
+    """A float64 that another block may have written during this launch: not from the L1 cache."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         function = ir.FunctionType(_F64, [_I64])
@@ -148,8 +148,8 @@ def load_fresh(typingctx: Any, pointer: Any, offset: Any) -> Any:
 
 
 @intrinsic
-def count_up(typingctx: Any, pointer: Any) -> Any:
-    """Adds one to the int32 there, atomically; what it was."""
+def atomic_increment(typingctx: Any, pointer: Any) -> Any:
+    """Adds one to the int32 there, atomically; returns its old value."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         counter = _address(builder, args[0], _I64(0), _I32)
@@ -160,8 +160,8 @@ def count_up(typingctx: Any, pointer: Any) -> Any:
 
 @intrinsic
 def exp(typingctx: Any, x: Any) -> Any:
-    """exp(x): of float32 within 2 ulp and 1.3 |x| / 2**24 of it, 0 below the normal numbers; of
-    float64 the library's.
+    """exp(x). float32: relative error at most 2 ulp + 1.3 |x| / 2**24, 0 where the result would be
+    subnormal. float64: libdevice's.
     """
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
@@ -172,7 +172,7 @@ def exp(typingctx: Any, x: Any) -> Any:
 
 @intrinsic
 def log(typingctx: Any, x: Any) -> Any:
-    """log(x) of a normal number: of float32 within 1 ulp, of float64 the library's; NaN of NaN."""
+    """log(x) of a normal number, or NaN. float32: within 1 ulp. float64: libdevice's."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         return _log(builder, *args)
@@ -182,38 +182,38 @@ def log(typingctx: Any, x: Any) -> Any:
 
 @intrinsic
 def sigmoid(typingctx: Any, x: Any) -> Any:
-    """1 / (1 + exp(-x)), as exact as `exp` also where it is small; NaN of NaN."""
+    """1 / (1 + exp(-x)), with the relative error of `exp` where it is small; NaN of NaN."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         (x,) = args
-        e, part = _faint(builder, x)
+        e, inverse = _exp_neg_abs(builder, x)
         negative = builder.fcmp_ordered("<", x, ir.Constant(x.type, 0.0))
-        return builder.select(negative, builder.fmul(e, part), part)
+        return builder.select(negative, builder.fmul(e, inverse), inverse)
 
     return x(x), codegen
 
 
 @intrinsic
 def softplus(typingctx: Any, x: Any) -> Any:
-    """log(1 + exp(x)), -log of the sigmoid of -x, as exact as `exp` also where it is small."""
+    """log(1 + exp(x)) = -log(sigmoid(-x)), with the relative error of `exp` where it is small."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         (x,) = args
-        e, part = _faint(builder, x)
+        e, inverse = _exp_neg_abs(builder, x)
         one = ir.Constant(x.type, 1.0)
         total = builder.fadd(e, one)
-        lost = builder.fsub(e, builder.fsub(total, one))  # of e, in the rounding of the sum
-        log = builder.fma(lost, part, _log(builder, total))
-        nought = ir.Constant(x.type, 0.0)
-        positive = builder.select(builder.fcmp_ordered(">", x, nought), x, nought)
-        return builder.fadd(positive, log)
+        lost = builder.fsub(e, builder.fsub(total, one))  # what rounding the sum dropped of e
+        log1p = builder.fma(lost, inverse, _log(builder, total))
+        zero = ir.Constant(x.type, 0.0)
+        positive = builder.select(builder.fcmp_ordered(">", x, zero), x, zero)
+        return builder.fadd(positive, log1p)
 
     return x(x), codegen
 
 
 @intrinsic
 def divide(typingctx: Any, a: Any, b: Any) -> Any:
-    """a / b, rounded once, without numba's test for zero."""
+    """a / b, correctly rounded, without numba's test for b = 0."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         return builder.fdiv(*args)
@@ -223,7 +223,7 @@ def divide(typingctx: Any, a: Any, b: Any) -> Any:
 
 @intrinsic
 def reciprocal(typingctx: Any, x: Any) -> Any:
-    """1 / x: of float32 from 1 on within 1 ulp, of float64 rounded once."""
+    """1 / x. float32: within 1 ulp for x >= 1. float64: correctly rounded."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         return _reciprocal(builder, *args)
@@ -232,20 +232,20 @@ def reciprocal(typingctx: Any, x: Any) -> Any:
 
 
 @intrinsic
-def larger(typingctx: Any, a: Any, b: Any) -> Any:
-    """The larger of the two; of a NaN and a number the number."""
+def fmax(typingctx: Any, a: Any, b: Any) -> Any:
+    """C's fmax: the larger one, or the number where the other is NaN."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         if signature.return_type == types.float64:
-            return _assembled(builder, "max.f64 $0, $1, $2;", _F64, "=d,d,d", *args)
-        return _assembled(builder, "max.f32 $0, $1, $2;", _F32, "=f,f,f", *args)
+            return _inline_asm(builder, "max.f64 $0, $1, $2;", _F64, "=d,d,d", *args)
+        return _inline_asm(builder, "max.f32 $0, $1, $2;", _F32, "=f,f,f", *args)
 
     return a(a, a), codegen
 
 
-def times_power(factor: float, exponent: float) -> Callable[..., Any]:
-    """x -> factor x**exponent, by squaring; of a normal x > 0 where the exponent is not whole, or
-    large.
+def scaled_power(factor: float, exponent: float) -> Callable[..., Any]:
+    """x -> factor x**exponent, by squaring; x must be normal and > 0 unless the exponent is a whole
+    number in [0, 2**31).
     """
 
     @intrinsic
@@ -257,8 +257,8 @@ def times_power(factor: float, exponent: float) -> Callable[..., Any]:
             else:
                 times = ir.Constant(base.type, float(exponent))
                 result = _exp(builder, builder.fmul(times, _log(builder, base)))
-            times = ir.Constant(base.type, float(factor))
-            return result if factor == 1 else builder.fmul(result, times)
+            scale = ir.Constant(base.type, float(factor))
+            return result if factor == 1 else builder.fmul(result, scale)
 
         return x(x), codegen
 
@@ -270,7 +270,7 @@ def _address(builder: ir.IRBuilder, pointer: Any, offset: Any, to: ir.Type) -> A
 
 
 def _words(bits: int, count: int) -> tuple[ir.Type, int]:
-    """The type of so many elements in the widest machine words, and its alignment."""
+    """The type of one access to `count` elements, in the widest words, and its alignment."""
     size = bits * count // 8
     word = min(size, 4) if bits < 64 else 8
     element = ir.IntType(8 * word)
@@ -310,12 +310,12 @@ def _narrowed(builder: ir.IRBuilder, number: Any, dtype: str) -> Any:
     if dtype == "float16":
         return builder.fptrunc(number, _F16)
     if dtype == "bfloat16":
-        return _assembled(builder, "cvt.rn.bf16.f32 $0, $1;", _I16, "=h,f", number)
+        return _inline_asm(builder, "cvt.rn.bf16.f32 $0, $1;", _I16, "=h,f", number)
     return number
 
 
 def _halves(builder: ir.IRBuilder, pair: Any, dtype: str) -> tuple[Any, Any]:
-    """Two numbers of a word, the lower first, as float32, whose upper half is a bfloat16."""
+    """The numbers in a word as float32, the lower first; bfloat16 is the upper half of float32."""
     if dtype == "bfloat16":
         low, high = builder.shl(pair, _I32(16)), builder.and_(pair, _I32(0xFFFF0000))
         return builder.bitcast(low, _F32), builder.bitcast(high, _F32)
@@ -327,23 +327,23 @@ def _halves(builder: ir.IRBuilder, pair: Any, dtype: str) -> tuple[Any, Any]:
 
 
 def _pair(builder: ir.IRBuilder, low: Any, high: Any) -> Any:
-    return _assembled(builder, "cvt.rn.bf16x2.f32 $0, $1, $2;", _I32, "=r,f,f", high, low)
+    return _inline_asm(builder, "cvt.rn.bf16x2.f32 $0, $1, $2;", _I32, "=r,f,f", high, low)
 
 
 def _exp(builder: ir.IRBuilder, x: Any) -> Any:
     if x.type == _F64:
-        return _of_library(builder, "__nv_exp", x)
+        return _libdevice(builder, "__nv_exp", x)
     exponent = builder.fmul(x, ir.Constant(_F32, LOG2_E))
-    return _assembled(builder, "ex2.approx.ftz.f32 $0, $1;", _F32, "=f,f", exponent)
+    return _inline_asm(builder, "ex2.approx.ftz.f32 $0, $1;", _F32, "=f,f", exponent)
 
 
 def _reciprocal(builder: ir.IRBuilder, x: Any) -> Any:
     if x.type == _F64:
         return builder.fdiv(ir.Constant(_F64, 1.0), x)
-    return _assembled(builder, "rcp.approx.ftz.f32 $0, $1;", _F32, "=f,f", x)
+    return _inline_asm(builder, "rcp.approx.ftz.f32 $0, $1;", _F32, "=f,f", x)
 
 
-def _faint(builder: ir.IRBuilder, x: Any) -> tuple[Any, Any]:
+def _exp_neg_abs(builder: ir.IRBuilder, x: Any) -> tuple[Any, Any]:
     """exp(-|x|) and 1 / (1 + exp(-|x|))."""
     negative = builder.fcmp_ordered("<", x, ir.Constant(x.type, 0.0))
     e = _exp(builder, builder.select(negative, x, builder.fsub(ir.Constant(x.type, 0.0), x)))
@@ -351,39 +351,39 @@ def _faint(builder: ir.IRBuilder, x: Any) -> tuple[Any, Any]:
 
 
 def _log(builder: ir.IRBuilder, x: Any) -> Any:
-    """Of x = 2**n (1 + f), the nearest such n; lg2.approx is not exact enough near 1."""
+    """With x = 2**n (1 + f), 2/3 <= 1 + f < 4/3. lg2.approx is not accurate enough near 1."""
     if x.type == _F64:
-        return _of_library(builder, "__nv_log", x)
-    bits = builder.sub(builder.bitcast(x, _I32), _I32(0x3F2AAAAB))  # of 2/3
+        return _libdevice(builder, "__nv_log", x)
+    bits = builder.sub(builder.bitcast(x, _I32), _I32(0x3F2AAAAB))  # less the bits of 2/3
     exponent = builder.and_(bits, _I32(0xFF800000))  # n 2**23
     scale = builder.bitcast(builder.sub(_I32(0x3F800000), exponent), _F32)  # 2**-n
     f = builder.fma(x, scale, ir.Constant(_F32, -1.0))
-    *others, series = (ir.Constant(_F32, number) for number in LOG_SERIES)
-    for number in reversed(others):
-        series = builder.fma(series, f, number)
-    result = builder.fma(series, builder.fmul(f, f), f)
-    n, step = builder.sitofp(exponent, _F32), ir.Constant(_F32, LOG_2 / 2**23)
-    return builder.fma(n, step, result)
+    *lower, p = (ir.Constant(_F32, number) for number in LOG_COEFFICIENTS)
+    for number in reversed(lower):
+        p = builder.fma(p, f, number)
+    result = builder.fma(p, builder.fmul(f, f), f)
+    n, scaled_log_2 = builder.sitofp(exponent, _F32), ir.Constant(_F32, LOG_2 / 2**23)
+    return builder.fma(n, scaled_log_2, result)
 
 
 def _whole_power(builder: ir.IRBuilder, x: Any, exponent: int) -> Any:
-    result, square, left = None, x, exponent
-    while left:
-        if left % 2:
+    result, square = None, x
+    while exponent:
+        if exponent % 2:
             result = square if result is None else builder.fmul(result, square)
         square = builder.fmul(square, square)
-        left //= 2
+        exponent //= 2
     return ir.Constant(x.type, 1.0) if result is None else result
 
 
-def _of_library(builder: ir.IRBuilder, name: str, x: Any) -> Any:
+def _libdevice(builder: ir.IRBuilder, name: str, x: Any) -> Any:
     function = ir.FunctionType(_F64, [_F64])
     return builder.call(cgutils.get_or_insert_function(builder.module, function, name), [x])
 
 
-def _assembled(
+def _inline_asm(
     builder: ir.IRBuilder, text: str, result: ir.Type, constraints: str, *numbers: Any
 ) -> Any:
-    """One machine instruction without side effects."""
+    """One PTX instruction without side effects."""
     function = ir.FunctionType(result, [number.type for number in numbers])
     return builder.asm(function, text, constraints, numbers, False)

@@ -1,10 +1,12 @@
-# Labels and dense targets, of any dtype, as numbers.
+"""Labels and soft targets of any dtype, converted to numbers in scratch, and checked."""
 
+
+# ---- class labels ----------------------------------------------------------------------------------------------------
 
 cdef inline bint load_classes(
     const label_t *y, Py_ssize_t step, Py_ssize_t n, const Problem *q, real *out
 ) noexcept nogil:
-    """n labels as class indices. Whether they all are, and none is ignored; most rows are so."""
+    """Loads n labels. Returns whether all of them are classes and none is ignored, as is the rule."""
     cdef Py_ssize_t v
     cdef uint32_t highest = 0
     cdef uint64_t rest = 0
@@ -21,33 +23,35 @@ cdef inline bint load_classes(
 cdef Py_ssize_t load_any_labels(
     const label_t *y, Py_ssize_t step, Py_ssize_t n, const Problem *q, real *out, bint *ignored
 ) noexcept nogil:
-    """Class indices of n labels, negative where they do not count. Returns how many were out of range."""
+    """Loads n labels, -1 if ignored and -2 if out of range; sets `ignored` if there are such. Returns how many are out
+    of range.
+    """
     cdef Py_ssize_t v
     cdef label_t k
     cdef uint32_t low, high = 0, limit = q.label_limit
     cdef uint32_t ignore_low = <uint32_t>q.ignore, ignore_high = <uint32_t>(q.ignore >> 32)
     cdef bint has_ignore = q.has_ignore
-    cdef int32_t c, lowest = 0, bad = 0
+    cdef int32_t c, lowest = 0, out_of_range = 0
     for v in range(n):
         k = y[v * step]
         low = <uint32_t>k
-        if label_t is uint64_t:  # halves make vectors of the loop
+        if label_t is uint64_t:  # compilers vectorise the loop over 32-bit halves
             high = <uint32_t>(k >> 32)
         c = <int32_t>low if (low < limit) & (high == 0) else -2
         c = -1 if has_ignore & (low == ignore_low) & (high == ignore_high) else c
         lowest = min(lowest, c)
-        bad += c == -2
+        out_of_range += c == -2
         out[v] = c
     if lowest < 0:
         ignored[0] = True
-    return bad
+    return out_of_range
 
 
 cdef Py_ssize_t load_label_row(
     const label_t *y, Py_ssize_t stride, Py_ssize_t n, const Problem *q, real *out, bint *ignored
 ) noexcept nogil:
     cdef Py_ssize_t step = stride // <Py_ssize_t>sizeof(label_t)
-    if step == 1:  # a constant makes vectors of the loop
+    if step == 1:  # a constant step lets the compiler vectorise the loop
         if load_classes(y, 1, n, q, out):
             return 0
     elif load_classes(y, step, n, q, out):
@@ -69,101 +73,99 @@ cdef Py_ssize_t load_labels(
     return load_label_row(<const uint64_t *>y, stride, n, q, out, ignored)
 
 
-cdef inline Py_ssize_t padded(Py_ssize_t n, Py_ssize_t multiple) noexcept nogil:
-    return (n + multiple - 1) // multiple * multiple
-
-
 cdef Py_ssize_t load_tile_labels(
     const Problem *q, Py_ssize_t sample, Py_ssize_t first, Py_ssize_t n, char *out, bint *ignored
 ) noexcept nogil:
-    """The labels of n voxels, then ignored ones up to a whole line. With dense targets all voxels count."""
+    """Loads the labels of n voxels, padded with ignored ones to whole lines. With soft targets every label is 0."""
     cdef const char *y = q.labels + sample * q.labels_n
     cdef Py_ssize_t stride = q.axes.labels[q.axes.count - 1]
-    cdef Py_ssize_t v, run, done = 0, bad = 0
+    cdef Py_ssize_t v, run, done = 0, out_of_range = 0
     cdef Place at
-    if q.dense:
-        memset(out, 0, n * q.number)
+    if q.soft_targets:
+        memset(out, 0, n * q.real_size)
         done = n
     while done < n:
         at = locate(&q.axes, first + done)
         run = min(at.run, n - done)
         if q.axes.count > 1:
             prefetch(y + at.labels + q.axes.labels[q.axes.count - 2], stride, run)
-        if q.number == sizeof(double):
-            bad += load_labels(y + at.labels, stride, run, q, <double *>out + done, ignored)
+        if q.real_size == sizeof(double):
+            out_of_range += load_labels(y + at.labels, stride, run, q, <double *>out + done, ignored)
         else:
-            bad += load_labels(y + at.labels, stride, run, q, <float *>out + done, ignored)
+            out_of_range += load_labels(y + at.labels, stride, run, q, <float *>out + done, ignored)
         done += run
     for v in range(n, padded(n, q.line)):
-        if q.number == sizeof(double):
+        if q.real_size == sizeof(double):
             (<double *>out)[v] = -1
         else:
             (<float *>out)[v] = -1
-    return bad
+    return out_of_range
 
+
+# ---- soft and binary targets -----------------------------------------------------------------------------------------
 
 cdef Py_ssize_t load_target_row(
     const target_t *y, Py_ssize_t step, Py_ssize_t n, const Problem *q, real *out
 ) noexcept nogil:
-    """n targets as numbers, -1 where they do not count. Returns how many were out of range."""
-    cdef Py_ssize_t v, bad = 0
-    cdef double k
+    """Loads n targets, -1 if ignored or out of range. Returns how many are out of range."""
+    cdef Py_ssize_t v, out_of_range = 0
+    cdef double t
     for v in range(n):
-        k = <double>y[v * step]
-        if q.has_ignore and k == q.ignore_target:
+        t = <double>y[v * step]
+        if q.has_ignore and t == q.ignore_target:
             out[v] = -1
-        elif 0 <= k <= 1:
-            out[v] = <real>k
+        elif 0 <= t <= 1 and not (q.binary_targets and 0 < t < 1):
+            out[v] = <real>t
         else:
             out[v] = -1
-            bad += 1
-    return bad
+            out_of_range += 1
+    return out_of_range
 
 
 cdef Py_ssize_t load_half_row(
     const char *y, Py_ssize_t stride, Py_ssize_t n, const Problem *q, real *out
 ) noexcept nogil:
-    """As `load_target_row`, of 16-bit floating-point targets."""
+    """`load_target_row` of float16 or bfloat16 targets."""
     cdef uint16_t halves[16]
     cdef float numbers[16]
-    cdef Py_ssize_t k, width, v = 0, bad = 0
-    cdef f32 number
-    width = lanes(&number)
+    cdef Py_ssize_t k, width, v = 0, out_of_range = 0
+    cdef f32 converted
+    width = lanes(&converted)
     while v < n:
         for k in range(width):
             halves[k] = (<const uint16_t *>(y + (v + k) * stride))[0] if v + k < n else 0
-        if q.target_dtype == 10:
-            load(&number, <const float16 *>halves)
+        if q.target_dtype == FLOAT16:
+            load(&converted, <const float16 *>halves)
         else:
-            load(&number, <const bfloat16 *>halves)
-        store(numbers, number)
-        bad += load_target_row(numbers, 1, min(width, n - v), q, out + v)
+            load(&converted, <const bfloat16 *>halves)
+        store(numbers, converted)
+        out_of_range += load_target_row(numbers, 1, min(width, n - v), q, out + v)
         v += width
-    return bad
+    return out_of_range
 
 
 cdef Py_ssize_t load_targets_as(
     const char *y, Py_ssize_t stride, Py_ssize_t n, const Problem *q, real *out
 ) noexcept nogil:
-    if q.target_dtype == 0:
+    if q.target_dtype == UINT8:
         return load_target_row(<const uint8_t *>y, stride, n, q, out)
-    if q.target_dtype == 1:
+    if q.target_dtype == INT8:
         return load_target_row(<const int8_t *>y, stride, n, q, out)
-    if q.target_dtype == 2:
+    if q.target_dtype == UINT16:
         return load_target_row(<const uint16_t *>y, stride // 2, n, q, out)
-    if q.target_dtype == 3:
+    if q.target_dtype == INT16:
         return load_target_row(<const int16_t *>y, stride // 2, n, q, out)
-    if q.target_dtype == 4:
+    if q.target_dtype == UINT32:
         return load_target_row(<const uint32_t *>y, stride // 4, n, q, out)
-    if q.target_dtype == 5:
+    if q.target_dtype == INT32:
         return load_target_row(<const int32_t *>y, stride // 4, n, q, out)
-    if q.target_dtype == 6:
+    if q.target_dtype == UINT64:
         return load_target_row(<const uint64_t *>y, stride // 8, n, q, out)
-    if q.target_dtype == 7:
+    if q.target_dtype == INT64:
         return load_target_row(<const int64_t *>y, stride // 8, n, q, out)
-    if q.target_dtype == 8:
+    if q.target_dtype == FLOAT32:
         return load_target_row(<const float *>y, stride // 4, n, q, out)
-    if q.target_dtype == 9:
+    if q.target_dtype == FLOAT64:
         return load_target_row(<const double *>y, stride // 8, n, q, out)
     return load_half_row(y, stride, n, q, out)
 
@@ -171,9 +173,9 @@ cdef Py_ssize_t load_targets_as(
 cdef Py_ssize_t load_targets(
     const Problem *q, Py_ssize_t sample, Py_ssize_t first, Py_ssize_t n, char *out
 ) noexcept nogil:
-    """The dense targets of n voxels into (classes, block), then ones that do not count up to a whole line."""
+    """Loads the targets of n voxels into out, (classes, block), padded with ignored ones to whole lines."""
     cdef Py_ssize_t stride = q.axes.labels[q.axes.count - 1]
-    cdef Py_ssize_t c, v, run, done = 0, bad = 0
+    cdef Py_ssize_t c, v, run, done = 0, out_of_range = 0
     cdef const char *y
     cdef Place at
     while done < n:
@@ -181,15 +183,15 @@ cdef Py_ssize_t load_targets(
         run = min(at.run, n - done)
         y = q.labels + sample * q.labels_n + at.labels
         for c in range(q.classes):
-            if q.number == sizeof(double):
-                bad += load_targets_as(y + c * q.labels_c, stride, run, q, <double *>out + c * q.block + done)
+            if q.real_size == sizeof(double):
+                out_of_range += load_targets_as(y + c * q.labels_c, stride, run, q, <double *>out + c * q.block + done)
             else:
-                bad += load_targets_as(y + c * q.labels_c, stride, run, q, <float *>out + c * q.block + done)
+                out_of_range += load_targets_as(y + c * q.labels_c, stride, run, q, <float *>out + c * q.block + done)
         done += run
     for c in range(q.classes):
         for v in range(n, padded(n, q.line)):
-            if q.number == sizeof(double):
+            if q.real_size == sizeof(double):
                 (<double *>out)[c * q.block + v] = -1
             else:
                 (<float *>out)[c * q.block + v] = -1
-    return bad
+    return out_of_range

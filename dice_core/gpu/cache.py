@@ -1,7 +1,7 @@
 """Compiled kernels on disk, so that only the first process that needs one imports numba.
 
 A file is a digest and a cubin. Its name is a hash of everything that the cubin depends on, so
-that nothing in the folder ever has to be invalidated; it can be deleted at any time.
+that no file is ever out of date; the folder can be deleted at any time.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ import os
 import tempfile
 from pathlib import Path
 
-from ._gpu_plan import Plan
+from .plan import Plan
 
 VARIABLE = "DICE_CORE_CACHE_DIR"
-SOURCES = (
-    "spec.py",
-    "_gpu_plan.py",
-    "_gpu_kernels.py",
-    "_gpu_general.py",
-    "_gpu_totals.py",
-    "_gpu_intrinsics.py",
-    "_gpu_compile.py",
+SOURCES = (  # relative to this file
+    "../spec.py",
+    "plan.py",
+    "kernels.py",
+    "blocks.py",
+    "general.py",
+    "totals.py",
+    "intrinsics.py",
+    "compile.py",
 )
 COMPILERS = (
     "numba",
@@ -39,9 +40,9 @@ DIGEST_BYTES = 32
 
 
 def cubin(kind: str, plan: Plan, capability: tuple[int, int]) -> bytes:
-    """The cubin of a kernel: from the disk if it is there and whole, else compiled and put there.
+    """The cubin of a kernel: from the disk if it is there and intact, else compiled and stored.
 
-    A folder that cannot be written to is done without.
+    Without a folder that can be written to, it is compiled by every process.
     """
     path, stored = None, b""
     with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: a user without a home
@@ -51,9 +52,9 @@ def cubin(kind: str, plan: Plan, capability: tuple[int, int]) -> bytes:
     if code and hashlib.sha256(code).digest() == stored[:DIGEST_BYTES]:
         return code
 
-    from . import _gpu_compile  # numba takes a second to import
+    from . import compile as compiler  # numba takes a second to import
 
-    code = _gpu_compile.compile(kind, plan, capability)
+    code = compiler.compile(kind, plan, capability)
     if path is not None:
         with contextlib.suppress(OSError):
             _write(path, hashlib.sha256(code).digest() + code)
@@ -61,7 +62,7 @@ def cubin(kind: str, plan: Plan, capability: tuple[int, int]) -> bytes:
 
 
 def folder() -> Path:
-    """DICE_CORE_CACHE_DIR, else dice_core in the user's folder for such files."""
+    """DICE_CORE_CACHE_DIR, else dice_core in the user's cache folder."""
     if os.environ.get(VARIABLE):
         return Path(os.environ[VARIABLE])
     if os.name == "nt":
@@ -77,14 +78,14 @@ def _key(kind: str, plan: Plan, capability: tuple[int, int]) -> str:
 
 @functools.cache
 def _origin() -> tuple[str, ...]:
-    """What all kernels come from: the text of the sources and the compilers' versions."""
+    """What all kernels depend on: digests of the sources, and the compilers' versions."""
     here = Path(__file__).parent
     texts = [hashlib.sha256((here / name).read_bytes()).hexdigest() for name in SOURCES]
     return (*texts, *(str(version(package)) for package in COMPILERS))
 
 
 def version(package: str) -> str | None:
-    """Of an installed package; None if it is not, as where a compiler is the system's own."""
+    """The version of an installed package; None if it is not, as a system-wide compiler is not."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -92,7 +93,7 @@ def version(package: str) -> str | None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """As a whole or not at all, whoever else writes or reads it."""
+    """Atomically: other processes see all of the file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=".new")
     try:

@@ -1,8 +1,8 @@
-/* Vectors for _cpu.pyx: `floats` and `doubles`, as wide as the level that is compiled, 64, 32 or 16 bytes, or single
-   numbers where the compiler has no vectors. Their + - * / are C's own; here is what C lacks. A mask is a vector
-   whose lanes have all bits set or none. */
-#ifndef DICE_VECTORS_H
-#define DICE_VECTORS_H
+/* The SIMD vectors of the kernels: `floats` and `doubles`, GCC vector types of 64, 32 or 16 bytes, whichever the
+   instruction set compiled for has, or scalars where the compiler has no vector types. C applies + - * / to them lane
+   by lane; the functions here do the rest. A mask is a vector whose lanes have all bits set, or none. */
+#ifndef DICE_SIMD_H
+#define DICE_SIMD_H
 
 #include <stddef.h>
 #include <stdint.h>
@@ -17,6 +17,7 @@
 #if (defined(__GNUC__) || defined(__clang__)) && !defined(DICE_SINGLE_LANES)
 #define INLINE static inline __attribute__((always_inline, unused))
 #define PREFETCH(p) __builtin_prefetch(p)
+#define UNLIKELY(condition) __builtin_expect(condition, 0)
 #define MASK(condition) (condition)
 #define CONVERT(v, type) __builtin_convertvector(v, type)
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
@@ -38,10 +39,11 @@ typedef uint16_t halves __attribute__((vector_size(BYTES / 2)));
 typedef double doubles __attribute__((vector_size(BYTES)));
 typedef int64_t longs __attribute__((vector_size(BYTES)));
 typedef uint64_t longwords __attribute__((vector_size(BYTES)));
-enum { VECTORS = 64 / BYTES }; /* of a cache line */
+enum { VECTORS = 64 / BYTES }; /* in 64 bytes */
 #else
 #define INLINE static inline
 #define PREFETCH(p) ((void)(p))
+#define UNLIKELY(condition) (condition)
 #define MASK(condition) (-(condition))
 #define CONVERT(v, type) ((type)(v))
 typedef float floats;
@@ -54,7 +56,8 @@ typedef uint64_t longwords;
 enum { VECTORS = 4 };
 #endif
 
-/* ln(2) such that n * LN2 is exact for |n| < 512: as a whole where it is not rounded before the subtraction. */
+/* ln(2) in two parts for the range reduction of exp (Cody and Waite, Software Manual for the Elementary Functions,
+   1980): n * LN2 is exact for |n| < 512. A fused multiply-add does not round the product; there one part is enough. */
 #if defined(__FMA__) || defined(__aarch64__)
 #define LN2 0.693147182f
 #define LN2_REST 0.0f
@@ -74,7 +77,7 @@ INLINE floats min_floats(floats a, floats b) { return vminq_f32(a, b); }
 INLINE doubles max_doubles(doubles a, doubles b) { return vmaxq_f64(a, b); }
 INLINE doubles min_doubles(doubles a, doubles b) { return vminq_f64(a, b); }
 #else
-#define OWN_MAXIMUM
+#define NO_MIN_MAX
 #endif
 
 #define DEFINE(vec, number, bits, unsigned_bits, mantissa_bits)                                                        \
@@ -82,44 +85,49 @@ INLINE doubles min_doubles(doubles a, doubles b) { return vminq_f64(a, b); }
     INLINE vec vec_of_##bits(bits b) { vec v; memcpy(&v, &b, sizeof v); return v; }                                    \
     INLINE vec load_##vec(const void *p) { vec v; memcpy(&v, p, sizeof v); return v; }                                 \
     INLINE void store_##vec(void *p, vec v) { memcpy(p, &v, sizeof v); }                                               \
-    INLINE vec spread_##vec(number x) { return x - (vec){0}; }                                                         \
+    INLINE vec broadcast_##vec(number x) { return x - (vec){0}; }                                                      \
     INLINE vec equal_##vec(vec a, vec b) { return vec_of_##bits((bits)MASK(a == b)); }                                 \
     INLINE vec less_##vec(vec a, vec b) { return vec_of_##bits((bits)MASK(a < b)); }                                   \
-    INLINE vec where_##vec(vec mask, vec v) { return vec_of_##bits(bits_of_##vec(mask) & bits_of_##vec(v)); }          \
-    INLINE vec unless_##vec(vec mask, vec v) { return vec_of_##bits(~bits_of_##vec(mask) & bits_of_##vec(v)); }        \
-    /* A number's lowest bits as exponent bits. */                                                                     \
+    INLINE vec and_mask_##vec(vec mask, vec v) { return vec_of_##bits(bits_of_##vec(mask) & bits_of_##vec(v)); }       \
+    INLINE vec andnot_##vec(vec mask, vec v) { return vec_of_##bits(~bits_of_##vec(mask) & bits_of_##vec(v)); }        \
+    INLINE vec select_##vec(vec mask, vec a, vec b) {                                                                  \
+        return vec_of_##bits((bits_of_##vec(a) & bits_of_##vec(mask)) | (bits_of_##vec(b) & ~bits_of_##vec(mask)));    \
+    }                                                                                                                  \
+    /* The lowest bits of the significand, moved to the exponent field. */                                             \
     INLINE vec exponent_##vec(vec v) {                                                                                 \
         return vec_of_##bits((bits)((unsigned_bits)bits_of_##vec(v) << mantissa_bits));                                \
     }                                                                                                                  \
-    INLINE vec magnitude_##vec(vec v) {                                                                                \
+    INLINE vec abs_##vec(vec v) {                                                                                      \
         return vec_of_##bits((bits)((unsigned_bits)bits_of_##vec(v) << 1 >> 1));                                       \
     }                                                                                                                  \
-    /* The n of v = m 2^n, sqrt(1/2) <= m < sqrt(2), v > 0, as a number: added to the bits of one whose unit is 1. */  \
+    /* m and n of v = m 2^n > 0 with sqrt(1/2) <= m < sqrt(2). To convert n to floating point, it is added to the      \
+       bits of a number so large that its last place is 1. */                                                          \
     INLINE vec split_##vec(vec v, vec *m) {                                                                            \
         const number unit = 3LL << (mantissa_bits - 1);                                                                \
-        bits n = (bits_of_##vec(v) - bits_of_##vec(spread_##vec((number)0.7071067811865476))) >> mantissa_bits;        \
+        bits n = (bits_of_##vec(v) - bits_of_##vec(broadcast_##vec((number)0.7071067811865476))) >> mantissa_bits;     \
         *m = vec_of_##bits((bits)((unsigned_bits)bits_of_##vec(v) - ((unsigned_bits)n << mantissa_bits)));             \
-        return vec_of_##bits(n + bits_of_##vec(spread_##vec(unit))) - unit;                                            \
+        return vec_of_##bits(n + bits_of_##vec(broadcast_##vec(unit))) - unit;                                         \
     }                                                                                                                  \
-    /* The count is an integer in the vector's bits. */                                                                \
-    INLINE vec tally_##vec(vec count, vec mask) { return vec_of_##bits(bits_of_##vec(count) - bits_of_##vec(mask)); }
+    /* Adds 1 to the lanes of count, which are integers, where the mask is set: its bits are the integer -1. */        \
+    INLINE vec count_##vec(vec count, vec mask) { return vec_of_##bits(bits_of_##vec(count) - bits_of_##vec(mask)); }
 
 DEFINE(floats, float, ints, words, 23)
 DEFINE(doubles, double, longs, longwords, 52)
 #undef DEFINE
 
-/* Stores past the caches, to whole vectors' addresses; STREAMED makes them visible to other threads. */
+/* Non-temporal stores, which bypass the caches, to multiples of the vector's size. They are weakly ordered: the fence
+   after them makes them visible to other threads before what follows it. */
 #if defined(SIMD)
-INLINE void stream_floats(void *p, floats v) { SIMD(stream_ps)((float *)p, v); }
-INLINE void stream_doubles(void *p, doubles v) { SIMD(stream_pd)((double *)p, v); }
-#define STREAMED() _mm_sfence()
+INLINE void store_non_temporal_floats(void *p, floats v) { SIMD(stream_ps)((float *)p, v); }
+INLINE void store_non_temporal_doubles(void *p, doubles v) { SIMD(stream_pd)((double *)p, v); }
+#define NON_TEMPORAL_FENCE() _mm_sfence()
 #else
-INLINE void stream_floats(void *p, floats v) { store_floats(p, v); }
-INLINE void stream_doubles(void *p, doubles v) { store_doubles(p, v); }
-#define STREAMED()
+INLINE void store_non_temporal_floats(void *p, floats v) { store_floats(p, v); }
+INLINE void store_non_temporal_doubles(void *p, doubles v) { store_doubles(p, v); }
+#define NON_TEMPORAL_FENCE()
 #endif
 
-/* to[j, i] = from[i, j], four by four: rows interleaved, and interleaved once more. */
+/* Transposes a block of four by four, to[j, i] = from[i, j], by interleaving its rows twice. */
 #if defined(BYTES)
 #if defined(__clang__)
 #define INTERLEAVE(v, a, b, i, j) __builtin_shufflevector(a, b, i, i + 4, j, j + 4)
@@ -153,47 +161,54 @@ DEFINE(32)
 DEFINE(64)
 #undef DEFINE
 
-/* Whether any lane is above the bound or NaN. */
+/* Whether any lane is greater than x, or NaN; asked where that is rare. */
 #if BYTES == 64
-INLINE int any_above_floats(floats v, float x) { return _mm512_cmp_ps_mask(v, spread_floats(x), _CMP_NLE_UQ) != 0; }
-INLINE int any_above_doubles(doubles v, double x) { return _mm512_cmp_pd_mask(v, spread_doubles(x), _CMP_NLE_UQ) != 0; }
-#elif BYTES == 32
-INLINE int any_above_floats(floats v, float x) {
-    return _mm256_movemask_ps(_mm256_cmp_ps(v, spread_floats(x), _CMP_NLE_UQ)) != 0;
+INLINE int any_greater_floats(floats v, float x) {
+    return UNLIKELY(_mm512_cmp_ps_mask(v, broadcast_floats(x), _CMP_NLE_UQ) != 0);
 }
-INLINE int any_above_doubles(doubles v, double x) {
-    return _mm256_movemask_pd(_mm256_cmp_pd(v, spread_doubles(x), _CMP_NLE_UQ)) != 0;
+INLINE int any_greater_doubles(doubles v, double x) {
+    return UNLIKELY(_mm512_cmp_pd_mask(v, broadcast_doubles(x), _CMP_NLE_UQ) != 0);
+}
+#elif BYTES == 32
+INLINE int any_greater_floats(floats v, float x) {
+    return UNLIKELY(_mm256_movemask_ps(_mm256_cmp_ps(v, broadcast_floats(x), _CMP_NLE_UQ)) != 0);
+}
+INLINE int any_greater_doubles(doubles v, double x) {
+    return UNLIKELY(_mm256_movemask_pd(_mm256_cmp_pd(v, broadcast_doubles(x), _CMP_NLE_UQ)) != 0);
 }
 #elif defined(SIMD)
-INLINE int any_above_floats(floats v, float x) { return _mm_movemask_ps(_mm_cmpnle_ps(v, spread_floats(x))) != 0; }
-INLINE int any_above_doubles(doubles v, double x) { return _mm_movemask_pd(_mm_cmpnle_pd(v, spread_doubles(x))) != 0; }
+INLINE int any_greater_floats(floats v, float x) {
+    return UNLIKELY(_mm_movemask_ps(_mm_cmpnle_ps(v, broadcast_floats(x))) != 0);
+}
+INLINE int any_greater_doubles(doubles v, double x) {
+    return UNLIKELY(_mm_movemask_pd(_mm_cmpnle_pd(v, broadcast_doubles(x))) != 0);
+}
 #else
 #define DEFINE(vec, number)                                                                                            \
-    INLINE int any_above_##vec(vec v, number x) {                                                                      \
+    INLINE int any_greater_##vec(vec v, number x) {                                                                    \
         number lane[sizeof v / sizeof x];                                                                              \
         int any = 0;                                                                                                   \
         memcpy(lane, &v, sizeof v);                                                                                    \
         for (size_t k = 0; k < sizeof v / sizeof x; k++) any |= !(lane[k] <= x);                                       \
-        return any;                                                                                                    \
+        return UNLIKELY(any);                                                                                          \
     }
 DEFINE(floats, float)
 DEFINE(doubles, double)
 #undef DEFINE
 #endif
 
-#if defined(OWN_MAXIMUM)
+#if defined(NO_MIN_MAX)
 #define DEFINE(vec)                                                                                                    \
-    INLINE vec pick_##vec(vec m, vec a, vec b) { return where_##vec(m, a) + unless_##vec(m, b); }                      \
-    INLINE vec max_##vec(vec a, vec b) { return pick_##vec(less_##vec(b, a), a, b); }                                  \
-    INLINE vec min_##vec(vec a, vec b) { return pick_##vec(less_##vec(a, b), a, b); }
+    INLINE vec max_##vec(vec a, vec b) { return select_##vec(less_##vec(b, a), a, b); }                                \
+    INLINE vec min_##vec(vec a, vec b) { return select_##vec(less_##vec(a, b), a, b); }
 DEFINE(floats)
 DEFINE(doubles)
 #undef DEFINE
 #endif
 
-/* ---- half precision: 16 bits in memory, floats in registers, rounded to nearest even ---- */
+/* ---- float16 and bfloat16: converted to floats on load, rounded to nearest even on store ---- */
 
-INLINE words pick(words mask, words a, words b) { return (a & mask) | (b & ~mask); }
+INLINE words select_words(words mask, words a, words b) { return (a & mask) | (b & ~mask); }
 
 INLINE floats load_bf16(const void *p) {
     halves h;
@@ -205,7 +220,7 @@ INLINE void store_bf16(void *p, floats v) {
     words b = (words)bits_of_floats(v);
     words rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
     words number = (words)bits_of_floats(equal_floats(v, v));
-    halves h = CONVERT(pick(number, rounded, 0x7fc0 + (b & 0)), halves);
+    halves h = CONVERT(select_words(number, rounded, 0x7fc0 + (b & 0)), halves);
     memcpy(p, &h, sizeof h);
 }
 
@@ -233,23 +248,25 @@ INLINE floats load_f16(const void *p) {
     halves h;
     memcpy(&h, p, sizeof h);
     words w = CONVERT(h, words);
-    words magnitude = w & 0x7fff;
-    /* As float bits the exponent is 112 too small, for subnormal numbers too; infinity and NaN keep theirs full. */
-    floats v = vec_of_ints((ints)(magnitude << 13)) * 0x1p112f;
-    words full = (words)MASK(magnitude > 0x7bff);
-    return vec_of_ints(bits_of_floats(v) | (ints)((full & 0x7f800000) | ((w & 0x8000) << 16)));
+    words absolute = w & 0x7fff;
+    /* Read as a float32, the number is too small by 2^112, the difference of the exponents' biases; a product puts that
+       right for subnormal numbers too. Infinity and NaN get an exponent of all ones. */
+    floats v = vec_of_ints((ints)(absolute << 13)) * 0x1p112f;
+    words not_finite = (words)MASK(absolute > 0x7bff);
+    return vec_of_ints(bits_of_floats(v) | (ints)((not_finite & 0x7f800000) | ((w & 0x8000) << 16)));
 }
 
 INLINE void store_f16(void *p, floats v) {
     words b = (words)bits_of_floats(v);
     words sign = (b >> 16) & 0x8000;
     b &= 0x7fffffff;
-    /* Normal numbers round in their bits; adding 1/2 rounds subnormal ones in the float adder. */
+    /* Normal numbers are rounded by integer arithmetic on their bits. The last place of 0.5f is the smallest subnormal
+       float16, so adding it rounds the subnormal ones. */
     words normal = (b - (112 << 23) + 0xfff + ((b >> 13) & 1)) >> 13;
     words subnormal = (words)bits_of_floats(vec_of_ints((ints)b) + 0.5f) - 0x3f000000;
-    words r = pick((words)MASK(b < (113 << 23)), subnormal, normal);
-    r = pick((words)MASK(b >= 0x477ff000), 0x7c00 + (b & 0), r);
-    r = pick((words)MASK(b > 0x7f800000), 0x7e00 + (b & 0), r);
+    words r = select_words((words)MASK(b < (113 << 23)), subnormal, normal);
+    r = select_words((words)MASK(b >= 0x477ff000), 0x7c00 + (b & 0), r);
+    r = select_words((words)MASK(b > 0x7f800000), 0x7e00 + (b & 0), r);
     halves h = CONVERT(r | sign, halves);
     memcpy(p, &h, sizeof h);
 }

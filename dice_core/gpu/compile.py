@@ -1,7 +1,7 @@
-"""Kernels to machine code: numba-cuda to PTX, NVIDIA's linker to a cubin. No GPU is needed.
+"""Kernels to machine code: numba-cuda to PTX, NVIDIA's linker to a cubin. Needs no GPU.
 
-PTX is never given to the driver, which may be older than the compiler and refuse it; a cubin is
-compatible with drivers of the same major version of CUDA.
+PTX is never given to the driver, which may be older than the compiler and refuse it; a cubin runs
+with any driver of the same major version of CUDA.
 """
 
 from __future__ import annotations
@@ -14,21 +14,16 @@ import numba
 from cuda.bindings import nvjitlink
 from numba import cuda, float64, int32, int64, types
 
-from . import _gpu_intrinsics as intrinsics
-from . import _gpu_kernels as kernels
-from . import _gpu_plan as plans
-from ._gpu_plan import Plan
+from . import intrinsics, kernels
+from . import plan as plans
+from .plan import ADDRESS, INTEGER, NUMBER, Plan
 
-# For later GPUs NVVM has another compiler, which leaves loops and so arrays in memory; the linker
-# takes PTX of earlier ones.
+# For later GPUs NVVM uses another compiler, which leaves loops rolled, and so arrays in local
+# memory. The linker takes the PTX of earlier GPUs.
 NEWEST = (9, 0)
 LARGEST = {types.float32: 3.4028234663852886e38, types.float64: 1.7976931348623157e308}
 SMALLEST = {types.float32: 1.1754943508222875e-38, types.float64: 2.2250738585072014e-308}  # normal
-
-_P, _L, _D = intrinsics.POINTER, types.int64, types.float64
-_VOXELS = types.void(*[_P] * 5, *[_L] * 17)
-_TOTALS = types.void(*[_P] * 2, *[_L] * 5, *[_P] * 3, *[_L] * 4, *[_D] * 10)
-SIGNATURES = {"statistics": _VOXELS, "gradient": _VOXELS, "total": _TOTALS, "loss": _TOTALS}
+TYPES = {ADDRESS: intrinsics.POINTER, INTEGER: int64, NUMBER: float64}  # of arguments
 
 
 def compile(kind: str, plan: Plan, capability: tuple[int, int]) -> bytes:
@@ -40,7 +35,7 @@ def compile(kind: str, plan: Plan, capability: tuple[int, int]) -> bytes:
 
 
 def ptx(kind: str, plan: Plan, capability: tuple[int, int]) -> str:
-    """Its portable assembly, the kernel being named `ENTRY`."""
+    """The PTX of a kernel, in which it is named `ENTRY`."""
     made_by = getattr(cuda, "implementation", "Built-in")
     if made_by != "NVIDIA":
         raise RuntimeError(
@@ -49,7 +44,7 @@ def ptx(kind: str, plan: Plan, capability: tuple[int, int]) -> str:
         )
     text, _ = cuda.compile(
         kernels.kernel(kind, plan, operations(plan)),
-        SIGNATURES[kind],
+        signature(kind),
         output="ptx",
         device=False,
         abi="numba",
@@ -62,8 +57,13 @@ def ptx(kind: str, plan: Plan, capability: tuple[int, int]) -> str:
     return text.replace(mangled, kernels.ENTRY)
 
 
+def signature(kind: str) -> Any:
+    """The numba signature of the kernels of this kind."""
+    return types.void(*(TYPES[each] for each in kernels.ARGUMENTS[kind].kinds.values()))
+
+
 def link(text: str, capability: tuple[int, int]) -> tuple[bytes, str]:
-    """PTX -> (cubin, what the assembler says of registers and memory)."""
+    """PTX to a cubin, and the assembler's report of registers and memory."""
     source = text.encode()
     handle = nvjitlink.create(3, [f"-arch=sm_{capability[0]}{capability[1]}", "-verbose", "-O3"])
     try:
@@ -79,40 +79,42 @@ def link(text: str, capability: tuple[int, int]) -> tuple[bytes, str]:
 
 
 def operations(plan: Plan) -> Any:
-    """What the kernels are written in, for the numbers of a plan."""
-    real = intrinsics.REAL[plan.logits]
+    """The operations that the kernels of a plan are written in."""
+    real, spec = intrinsics.REAL[plan.logits], plan.spec
     gamma, binary_gamma = (
-        min(number or 0.0, LARGEST[real]) for number in (plan.spec.gamma, plan.spec.binary_gamma)
+        min(number or 0.0, LARGEST[real]) for number in (spec.gamma, spec.binary_gamma)
     )
     return SimpleNamespace(
         cuda=cuda,
+        inlined=cuda.jit(device=True, inline="always"),
         real=real,
         int32=int32,
         int64=int64,
         float64=float64,
+        label=intrinsics.label_type(plan.labels),
         load_logits=intrinsics.load_numbers(plan.logits, plan.voxels),
         load_targets=intrinsics.load_targets(plan.labels, plan.voxels),
         load_real=intrinsics.load_numbers(real.name, 1),
         load_double=intrinsics.load_numbers("float64", 1),
-        load_fresh=intrinsics.load_fresh,
+        load_relaxed=intrinsics.load_relaxed,
         store_grad=intrinsics.store_numbers(plan.logits, plan.voxels),
         store_real=intrinsics.store_number(real),
         store_double=intrinsics.store_number(float64),
         store_int=intrinsics.store_number(int32),
-        count_up=intrinsics.count_up,
+        atomic_increment=intrinsics.atomic_increment,
         exp=intrinsics.exp,
         log=intrinsics.log,
         sigmoid=intrinsics.sigmoid,
         softplus=intrinsics.softplus,
-        power=intrinsics.times_power(1, plan.spec.power),
-        power_slope=intrinsics.times_power(plan.spec.power, plan.spec.power - 1),
-        focus=intrinsics.times_power(1, gamma),
-        focus_slope=intrinsics.times_power(gamma, gamma - 1),
-        binary_focus=intrinsics.times_power(1, binary_gamma),
+        # s^p and its derivative; (1 - s)^gamma, the focal modulation, and its derivative
+        power=intrinsics.scaled_power(1, spec.p),
+        power_slope=intrinsics.scaled_power(spec.p, spec.p - 1),
+        modulation=intrinsics.scaled_power(1, gamma),
+        modulation_slope=intrinsics.scaled_power(gamma, gamma - 1),
+        binary_modulation=intrinsics.scaled_power(1, binary_gamma),
         divide=intrinsics.divide,
         reciprocal=intrinsics.reciprocal,
-        label=intrinsics.label_type(plan.labels),
-        larger=intrinsics.larger,
+        fmax=intrinsics.fmax,
         shuffle=cuda.shfl_xor_sync,
         largest=LARGEST[real],
         smallest=SMALLEST[real],

@@ -1,0 +1,230 @@
+"""New arrays of another array's library and device, and copies between host and device."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from . import buffers
+from .buffers import HOST, Buffer, Layout
+
+HUGE_PAGE_BYTES = 2 << 20
+
+
+def empty(near: Buffer, shape: Sequence[int], dtype: str) -> Any:
+    """An uninitialised C-contiguous array of the library and on the device of `near.owner`.
+
+    The memory thus comes from the caller's allocator. Raises TypeError where the library is not
+    known, or lacks the dtype.
+    """
+    owner, shape = near.owner, tuple(shape)
+    library, module = _library(near)
+    if library == "torch":
+        return module.empty(shape, dtype=getattr(module, dtype), device=owner.device)
+    if library == "numpy":
+        return np.empty(shape, dtype)
+    if library == "cupy":
+        with module.cuda.Device(_index(near)):
+            return module.empty(shape, dtype)
+    if library == "numba":
+        with module.gpus[_index(near)]:
+            return module.device_array(shape, dtype, stream=owner.stream)
+    if library == "array API":
+        new = module.empty(shape, dtype=getattr(module, dtype, None), device=owner.device)
+        if buffers.of(new, "new").dtype != dtype:  # JAX makes 64 bits only where it was told so
+            raise TypeError(f"{module.__name__} makes no {dtype} arrays; {_REMEDY}")
+        return new
+    raise TypeError(f"no array like a {type(owner).__name__} can be made; {_REMEDY}")
+
+
+def empty_like(array: Any, name: str) -> Any:
+    """An uninitialised array of the same kind, shape, dtype, device and, where dense, strides.
+
+    Libraries that follow the array API standard have no strides to ask for: theirs is C-contiguous.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor):
+        empty = torch.empty_like(array, requires_grad=False)
+        if empty.is_cpu:
+            _advise_huge_pages(empty.data_ptr(), empty.nbytes)
+        return empty
+    like = buffers.of(array, name)
+    library, module = _library(like)
+    if library == "numpy":
+        return np.empty_like(like.owner, subok=False)
+    if library == "cupy":
+        with module.cuda.Device(_index(like)):
+            return module.empty_like(array)
+    if library == "numba":
+        strides = like.strides if _dense(like.layout) else None
+        with module.gpus[_index(like)]:
+            return module.device_array(
+                like.shape, array.dtype, strides=strides, stream=array.stream
+            )
+    if library == "array API":
+        return module.empty(like.shape, dtype=array.dtype, device=array.device)
+    raise TypeError(f"no array like {name}, a {type(array).__name__}, can be made; {_REMEDY}")
+
+
+def from_host(array: np.ndarray[Any, Any], near: Buffer) -> Any:
+    """A copy of the library and on the device of `near.owner`. Raises TypeError as `empty` does."""
+    owner = near.owner
+    library, module = _library(near)
+    if library == "torch":
+        return module.from_numpy(array).to(owner.device)
+    if library == "cupy":
+        with module.cuda.Device(_index(near)):
+            return module.asarray(array)
+    if library == "numba":
+        with module.gpus[_index(near)]:
+            return module.to_device(array, stream=owner.stream)
+    if library == "array API":
+        new = module.asarray(array, device=owner.device)
+        if buffers.of(new, "new").dtype != array.dtype.name:
+            raise TypeError(f"{module.__name__} makes no {array.dtype.name} arrays; {_REMEDY}")
+        return new
+    raise TypeError(f"no array like a {type(owner).__name__} can be made; {_REMEDY}")
+
+
+def is_ordered(buffer: Buffer) -> bool:
+    """Whether its library orders its own work on the device after what is queued on
+    `buffer.stream`, also where it gives memory to somebody else.
+    """
+    return _library(buffer)[0] in ("numpy", "torch", "cupy", "numba")
+
+
+def is_on_host(array: Any) -> bool:
+    """Whether it lies in the host's memory, or is no array."""
+    if hasattr(array, "__cuda_array_interface__"):
+        return False
+    return not hasattr(array, "__dlpack_device__") or array.__dlpack_device__()[0] == HOST
+
+
+def to_host(buffer: Buffer) -> np.ndarray[Any, Any]:
+    """The array in host memory: host memory itself, a copy of a device's.
+
+    It waits for kernels on `buffer.stream` where the library knows that stream, as torch, CuPy and
+    numba do; one that is read through DLPack does not: wait for the kernels first.
+    """
+    if buffer.device == "cpu":
+        return np.asarray(buffer)
+    owner = buffer.owner
+    library, _ = _library(buffer)
+    if library == "torch":
+        array = owner.detach().cpu().numpy()
+    elif library == "cupy":
+        array = owner.get()
+    elif library == "numba":
+        array = owner.copy_to_host()
+        if owner.stream:  # else it has waited
+            owner.stream.synchronize()
+    else:
+        try:
+            array = np.from_dlpack(_OnHost(owner))
+        except (AttributeError, TypeError, ValueError, BufferError, RuntimeError) as error:
+            raise TypeError(
+                f"a {type(owner).__name__} cannot be copied to the host ({error}); {_REMEDY}"
+            ) from error
+    return array.reshape(buffer.shape)  # labels (N, 1, *) lie as (N, *)
+
+
+_REMEDY = "view it as torch or CuPy first: torch.as_tensor(x), cupy.asarray(x)"
+
+
+class _OnHost:
+    """What NumPy reads through DLPack is a copy in host memory, made by the array's library."""
+
+    def __init__(self, array: Any):
+        self.array = array
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return HOST, 0
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return self.array.__dlpack__(dl_device=(HOST, 0), copy=True)
+
+
+def _library(buffer: Buffer) -> tuple[str, Any]:
+    """Who allocates and copies what lies like this: a name, and the module to ask."""
+    owner = buffer.owner
+    roots = {kind.__module__.partition(".")[0] for kind in type(owner).__mro__}
+    if "torch" in roots:
+        return "torch", sys.modules["torch"]
+    if buffer.device == "cpu":
+        return "numpy", np
+    if "cupy" in roots:
+        return "cupy", sys.modules["cupy"]
+    if "numba" in roots:
+        return "numba", sys.modules["numba.cuda"]
+    if hasattr(owner, "__array_namespace__"):
+        return "array API", owner.__array_namespace__()
+    return "", None
+
+
+def _index(buffer: Buffer) -> int:
+    """The device's number."""
+    return int(buffer.device.partition(":")[2])
+
+
+def _dense(a: Layout) -> bool:
+    """Whether its elements, in some order of the axes, lie one behind the other without gaps."""
+    span = a.itemsize
+    for step, n in sorted((step, n) for step, n in zip(a.strides, a.shape, strict=True) if n > 1):
+        if step != span:
+            return False
+        span *= n
+    return True
+
+
+def _advise_huge_pages(address: int, size: int) -> None:
+    """Asks Linux for huge pages for fresh memory, whose page faults cost more than a gradient.
+
+    NumPy does so for its own arrays, from the same size; torch's allocator does not.
+    """
+    if size < 4 << 20 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    first, stop = (
+        -(-address // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES,
+        (address + size) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES,
+    )
+    if first < stop:
+        _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(stop - first), mmap.MADV_HUGEPAGE)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
+def add(a: Any, b: Any) -> Any:
+    """a + b, also of numba's device arrays, which have no arithmetic: by way of the host."""
+    if hasattr(a, "__add__"):
+        return a + b
+    first, second = buffers.of(a, "a"), buffers.of(b, "b")
+    return from_host(to_host(first) + to_host(second), first)
+
+
+def on_device(numbers: Any, near: Buffer) -> Any:
+    """(C,) numbers in float64 on the device of `near`; the host's are copied once, not each call.
+
+    Torch tensors are there already.
+    """
+    if not isinstance(numbers, np.ndarray):
+        return numbers
+    library, _ = _library(near)
+    return (
+        from_host(numbers, near)
+        if library != "torch"
+        else _copied(numbers.tobytes(), near.owner.device)
+    )
+
+
+@functools.lru_cache(64)
+def _copied(numbers: bytes, device: Any) -> Any:
+    return sys.modules["torch"].from_numpy(np.frombuffer(numbers).copy()).to(device)

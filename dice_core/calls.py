@@ -1,0 +1,236 @@
+"""A call bound to its backend: checked arrays, what to sum, and the kernels that do so."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from . import allocators, backends, buffers, checks, threads
+from .buffers import Buffer
+from .spec import TARGET_SQUARE, Signature, Spec, signature
+from .sums import Statistics
+
+CHECK = "DICE_CORE_CHECK"
+
+Array = Any  # NumPy, torch, CuPy, ...
+
+
+def call(
+    x: Array,
+    y: Array,
+    spec: Spec,
+    backend: str | None = None,
+    num_threads: int | None = None,
+    check_labels: bool | None = None,
+) -> Call:
+    """The sums `spec` of logits x and targets y as a call to the backend that takes it.
+
+    Raises TypeError or ValueError for what does not fit, BackendError if no backend takes it.
+    """
+    logits, labels = buffers.of(x, "x"), buffers.of(y, "y")
+    seen = signature(logits.layout, labels.layout, spec)
+    if labels.layout is not seen.labels:
+        labels = replace(labels, layout=seen.labels)
+    kind = HostCall if seen.logits.device == "cpu" else DeviceCall
+    kernels = backends.select(seen, backend)
+    return kind(logits, labels, seen, kernels, threads.resolve(num_threads), check_labels)
+
+
+class Call:
+    """Logits and targets, what to sum, and the kernels that do so.
+
+    A `term` is a loss of the sums; `dice_core.losses.Term` says what it has. Values of losses and
+    incoming gradients are float64 for float64 logits, else float32.
+    """
+
+    def __init__(
+        self,
+        logits: Buffer,
+        labels: Buffer,
+        seen: Signature,
+        kernels: Any,
+        num_threads: int,
+        check_labels: bool | None,
+    ) -> None:
+        self.logits = logits
+        self.labels = labels
+        self.spec = seen.spec
+        self.shape = seen.sums_shape  # (K, N, C) of the sums
+        self.loss_dtype = seen.loss_dtype
+        self.kernels = kernels
+        self.num_threads = num_threads
+        self.check_labels = check_labels
+
+    def statistics(self) -> Statistics:
+        """The sums. Raises ValueError for targets out of range; on a device they make the sums of
+        their sample NaN, unless `check_labels` (None: as DICE_CORE_CHECK says) asks for an error.
+        """
+        sums = self._empty(self.shape, "float64")
+        at = buffers.of(sums, "sums")
+        found = self.kernels.statistics(self.logits, self.labels, at, self.spec, self.num_threads)
+        self._check(found, at)
+        return Statistics(sums, self.spec, self.logits.layout.dtype)
+
+    def value(self, term: Any) -> Array:
+        """The loss."""
+        return self.value_and_derivative(term)[0]
+
+    def value_and_derivative(self, term: Any) -> tuple[Array, Array]:
+        """The loss and, (K, N, C), its derivative for the sums: computed by the kernels where it is
+        a ratio of the usual sums, else by the term.
+        """
+        _, samples, classes = self.shape
+        ratio = None if TARGET_SQUARE in self.spec.fields else term.ratio(samples, classes)
+        if ratio is None or not hasattr(self.kernels, "loss"):
+            return self._from_sums(term)
+        value = self._empty(term.shape(samples, classes), self.loss_dtype)
+        derivative = self._empty(self.shape, "float64")
+        at, weight = buffers.of(derivative, "derivative"), None
+        if term.weights:
+            weight = buffers.of(self._weight(term.weights[0]), "weight")
+        found = self.kernels.loss(
+            self.logits,
+            self.labels,
+            buffers.of(value, "loss"),
+            at,
+            self.spec,
+            ratio,
+            weight,
+            self.num_threads,
+        )
+        self._check(found, at)
+        return value, derivative
+
+    def gradient(self, derivative: Array, grad_loss: Array | None, grad: Buffer) -> None:
+        """Fills grad with the gradient for the logits of a loss with this derivative, times the
+        incoming gradient of the loss's shape, None for ones.
+        """
+        raise NotImplementedError
+
+    def checked_grad_loss(self, grad_loss: Any, shape: tuple[int, ...]) -> Array | None:
+        """The incoming gradient of a loss of this shape, as `gradient` takes it."""
+        raise NotImplementedError
+
+    def gradient_buffer(self, x: Array, out: Any) -> tuple[Buffer, Array]:
+        """Where to write the gradient, and the caller's array of it: `out`, or one like x."""
+        if out is None:
+            out = allocators.empty_like(x, "x")
+            return buffers.of(out, "out"), out
+        grad = buffers.of(out, "out")
+        checks.out(grad, self.logits, self.labels)
+        return grad, out
+
+    def _empty(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """A new array where the sums and losses are."""
+        raise NotImplementedError
+
+    def _weight(self, weight: Array) -> Array:
+        """(C,) class weights there, in float64."""
+        raise NotImplementedError
+
+    def _from_sums(self, term: Any) -> tuple[Array, Array]:
+        """The loss of the sums, by the term, and its derivative."""
+        raise NotImplementedError
+
+    def _check(self, found: int, sums: Buffer) -> None:
+        """Raises ValueError for targets out of range, of which a kernel found so many."""
+        raise NotImplementedError
+
+    def _raise_for_targets(self, found: int = 0) -> None:
+        checks.targets(self.labels, self.spec, self.shape[2], found)
+
+
+class HostCall(Call):
+    """Of arrays in the host's memory: sums, losses and derivatives are NumPy's."""
+
+    def gradient(self, derivative: Array, grad_loss: Array | None, grad: Buffer) -> None:
+        if grad_loss is not None:
+            derivative = cotangent(derivative, grad_loss)
+        at = buffers.of(np.ascontiguousarray(derivative), "cotangent")
+        found = self.kernels.gradient(
+            self.logits, self.labels, at, grad, self.spec, self.num_threads
+        )
+        self._check(found, at)
+
+    def checked_grad_loss(self, grad_loss: Any, shape: tuple[int, ...]) -> Array | None:
+        return None if grad_loss is None else checks.grad_loss(grad_loss, shape)
+
+    def _empty(self, shape: tuple[int, ...], dtype: str) -> Array:
+        return np.empty(shape, dtype)
+
+    def _weight(self, weight: Array) -> Array:
+        return np.ascontiguousarray(weight)
+
+    def _from_sums(self, term: Any) -> tuple[Array, Array]:
+        value, derivative = term.with_derivative(self.statistics())
+        return np.asarray(value, self.loss_dtype), derivative
+
+    def _check(self, found: int, sums: Buffer) -> None:
+        if found:
+            self._raise_for_targets(found)
+
+
+class DeviceCall(Call):
+    """Of arrays on a device: sums, losses and derivatives are arrays of their library there.
+
+    Nothing synchronizes but labels that are checked, and terms that are more than a ratio of sums.
+    """
+
+    def gradient(self, derivative: Array, grad_loss: Array | None, grad: Buffer) -> None:
+        scale = None
+        if grad_loss is not None and len(grad_loss.shape) == 2:  # one of each sample and class
+            each = allocators.to_host(buffers.of(grad_loss, "grad_loss"))
+            derivative = allocators.to_host(buffers.of(derivative, "derivative"))
+            derivative = allocators.from_host(cotangent(derivative, each), self.logits)
+        elif grad_loss is not None:
+            scale = buffers.of(grad_loss, "grad_loss")
+        at = buffers.of(derivative, "cotangent")
+        self.kernels.gradient(
+            self.logits, self.labels, at, grad, self.spec, self.num_threads, scale
+        )
+        self._wait()
+
+    def checked_grad_loss(self, grad_loss: Any, shape: tuple[int, ...]) -> Array | None:
+        if grad_loss is None:
+            return None
+        if allocators.is_on_host(grad_loss):
+            numbers = checks.grad_loss(grad_loss, shape).astype(self.loss_dtype)
+            return allocators.from_host(numbers, self.logits)
+        at = buffers.of(grad_loss, "grad_loss")
+        checks.device_grad_loss(at, shape, self.loss_dtype, self.logits.device)
+        return grad_loss
+
+    def _empty(self, shape: tuple[int, ...], dtype: str) -> Array:
+        return allocators.empty(self.logits, shape, dtype)
+
+    def _weight(self, weight: Array) -> Array:
+        return allocators.on_device(weight, self.logits)
+
+    def _from_sums(self, term: Any) -> tuple[Array, Array]:
+        value, derivative = term.with_derivative(self.statistics().to_host())
+        value = allocators.from_host(np.asarray(value, self.loss_dtype), self.logits)
+        return value, allocators.from_host(derivative, self.logits)
+
+    def _check(self, found: int, sums: Buffer) -> None:
+        """Looks at the labels if that is asked for and there is a reason to: NaN among the sums."""
+        look = self.check_labels
+        if look is None:
+            look = os.environ.get(CHECK, "0") not in ("", "0")
+        if look and np.isnan(allocators.to_host(sums)).any():
+            self._raise_for_targets()
+        self._wait()
+
+    def _wait(self) -> None:
+        """Synchronizes where the arrays' library would not know that it has to."""
+        if not allocators.is_ordered(self.logits):
+            self.kernels.wait(self.logits)
+
+
+def cotangent(derivative: Array, grad_loss: Array) -> Array:
+    """The cotangent of the sums, (K, N, C): a loss's derivative times the incoming gradient, of the
+    loss's shape (), (N,) or (N, C).
+    """
+    return derivative * (grad_loss if grad_loss.ndim == 2 else grad_loss[..., None])

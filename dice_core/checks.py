@@ -1,0 +1,216 @@
+"""Validation of arguments, and the texts of what is wrong with them."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from . import allocators, buffers
+from .buffers import Buffer
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+INTEGERS = ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
+
+# ---- numbers and names ---------------------------------------------------------------------------
+
+
+def number(value: Any, name: str, largest: float = math.inf) -> float:
+    """A finite number from 0 to `largest`."""
+    if isinstance(value, (str, bytes, bool)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    try:
+        result = float(value)
+    except OverflowError:  # an int beyond any float
+        result = math.inf
+    if not (math.isfinite(result) and result >= 0):
+        raise ValueError(f"{name} must be finite and at least 0, got {result}")
+    if result > largest:
+        raise ValueError(f"{name} must be at most {largest:g}, got {result}")
+    return result
+
+
+def integer(value: Any, name: str) -> int:
+    """Any integer."""
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be an integer, got bool")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
+
+
+def power(p: Any) -> int:
+    """The exponent p of the probabilities, an integer from 1."""
+    value = integer(p, "p")
+    if not 1 <= value < 2**31:
+        raise ValueError(f"p must be an integer from 1 to 2**31 - 1, got {value}")
+    return value
+
+
+def ignore_label(label: Any) -> int | None:
+    """Any integer, or None for no ignored label."""
+    return None if label is None else integer(label, "ignore_label")
+
+
+def ignore_channel(channels: Any) -> int | tuple[int, ...]:
+    """Any integer, or several as a tuple; those outside [0, C) have no effect."""
+    if isinstance(channels, (tuple, list, set, frozenset, range)):
+        return tuple(integer(channel, "ignore_channel") for channel in channels)
+    return integer(channels, "ignore_channel")
+
+
+def one_of(value: Any, name: str, allowed: Sequence[str]) -> None:
+    """Raises ValueError if it is not."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+# ---- arrays of a call ----------------------------------------------------------------------------
+
+
+def shapes(x: tuple[int, ...], y: tuple[int, ...]) -> None:
+    """x is (N, C, *) with C >= 1; y is (N, *), (N, 1, *) or, soft targets, like x."""
+    if len(x) < 2:
+        raise ValueError(f"x must have at least two axes, (N, C, d1, d2, ...), got shape {x}")
+    if x[1] == 0:
+        raise ValueError(f"x must have at least one channel, got shape {x}")
+    labels = (x[0], *x[2:]), (x[0], 1, *x[2:])
+    if y in (*labels, x):
+        return
+    remedy = "soft targets have x's shape"
+    if y in (x[1:], (1, *x[1:])) or (len(y) == len(x) and y[1:] == x):
+        remedy = "a missing batch axis? x[None] and y[None] add one"
+    elif len(y) == len(x) and (y[0], y[-1], *y[1:-1]) == x:
+        remedy = "channels last? y.movedim(-1, 1), or numpy.moveaxis(y, -1, 1), is a view"
+    raise ValueError(
+        f"y must have shape {labels[0]} or {labels[1]} for x of shape {x}, got {y}; {remedy}"
+    )
+
+
+def dtypes(x: str, y: str, soft_targets: bool) -> None:
+    """x holds floating-point numbers; y integers or, soft targets, any numbers."""
+    if x not in FLOATS:
+        raise TypeError(f"x must hold floating-point logits ({', '.join(FLOATS)}), got {x}")
+    if y not in INTEGERS and not (soft_targets and y in FLOATS):
+        remedy = "; cast them to an integer dtype" if y in FLOATS else ""
+        raise TypeError(f"y must hold integer or bool class labels, got {y}{remedy}")
+
+
+def same_device(x: str, y: str) -> None:
+    """x and y lie on one device."""
+    if x != y:
+        raise ValueError(f"x is on {x} but y is on {y}; move y to x's device")
+
+
+def out(target: Buffer, x: Buffer, y: Buffer) -> None:
+    """`out` can take the gradient: like x, writable, and either x itself or apart from x and y."""
+    for what in ("shape", "dtype", "device"):
+        if getattr(target, what) != getattr(x, what):
+            raise ValueError(
+                f"out must have x's {what} {getattr(x, what)}, got {getattr(target, what)}"
+            )
+    if target.readonly:
+        raise ValueError("out is read-only")
+    if buffers.may_overlap_itself(target.layout):
+        raise ValueError(
+            f"out must not share memory between its own elements (strides {target.strides})"
+        )
+    is_x = (target.address, target.strides) == (x.address, x.strides)
+    if not is_x and buffers.may_overlap(target, x):
+        raise ValueError("out overlaps x; it must be x itself or lie apart from it")
+    if buffers.may_overlap(target, y):
+        raise ValueError("out overlaps y")
+
+
+def targets(y: Buffer, spec: Any, classes: int, found: int = 0) -> None:
+    """Raises ValueError if there are labels that are neither a class nor the ignore label, or soft
+    targets outside [0, 1] (binary ones other than 0 and 1), with their number, the first and where.
+
+    `found`: how many a kernel met; 0 if it does not say.
+    """
+    ignored, soft = spec.ignore_label, spec.soft_targets
+    array = allocators.to_host(y)
+    if array.dtype == bool:
+        array = array.view(np.uint8)
+    position, total, first = None, 0, None
+    for n, sample in enumerate(array):  # one sample at a time: a mask of all of y could be large
+        if soft and sample.dtype.kind not in "iu":  # half precision would round the ignore label
+            sample = sample.astype(np.float64)
+        wrong = ~(sample <= 1) if soft else sample >= classes
+        wrong |= sample < 0
+        if spec.targets == "binary":
+            wrong |= (sample > 0) & (sample < 1)
+        if ignored is not None:
+            wrong &= sample != ignored
+        if position is None and wrong.any():
+            position = (n, *map(int, np.unravel_index(np.argmax(wrong), wrong.shape)))
+            first = array[position]
+            if found:
+                break
+        total += int(wrong.sum())
+    if position is None and not found:
+        return
+    if position is None:
+        raise ValueError("y was changed by another thread while it was read")
+    found = found or total
+    has_channel_axis = len(y.owner.shape) > len(position)
+    where = (position[0], 0, *position[1:]) if has_channel_axis else position
+    kind, allowed = ("value", "[0, 1]") if soft else ("label", f"[0, {classes})")
+    allowed = "0 and 1" if spec.targets == "binary" else allowed
+    note = "no label is ignored" if ignored is None else f"{ignored} is ignored"
+    if not soft and first == 255 and ignored != 255:
+        note += "; ignore_label=255?"
+    raise ValueError(
+        f"y has {found} {kind}{'s'[: found != 1]} outside {allowed} ({note}); "
+        f"the first is {first} at {where}"
+    )
+
+
+# ---- class weights and incoming gradients --------------------------------------------------------
+
+
+def weight(values: Any, name: str = "weight") -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Finite numbers in float64."""
+    try:
+        array = np.asarray(values).astype(np.float64, casting="same_kind")
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be numbers, one per class, got {values!r}") from None
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} must be finite, got {array.tolist()}")
+    return array
+
+
+def weight_shape(values: Any, classes: int, name: str = "weight") -> None:
+    """An array of any library has one entry per class."""
+    if tuple(values.shape) != (classes,):
+        note = " (one channel is two classes, background and foreground)" if classes == 2 else ""
+        raise ValueError(
+            f"{name} must have {classes} entries, one per class{note}, "
+            f"got shape {tuple(values.shape)}"
+        )
+
+
+def grad_loss(values: Any, shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The incoming gradient of a loss of this shape, in float64."""
+    try:
+        array = np.asarray(values).astype(np.float64, casting="same_kind")
+    except (TypeError, ValueError):
+        raise TypeError(f"grad_loss must be numbers, got {type(values).__name__}") from None
+    if array.shape not in ((), shape):
+        raise ValueError(f"grad_loss must have the loss's shape {shape}, got {array.shape}")
+    return np.broadcast_to(array, shape)
+
+
+def device_grad_loss(values: Buffer, shape: tuple[int, ...], dtype: str, device: str) -> None:
+    """An incoming gradient on the logits' device fits a loss of this shape and dtype."""
+    for what, expected, got in (
+        ("shape", shape, values.shape),
+        ("dtype", dtype, values.dtype),
+        ("device", device, values.device),
+    ):
+        if got != expected:
+            raise ValueError(f"grad_loss must have the loss's {what} {expected}, got {got}")

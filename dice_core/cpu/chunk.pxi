@@ -1,0 +1,141 @@
+"""One chunk: its tiles and blocks, in place or by way of scratch."""
+
+
+cdef void run_lines(
+    const Problem *q, const Scratch *t, const logit *x, Py_ssize_t x_row, Py_ssize_t lines, const vec *label,
+    vec *e, logit *grad, Py_ssize_t grad_row, bint non_temporal,
+) noexcept nogil:
+    """Adds the sums of whole lines of voxels to t.sums, or writes their gradient."""
+    if q.plain:
+        run_plain(q, t, x, x_row, lines, label, e, grad, grad_row, non_temporal)
+    else:
+        run_general(q, t, x, x_row, lines, label, e, grad, grad_row)
+
+
+cdef void run_staged(
+    const Problem *q, const Scratch *t, Py_ssize_t sample, Py_ssize_t first, Py_ssize_t n, bint ignored,
+    const real *label, word *words, logit *staged, vec *e,
+) noexcept nogil:
+    """`run_lines` by way of scratch: for any strides, any number of voxels, and where some are ignored.
+
+    `words` and `staged` are the same memory.
+    """
+    cdef Py_ssize_t whole = padded(n, q.line)
+    ignored = ignored or n < whole
+    gather(q, sample, first, n, words)
+    if ignored:
+        clear_ignored(q, whole, label, words)
+    run_lines(q, t, staged, q.block, whole // q.line, <const vec *>label, e, staged, q.block, False)
+    if q.grad != NULL:
+        if ignored:
+            clear_ignored(q, whole, label, words)
+        scatter(q, sample, first, n, words)
+
+
+cdef void load_cotangent(const Problem *q, const double *cotangent, char *to) noexcept nogil:
+    """The cotangent of one sample, that of P times p, as (ROWS, classes) numbers."""
+    cdef Py_ssize_t k, c
+    cdef double factor
+    for k in range(TARGET_SQUARE):  # the last two sums do not depend on the logits
+        if q.row[k] < 0:
+            continue
+        factor = q.p if k == PRED_SUM else 1
+        for c in range(q.classes):
+            if q.real_size == sizeof(double):
+                (<double *>to)[k * q.classes + c] = factor * cotangent[q.row[k] * q.samples * q.classes + c]
+            else:
+                (<float *>to)[k * q.classes + c] = <float>(factor * cotangent[q.row[k] * q.samples * q.classes + c])
+
+
+cdef void add_lanes(const Problem *q, vec *sums, real *numbers, double *out) noexcept nogil:
+    """Adds the lanes of a tile's sums to out, and clears them. `sums` and `numbers` are the same memory."""
+    cdef Py_ssize_t i
+    cdef int k, width = lanes(sums)
+    for i in range(q.sums * q.classes):
+        for k in range(width):
+            if not (q.plain and TARGET_SUM * q.classes <= i < (TARGET_SUM + 1) * q.classes):
+                out[i] += numbers[i * width + k]
+            elif real is double:  # `count_mask` counts in integers
+                out[i] += (<int64_t *>numbers)[i * width + k]
+            else:
+                out[i] += (<int32_t *>numbers)[i * width + k]
+        set_zero(&sums[i])
+
+
+cdef Py_ssize_t run_chunk(
+    const Problem *q, Py_ssize_t index, const Scratch *t, const double *cotangent, double *sums, logit *dtype
+) noexcept nogil:
+    """Adds the sums of one chunk to its part of sums, or writes its gradient for the cotangent, (K, samples, classes).
+
+    `dtype`, NULL, has the logits' type. Returns how many labels are out of range.
+    """
+    cdef Py_ssize_t sample = index // q.chunks
+    cdef Py_ssize_t first = index % q.chunks * q.chunk
+    cdef Py_ssize_t stop = min(first + q.chunk, q.voxels)
+    cdef Py_ssize_t n, m, done, direct, last = q.axes.count - 1, out_of_range = 0
+    cdef bint ignored
+    cdef Py_ssize_t x_row = q.logits_c // <Py_ssize_t>sizeof(logit)
+    cdef Py_ssize_t grad_row = q.grad_c // <Py_ssize_t>sizeof(logit)
+    cdef const logit *x
+    cdef logit *grad
+    cdef char *label
+    cdef Place at
+    if q.grad == NULL:
+        sums += index * q.sums * q.classes
+    else:
+        load_cotangent(q, cotangent + sample * q.classes, t.cotangent)
+    while first < stop:
+        n = min(TILE, stop - first)
+        at = locate(&q.axes, first)
+        ignored = False
+        out_of_range += load_tile_labels(q, sample, first, n, t.label, &ignored)
+        x = <const logit *>(q.logits + sample * q.logits_n + at.logits)
+        grad = <logit *>(q.grad + sample * q.grad_n + at.grad)
+        direct = 0  # how many voxels are read and written in place
+        if (
+            not ignored and at.run >= n and q.axes.logits[last] == sizeof(logit)
+            and (q.grad == NULL or q.axes.grad[last] == sizeof(logit))
+        ):
+            direct = n // q.line * q.line
+        done = 0
+        while done < n:
+            label = t.label + done * q.real_size
+            m = min(q.block, (direct if done < direct else n) - done)
+            if q.soft_targets:
+                out_of_range += load_targets(q, sample, first + done, m, t.targets)
+            if done < direct:
+                if logit is double:
+                    run_lines(
+                        q, t, x + done, x_row, m // q.line, <f64 *>label, <f64 *>t.e, grad + done, grad_row,
+                        q.non_temporal,
+                    )
+                else:
+                    run_lines(
+                        q, t, x + done, x_row, m // q.line, <f32 *>label, <f32 *>t.e, grad + done, grad_row,
+                        q.non_temporal,
+                    )
+            else:
+                if logit is double:
+                    run_staged(
+                        q, t, sample, first + done, m, ignored, <double *>label, <uint64_t *>t.staged,
+                        <double *>t.staged, <f64 *>t.e,
+                    )
+                elif logit is float:
+                    run_staged(
+                        q, t, sample, first + done, m, ignored, <float *>label, <uint32_t *>t.staged,
+                        <float *>t.staged, <f32 *>t.e,
+                    )
+                else:
+                    run_staged(
+                        q, t, sample, first + done, m, ignored, <float *>label, <uint16_t *>t.staged,
+                        <logit *>t.staged, <f32 *>t.e,
+                    )
+            done += m
+        if q.grad == NULL:
+            if logit is double:
+                add_lanes(q, <f64 *>t.sums, <double *>t.sums, sums)
+            else:
+                add_lanes(q, <f32 *>t.sums, <float *>t.sums, sums)
+        first += n
+    NON_TEMPORAL_FENCE()
+    return out_of_range

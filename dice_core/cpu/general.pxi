@@ -1,0 +1,297 @@
+"""All other activations, targets and sums, in one loop over the classes. Slower, and open to any combination."""
+
+
+cdef inline vec logit_of(const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t c, vec like) noexcept nogil:
+    """The logit of class c. Of the two classes of a single channel the first has the logit 0."""
+    cdef vec v
+    if q.classes != q.channels:
+        set_zero(&v)
+        if c == 0:
+            return v
+        c = 0
+    load(&v, x + c * row)
+    return v
+
+
+cdef inline vec exp_minus_abs(vec v) noexcept nogil:
+    """exp(-|v|), from which sigmoid and softplus follow without overflow."""
+    cdef vec zero, lowest
+    set_zero(&zero)
+    set_lowest_exp(&lowest)
+    return exp(maximum(lowest, zero - abs(v)))
+
+
+cdef inline vec sigmoid(vec v, vec e) noexcept nogil:
+    """1 / (1 + exp(-v)), with e = exp(-|v|)."""
+    cdef vec zero
+    set_zero(&zero)
+    return select(less(v, zero), e, zero + 1) / (e + 1)
+
+
+cdef inline vec softplus(vec v, vec e) noexcept nogil:
+    """log(1 + exp(v)), which is -log(sigmoid(-v)), with e = exp(-|v|)."""
+    cdef vec zero
+    set_zero(&zero)
+    return maximum(zero, v) + log_of_sum(e)
+
+
+cdef inline vec target_of(
+    const Problem *q, const vec *target, vec label, vec which, vec *ignored
+) noexcept nogil:
+    """The targets of class `which`, 0 where they are ignored; `ignored` is the mask of those."""
+    cdef vec zero
+    set_zero(&zero)
+    if q.soft_targets:
+        ignored[0] = less(target[0], zero)
+        return maximum(zero, target[0])
+    ignored[0] = less(label, zero)
+    return and_mask(equal(label, which), zero + 1)
+
+
+cdef inline vec probability_of(const Problem *q, vec v, vec softmax, vec *slope) noexcept nogil:
+    """What the activation makes of a logit v, and, unless that is a softmax, its derivative for v."""
+    cdef vec zero, e
+    set_zero(&zero)
+    if q.activation == SOFTMAX or q.activation == ARGMAX:
+        return softmax
+    slope[0] = zero + 1
+    if q.activation == IDENTITY:
+        return v
+    if q.activation == THRESHOLD:
+        return and_mask(less(zero, v), zero + 1)
+    e = exp_minus_abs(v)
+    v = sigmoid(v, e)
+    slope[0] = e / ((e + 1) * (e + 1))
+    return v
+
+
+cdef void find_top(
+    const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label, const vec *e,
+    const vec *scale, vec *top,
+) noexcept nogil:
+    """Fills top, (2, block), with -log of the largest probability of each voxel, and with the logit it belongs to."""
+    cdef vec own, rest, which, mask, found, zero, largest, v
+    cdef Py_ssize_t c, i, e_row = q.block // lanes(scale)
+    set_zero(&zero)
+    for i in range(lines * VECTORS):
+        largest = logit_of(q, x + i * lanes(scale), row, 0, zero)
+        found = which = zero
+        for c in range(1, q.classes):
+            which = which + 1
+            v = logit_of(q, x + i * lanes(scale), row, c, zero)
+            mask = less(largest, v)
+            largest = select(mask, v, largest)
+            found = select(mask, which, found)
+        own = rest = which = zero
+        for c in range(q.classes):
+            mask = equal(found, which)
+            v = e[c * e_row + i]
+            own = own + and_mask(mask, v)
+            rest = rest + andnot(mask, v)
+            which = which + 1
+        own = own * scale[i] + and_mask(less(label[i], zero), zero + 1)  # 1 for ignored voxels
+        top[i] = own * 0 - log(own, rest * scale[i])  # own * 0: the log of NaN is not NaN
+        top[e_row + i] = largest
+
+
+cdef inline vec nll_by(const vec *top, Py_ssize_t e_row, vec v) noexcept nogil:
+    """-log of the probability of the class with logit v: that of the most probable class plus the distance to its
+    logit. Neither is negative, so nothing cancels.
+    """
+    return top[0] + andnot(equal(v, top[e_row]), top[e_row] - v)
+
+
+cdef void sum_general(
+    const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label, const vec *e,
+    const vec *scale, const vec *target, const vec *top, vec *sums,
+) noexcept nogil:
+    """Adds the sums asked for to sums, (K, classes)."""
+    cdef vec total[ROWS]
+    cdef vec zero, which, t, s, v, softmax, ignored, h, z, u, slope, half
+    cdef Py_ssize_t c, i, k, at, e_row = q.block // lanes(scale)
+    set_zero(&zero)
+    which = zero
+    softmax = zero
+    for c in range(q.classes):
+        for k in range(ROWS):
+            total[k] = zero
+        for i in range(lines * VECTORS):
+            t = target_of(q, target + c * e_row + i, label[i], which, &ignored)
+            v = logit_of(q, x + i * lanes(scale), row, c, t)
+            if q.activation == SOFTMAX or q.activation == ARGMAX or q.cross_entropy:
+                softmax = e[c * e_row + i] * scale[i]
+            s = probability_of(q, v, softmax, &slope)
+            total[INTERSECTION] = total[INTERSECTION] + andnot(ignored, t * s)
+            total[PRED_SUM] = total[PRED_SUM] + andnot(ignored, s if q.p == 1 else power(s, q.p))
+            total[TARGET_SUM] = total[TARGET_SUM] + t
+            total[VOXELS] = total[VOXELS] + andnot(ignored, zero + 1)
+            if q.target_square:
+                total[TARGET_SQUARE] = total[TARGET_SQUARE] + t * t
+            if q.cross_entropy or q.nll:
+                h = nll_by(top + i, e_row, v)
+                total[NLL] = total[NLL] + andnot(ignored, h)
+                if q.cross_entropy:
+                    h = t * modulation(maximum(zero, zero + 1 - softmax), q.gamma, q.integer_gamma) * h
+                    # Masked, as h may be infinite where t is 0; but NaN is NaN in every class.
+                    total[CROSS_ENTROPY] = total[CROSS_ENTROPY] + and_mask(less(zero, t), h)
+                    total[CROSS_ENTROPY] = total[CROSS_ENTROPY] + andnot(ignored, softmax * 0)
+            if q.binary_cross_entropy:
+                # torch computes (1 - t) z + log(1 + exp(-z)), which is NaN for z = -inf, and for t = 1 and z = inf.
+                # Products with 0 make these sums NaN there, too, and leave all others as they are.
+                z = zero - logit_of(q, x + i * lanes(scale), row, 1, t) if c < q.classes - q.channels else v
+                u = exp_minus_abs(z)
+                if not q.soft_targets:  # t is 0 or 1, and one of the halves is 0
+                    half = less(zero, t)
+                    z = select(half, zero - z, z)
+                    h = modulation(sigmoid(z, u), q.binary_gamma, q.integer_binary_gamma) * softplus(z, u)
+                    h = h + select(half, z, minimum(zero, z)) * 0
+                    total[POSITIVE] = total[POSITIVE] + and_mask(half, h)
+                    total[NEGATIVE] = total[NEGATIVE] + andnot(ignored, andnot(half, h))
+                    continue
+                h = modulation(sigmoid(zero - z, u), q.binary_gamma, q.integer_binary_gamma) * softplus(zero - z, u)
+                h = t * h + and_mask(equal(t, zero + 1), z * 0)
+                total[POSITIVE] = total[POSITIVE] + andnot(ignored, and_mask(less(zero, t), h))
+                h = modulation(sigmoid(z, u), q.binary_gamma, q.integer_binary_gamma) * softplus(z, u)
+                h = (zero + 1 - t) * h + minimum(zero, z) * 0
+                total[NEGATIVE] = total[NEGATIVE] + andnot(ignored, and_mask(less(t, zero + 1), h))
+        for k in range(ROWS):
+            if q.row[k] >= 0:
+                at = q.row[k] * q.classes + c
+                sums[at] = sums[at] + total[k]
+        which = which + 1
+
+
+cdef inline vec half_slope(const Problem *q, vec probability, vec rest, vec nll) noexcept nogil:
+    """Minus the derivative of rest^gamma nll for the logit: rest^gamma (rest + gamma probability nll)."""
+    cdef vec largest
+    set_largest(&largest)
+    nll = constant(&rest, q.binary_gamma) * (probability * minimum(largest, nll))
+    return modulation(rest, q.binary_gamma, q.integer_binary_gamma) * (rest + nll)
+
+
+cdef inline vec binary_slope(const Problem *q, vec z, vec target, vec positive, vec negative) noexcept nogil:
+    """The derivative for the logit z of its parts in B+ and B-, whose cotangents are `positive` and `negative`."""
+    cdef vec zero, own, other, e, mask
+    set_zero(&zero)
+    e = exp_minus_abs(z)
+    if not q.soft_targets:  # the target is 0 or 1, and one of the halves is 0
+        mask = less(zero, target)
+        z = select(mask, zero - z, z)
+        z = half_slope(q, sigmoid(zero - z, e), sigmoid(z, e), softplus(z, e))
+        return andnot(mask, negative * z) - and_mask(mask, positive * z)
+    own = sigmoid(z, e)
+    other = sigmoid(zero - z, e)
+    negative = negative * (zero + 1 - target) * half_slope(q, other, own, softplus(z, e))
+    return negative - positive * target * half_slope(q, own, other, softplus(zero - z, e))
+
+
+cdef void grad_general(
+    const Problem *q, const logit *x, Py_ssize_t x_row, Py_ssize_t lines, const vec *label, const vec *e,
+    const vec *scale, const vec *target, const vec *top, const char *cotangent, logit *grad, Py_ssize_t row,
+) noexcept nogil:
+    """Writes the gradient of all that `sum_general` sums; it may overwrite x.
+
+    Of a softmax a first turn over the classes adds up what every class's gradient depends on: with d the derivatives
+    for the probabilities s and u those for the nll, the gradient is s (d - sum s d) + softmax sum u - u.
+    """
+    cdef vec zero, which, t, s, v, softmax, ignored, h, z, slope, factor, d, u, dot, sum_u, before, valid
+    cdef Py_ssize_t c, i, e_row = q.block // lanes(scale)
+    cdef int turn, first = 0 if q.needs_softmax else 1
+    cdef const logit *at
+    cdef logit *to
+    set_zero(&zero)
+    softmax = slope = h = zero
+    for i in range(lines * VECTORS):
+        at = x + i * lanes(scale)
+        dot = sum_u = before = valid = zero
+        for turn in range(first, 2):
+            to = grad + i * lanes(scale)
+            which = zero
+            for c in range(q.classes):
+                t = target_of(q, target + c * e_row + i, label[i], which, &ignored)
+                v = logit_of(q, at, x_row, c, t)
+                if q.needs_softmax:
+                    softmax = e[c * e_row + i] * scale[i]
+                s = probability_of(q, v, softmax, &slope)
+                broadcast(&factor, cotangent, PRED_SUM * q.classes + c)
+                d = factor if q.p == 1 else factor * power(s, q.p - 1)
+                broadcast(&factor, cotangent, INTERSECTION * q.classes + c)
+                d = andnot(ignored, d + factor * t)
+                u = zero
+                if q.cross_entropy:
+                    h = nll_by(top + i, e_row, v)
+                    h = modulated_slope(h, softmax, maximum(zero, zero + 1 - softmax), q.gamma, q.integer_gamma)
+                    broadcast(&factor, cotangent, CROSS_ENTROPY * q.classes + c)
+                    u = and_mask(less(zero, t), factor * t * h)
+                if q.nll:
+                    broadcast(&factor, cotangent, NLL * q.classes + c)
+                    u = u + andnot(ignored, factor)
+                if turn == 0:
+                    dot = dot + s * d
+                    sum_u = sum_u + u
+                    valid = valid + andnot(ignored, zero + 1)
+                else:
+                    s = s * (d - dot) if q.activation == SOFTMAX else andnot(ignored, d * slope)
+                    if q.cross_entropy or q.nll:
+                        s = s + (softmax * sum_u - u)
+                    if q.needs_softmax:
+                        s = and_mask(less(zero, valid), s)  # all channels ignored: 0, whatever the logits
+                    if q.binary_cross_entropy:
+                        z = zero - logit_of(q, at, x_row, 1, t) if c < q.classes - q.channels else v
+                        broadcast(&factor, cotangent, POSITIVE * q.classes + c)
+                        broadcast(&d, cotangent, NEGATIVE * q.classes + c)
+                        z = andnot(ignored, binary_slope(q, z, t, factor, d))
+                        s = s + (z - before)
+                        before = z  # of two classes of one channel, the first's logit is minus the second's
+                    if c >= q.classes - q.channels:
+                        store(to, s)
+                        to += row
+                        before = zero
+                which = which + 1
+
+
+cdef void decide(
+    const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label, vec *e, vec *scale
+) noexcept nogil:
+    """The argmax in place of the softmax: 1 for the largest logit, the first of equals, else 0. NaN ranks as +inf."""
+    cdef vec zero, infinity, top, found, which, larger, v
+    cdef Py_ssize_t c, i, e_row = q.block // lanes(scale)
+    set_zero(&zero)
+    set_largest(&infinity)
+    infinity = infinity + infinity
+    for i in range(lines * VECTORS):
+        top = zero - infinity
+        found = zero
+        which = zero - 1
+        for c in range(q.classes):
+            which = which + 1
+            v = logit_of(q, x + i * lanes(scale), row, c, zero)
+            v = select(equal(v, v), v, infinity)
+            larger = less(top, v)
+            top = select(larger, v, top)
+            found = select(larger, which, found)
+        which = zero
+        for c in range(q.classes):
+            e[c * e_row + i] = and_mask(equal(found, which), zero + 1)
+            which = which + 1
+        scale[i] = andnot(less(label[i], zero), zero + 1)
+
+
+cdef void run_general(
+    const Problem *q, const Scratch *t, const logit *x, Py_ssize_t x_row, Py_ssize_t lines, const vec *label,
+    vec *e, logit *grad, Py_ssize_t grad_row,
+) noexcept nogil:
+    """`run_plain` for everything else."""
+    cdef vec *scale = <vec *>t.scale
+    cdef vec *target = <vec *>t.targets
+    cdef vec *top = <vec *>t.top
+    if q.activation == ARGMAX:
+        decide(q, x, x_row, lines, label, e, scale)
+    elif q.needs_softmax:
+        run_softmax(q, x, x_row, lines, label, e, scale)
+    if q.cross_entropy or q.nll:
+        find_top(q, x, x_row, lines, label, e, scale, top)
+    if q.grad == NULL:
+        sum_general(q, x, x_row, lines, label, e, scale, target, top, <vec *>t.sums)
+    else:
+        grad_general(q, x, x_row, lines, label, e, scale, target, top, t.cotangent, grad, grad_row)

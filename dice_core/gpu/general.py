@@ -1,0 +1,317 @@
+"""The CUDA kernels for the sums that `kernels.plain_kernel` does not have: other activations than
+softmax, soft targets, label smoothing and binary cross-entropy.
+
+The design is that of `kernels`, except that logits stay in their registers until the gradient
+replaces them: what follows from a logit is computed where it is needed, and once more in the
+gradient's second pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .blocks import factor_loader, partial_writer
+from .plan import Plan
+
+
+def general_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
+    """As `kernels.plain_kernel`, for every `Spec`."""
+    cuda, real, int32, int64 = ops.cuda, ops.real, ops.int32, ops.int64
+    load_logits, load_targets, store_grad = ops.load_logits, ops.load_targets, ops.store_grad
+    power, power_slope = ops.power, ops.power_slope
+    exp, log, reciprocal, fmax = ops.exp, ops.log, ops.reciprocal, ops.fmax
+    shuffle, label_type = ops.shuffle, ops.label
+    modulation, modulation_slope = ops.modulation, ops.modulation_slope
+    sigmoid, softplus, binary_modulation = ops.sigmoid, ops.softplus, ops.binary_modulation
+    spec = plan.spec
+    V, LANES, CLASSES, GRADIENT = plan.voxels, plan.lanes, plan.classes, gradient
+    SOFT, ZERO_OR_ONE = spec.soft_targets, spec.targets == "binary"
+    CROSS_ENTROPY, FOCAL, NLL = spec.gamma is not None, bool(spec.gamma), spec.nll
+    BINARY, SQUARE = spec.binary_gamma is not None, spec.soft_targets and spec.target_square
+    SOFTMAX, SIGMOID = spec.activation == "softmax", spec.activation == "sigmoid"
+    ARGMAX, THRESHOLD = spec.activation == "argmax", spec.activation == "threshold"
+    NEEDS_SOFTMAX, NEEDS_NLL = spec.needs_softmax, CROSS_ENTROPY or NLL
+    FIRST_PASS = 0 if GRADIENT and NEEDS_SOFTMAX else 1  # 0 finds what depends on all classes
+    BACKGROUND = CLASSES - plan.channels  # 1: a single channel has a class 0 with logit 0 before it
+    PART = plan.lane_channels + BACKGROUND  # classes per lane,
+    FULL = CLASSES - (LANES - 1) * PART  # and those that the last lane has too
+    VALUES, SUMS, STEP, FIELDS = PART * V, PART * plan.fields, plan.step, plan.fields
+    ROWS = FIELDS - 1 - SOFT - SQUARE  # of the cotangent, without those of sums of targets only
+    WIDTH = LANES * PART
+    FACTORS = ROWS * WIDTH
+    NLL_ROW = 3 + CROSS_ENTROPY
+    BINARY_ROW = NLL_ROW + NLL
+    SQUARE_ROW, VOXELS_ROW = FIELDS - 2, FIELDS - 1
+    BINARY_GAMMA = min(spec.binary_gamma or 0.0, ops.largest)
+    SHUFFLES, FULL_MASK, LARGEST = LANES.bit_length() - 1, 0xFFFFFFFF, ops.largest
+    LOWEST, SMALLEST = float("-inf"), ops.smallest
+    load_factors = factor_loader(plan, WIDTH, ROWS, ops)
+    store_partial = partial_writer(plan, PART, ops)
+
+    def kernel(  # type: ignore[no-untyped-def]
+        x,
+        y,
+        out,
+        cotangent,
+        scale,
+        scale_n,
+        samples,
+        runs,
+        run,
+        voxels,
+        x_n,
+        x_c,
+        x_v,
+        y_n,
+        y_c,
+        y_v,
+        out_n,
+        out_c,
+        out_v,
+        scaled,
+        ignored,
+        excused,
+    ):
+        thread = int32(cuda.threadIdx.x)
+        block = int64(cuda.blockIdx.x)
+        sample = block // runs
+        first_class = thread % int32(LANES) * int32(PART)
+        ignored, excused = label_type(ignored), label_type(excused)
+        logit = cuda.local.array(VALUES, real)
+        if SOFT:
+            target = cuda.local.array(VALUES, real)  # -1: ignored or out of range
+        if GRADIENT:
+            factor = cuda.shared.array(FACTORS, real)
+            load_factors(factor, cotangent, scale, scale_n, scaled, samples, sample, thread)
+        else:
+            sums = cuda.local.array(SUMS, real)
+            for k in range(SUMS):
+                sums[k] = real(0)
+            out_of_range = int32(0)
+
+        first = (block - sample * runs) * run
+        stop = min(first + run, voxels)
+        while first < stop:  # the same for all threads, as shuffles need
+            voxel = first + int64(thread // int32(LANES)) * int64(V)
+            inside = voxel < stop
+            at = min(voxel, voxels - int64(V))
+            if not SOFT:
+                labels = load_targets(y, sample * y_n + at * y_v)
+            for c in range(PART):
+                if c < BACKGROUND:
+                    for j in range(V):
+                        logit[c * V + j] = real(0)
+                elif c < FULL or first_class + int32(c) < int32(CLASSES):
+                    channel = int64(first_class + int32(c - BACKGROUND))
+                    logits = load_logits(x, sample * x_n + channel * x_c + at * x_v)
+                    for j in range(V):
+                        logit[c * V + j] = logits[j]
+                    if SOFT:
+                        targets = load_targets(y, sample * y_n + channel * y_c + at * y_v)
+                        for j in range(V):
+                            t = targets[j]
+                            if ZERO_OR_ONE:
+                                in_range = (t == label_type(0)) | (t == label_type(1))
+                            else:
+                                in_range = (t >= label_type(0)) & (t <= label_type(1))
+                            valid = inside & in_range & (t != ignored)
+                            target[c * V + j] = real(t) if valid else real(-1)
+                            if not GRADIENT and inside and not in_range and t != excused:
+                                out_of_range += int32(1)
+                else:
+                    for j in range(V):
+                        logit[c * V + j] = real(LOWEST)
+                        if SOFT:
+                            target[c * V + j] = real(-1)
+
+            for j in range(V):
+                if not SOFT:
+                    label = labels[j]
+                    in_range = (label >= label_type(0)) & (label < label_type(CLASSES))
+                    valid = inside & in_range & (label != ignored)
+                    lane_label = int32(label) - first_class if valid else int32(-1)
+                    if not GRADIENT and inside and not in_range and label != excused:
+                        out_of_range += int32(1)
+                if NEEDS_SOFTMAX:
+                    top = logit[j]
+                    for c in range(1, PART):
+                        top = fmax(top, logit[c * V + j])
+                    for k in range(SHUFFLES):
+                        top = fmax(top, shuffle(FULL_MASK, top, 1 << k))
+                    total = real(-0.0)  # the additive identity
+                    for c in range(PART):
+                        below = logit[c * V + j] - top
+                        if BACKGROUND and c > 0:  # +inf beside the logit 0 has probability 1
+                            below = real(0) if logit[c * V + j] >= top else below
+                        total += exp(below)
+                    for k in range(SHUFFLES):
+                        total += shuffle(FULL_MASK, total, 1 << k)
+                    inverse = reciprocal(total)
+                if NEEDS_NLL:
+                    log_total = log(total)
+                if ARGMAX:  # the first of equals, NaN as +inf
+                    top = real(LOWEST)
+                    winner = first_class
+                    for c in range(PART):
+                        v = logit[c * V + j]
+                        v = v if v <= real(LARGEST) else real(-LOWEST)
+                        if v > top:
+                            top = v
+                            winner = first_class + int32(c)
+                    for k in range(SHUFFLES):
+                        other = shuffle(FULL_MASK, top, 1 << k)
+                        index = shuffle(FULL_MASK, winner, 1 << k)
+                        if other > top or (other == top and index < winner):
+                            top = other
+                            winner = index
+
+                if SOFT and NEEDS_SOFTMAX:
+                    valid_classes = int32(0)
+                    for c in range(PART):
+                        valid_classes += int32(1) if target[c * V + j] >= real(0) else int32(0)
+                    for k in range(SHUFFLES):
+                        valid_classes += shuffle(FULL_MASK, valid_classes, 1 << k)
+                # The gradient is s (slope - dot) through the probabilities s of a softmax, and
+                # q nll_total - nll_factor through -log q: dot = sum s slope and nll_total = sum
+                # nll_factor, over the classes.
+                dot, nll_total = real(0), real(0)
+                for this_pass in range(FIRST_PASS, 2):
+                    for c in range(PART):
+                        v = logit[c * V + j]
+                        if SOFT:
+                            valid = target[c * V + j] >= real(0)
+                            t = fmax(target[c * V + j], real(0))
+                        else:
+                            t = real(1) if lane_label == int32(c) else real(0)
+                        if NEEDS_SOFTMAX:
+                            below = v - top
+                            if BACKGROUND and c > 0:
+                                below = real(0) if v >= top else below
+                            e = exp(below)
+                        if SOFTMAX:
+                            s = e * inverse
+                        elif SIGMOID:
+                            s = sigmoid(v)
+                        elif ARGMAX:
+                            s = real(1) if winner == first_class + int32(c) else real(0)
+                        elif THRESHOLD:
+                            s = real(1) if v > real(0) else real(0)
+                        else:
+                            s = v
+                        if NEEDS_NLL:
+                            nll = log_total - below
+                        if FOCAL:  # 1 - q, kept above 0, where every power of it is finite
+                            complement = fmax((total - e) * inverse, real(SMALLEST))
+
+                        if BINARY:
+                            z = -logit[V + j] if c < BACKGROUND else v
+                            b, not_b = sigmoid(z), sigmoid(-z)
+                            positive, negative = softplus(-z), softplus(z)  # -log b, -log (1 - b)
+                            positive_modulation = binary_modulation(fmax(not_b, real(SMALLEST)))
+                            negative_modulation = binary_modulation(fmax(b, real(SMALLEST)))
+
+                        if not GRADIENT:
+                            if valid:
+                                sums[c] += s * t
+                                sums[PART + c] += power(s)
+                                sums[2 * PART + c] += t
+                                if NLL:
+                                    sums[NLL_ROW * PART + c] += nll
+                                if SQUARE:
+                                    sums[SQUARE_ROW * PART + c] += t * t
+                                if SOFT:
+                                    sums[VOXELS_ROW * PART + c] += real(1)
+                                # NaN where torch's (1 - t) z + softplus(-z) is 0 inf or inf - inf
+                                if BINARY and t < real(1):
+                                    negative += fmax(-z, real(0)) * real(0)
+                                    sums[(BINARY_ROW + 1) * PART + c] += (real(1) - t) * (
+                                        negative_modulation * negative
+                                    )
+                            if t > real(0):
+                                if BINARY:
+                                    positive += z * real(0)
+                                    sums[BINARY_ROW * PART + c] += t * (
+                                        positive_modulation * positive
+                                    )
+                                if FOCAL:
+                                    nll *= modulation(complement)
+                                if CROSS_ENTROPY:
+                                    sums[3 * PART + c] += t * nll
+                            continue
+
+                        at_class = first_class + int32(c)
+                        slope = real(0)
+                        if valid:
+                            slope = factor[at_class] * t
+                            slope += factor[int32(WIDTH) + at_class] * power_slope(s)
+                        nll_factor = real(0)
+                        if CROSS_ENTROPY and t > real(0):
+                            nll_factor = factor[int32(2 * WIDTH) + at_class] * t
+                            if FOCAL:
+                                product = e * inverse * nll if e > real(0) else real(0)
+                                nll_factor *= (
+                                    modulation(complement) + modulation_slope(complement) * product
+                                )
+                        if NLL and valid:
+                            nll_factor += factor[int32((NLL_ROW - 1) * WIDTH) + at_class]
+                        if this_pass == 0:
+                            dot += s * slope
+                            nll_total += nll_factor
+                            continue
+
+                        dx = real(0)
+                        if SOFTMAX:
+                            dx = s * (slope - dot)
+                        elif valid:
+                            dx = slope * (s * sigmoid(-v)) if SIGMOID else slope
+                        if NEEDS_NLL:
+                            dx += e * inverse * nll_total - nll_factor
+                        if BINARY:
+                            positive_factor = factor[int32((BINARY_ROW - 1) * WIDTH) + at_class]
+                            negative_factor = factor[int32(BINARY_ROW * WIDTH) + at_class]
+                            # With w(r) = r^g:  positive_factor * -t w(1-b) (1-b + g b (-log b))
+                            # + negative_factor * (1-t) w(b) (b + g (1-b) (-log(1-b))). The last
+                            # factors of either are 0 where the logarithm is infinite.
+                            binary_dx = real(0)
+                            if t > real(0):
+                                bound = real(LARGEST) if positive > real(LARGEST) else positive
+                                bound *= real(BINARY_GAMMA) * b
+                                binary_dx -= (
+                                    t * positive_modulation * (not_b + bound) * positive_factor
+                                )
+                            if valid and t < real(1):
+                                bound = real(LARGEST) if negative > real(LARGEST) else negative
+                                bound *= real(BINARY_GAMMA) * not_b
+                                binary_dx += (
+                                    (real(1) - t)
+                                    * negative_modulation
+                                    * (b + bound)
+                                    * negative_factor
+                                )
+                            if c < BACKGROUND:  # whose logit is the negative of the channel's
+                                background_dx = binary_dx
+                            elif BACKGROUND:
+                                dx += binary_dx - background_dx
+                            else:
+                                dx += binary_dx
+                        keep = valid_classes > int32(0) if SOFT and NEEDS_SOFTMAX else valid
+                        logit[c * V + j] = dx if keep else real(0)
+
+                    if this_pass == 0:
+                        for k in range(SHUFFLES):
+                            dot += shuffle(FULL_MASK, dot, 1 << k)
+                            nll_total += shuffle(FULL_MASK, nll_total, 1 << k)
+
+            if GRADIENT and inside:
+                for c in range(BACKGROUND, PART):
+                    if c < FULL or first_class + int32(c) < int32(CLASSES):
+                        channel = int64(first_class + int32(c - BACKGROUND))
+                        where = sample * out_n + channel * out_c + at * out_v
+                        store_grad(out, where, logit, c * V)
+            first += int64(STEP)
+
+        if not GRADIENT:
+            store_partial(out, sums, out_of_range, block, thread, first_class)
+
+    return kernel

@@ -1,0 +1,261 @@
+"""The CUDA kernels, each a function made for the constants of a plan.
+
+Design
+------
+1. A block processes one run of a sample's voxels, whose length depends on plan and shape alone.
+2. A thread processes `voxels` adjacent voxels and keeps their values for all classes in registers.
+   With many classes, `lanes` adjacent lanes of a warp share the voxels, each with its part of the
+   classes, and reduce over the classes by shuffles.
+3. Logits are read once, in words of up to 16 bytes. The softmax is shifted by each voxel's maximum
+   and computed in float32 (float64 logits: float64).
+4. A thread adds up its sums in registers, a warp by shuffles, and a block in shared memory, in the
+   order of its warps, to one partial per block. A second launch adds up the partials in order, in
+   float64; its last block may go on to the loss. There are no floating-point atomics: results are
+   bitwise reproducible.
+5. Ignored voxels and labels out of range are excluded by selection, never by a factor of zero. The
+   labels out of range are counted beside the sums; if there are any, their sample's sums are NaN.
+6. Offsets are in bytes, 64 bits wide.
+
+`plain_kernel` has the sums of a softmax and class labels (`Spec.plain`), `general` all others, with
+the same design and the same `blocks`; their loops over voxels differ, since only the former's can
+replace logits by exponentials in place. `totals` adds up the partials of either.
+
+`cuda` and the operations on numbers are parameters, so that a simulator can pass in its own. Loops
+over a thread's classes and voxels are unrolled, which keeps its arrays in registers. Statistics and
+gradient are one body with a constant GRADIENT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .blocks import factor_loader, partial_writer
+from .general import general_kernel
+from .plan import ADDRESS, INTEGER, Arguments, Plan
+from .totals import LOSS_ARGUMENTS, TOTALS_ARGUMENTS, totals_kernel
+
+VOXEL_ARGUMENTS = Arguments(
+    x=ADDRESS,
+    y=ADDRESS,
+    out=ADDRESS,  # the counter and the partials, (samples, runs, columns); or the gradient
+    cotangent=ADDRESS,  # (K, samples, classes) float64
+    scale=ADDRESS,  # a factor of each sample's cotangent, if `scaled`
+    scale_n=INTEGER,  # its stride in bytes, as the other strides: per sample, channel and voxel
+    samples=INTEGER,
+    runs=INTEGER,  # of a sample
+    run=INTEGER,  # voxels of a run
+    voxels=INTEGER,  # of a sample
+    x_n=INTEGER,
+    x_c=INTEGER,
+    x_v=INTEGER,
+    y_n=INTEGER,
+    y_c=INTEGER,  # 0 for labels
+    y_v=INTEGER,
+    out_n=INTEGER,
+    out_c=INTEGER,
+    out_v=INTEGER,
+    scaled=INTEGER,
+    # The ignored label, and the one that is not counted as out of range: ignore_label twice. With
+    # none, the sentinels -1, which is out of range anyway, and 0, which is in range.
+    ignored=INTEGER,
+    excused=INTEGER,
+)
+OF_VOXELS, OF_TOTALS = ("statistics", "gradient"), ("total", "loss")
+KINDS = OF_VOXELS + OF_TOTALS
+ARGUMENTS = dict.fromkeys(OF_VOXELS, VOXEL_ARGUMENTS) | dict.fromkeys(OF_TOTALS, TOTALS_ARGUMENTS)
+NO_LOSS = dict.fromkeys(LOSS_ARGUMENTS, 0)  # what "total" is launched with in their place
+ENTRY = "kernel"  # its name in the cubin
+
+
+def kernel(kind: str, plan: Plan, ops: Any) -> Callable[..., None]:
+    """The kernel of this kind, one of KINDS."""
+    if kind in OF_TOTALS:
+        return totals_kernel(kind == "loss", ops)
+    of_voxels = plain_kernel if plan.spec.plain else general_kernel
+    return of_voxels(plan, kind == "gradient", ops)
+
+
+def plain_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
+    """Sums a block's voxels into its partial, or computes their gradient."""
+    cuda, real, int32, int64 = ops.cuda, ops.real, ops.int32, ops.int64
+    load_logits, load_targets, store_grad = ops.load_logits, ops.load_targets, ops.store_grad
+    power, power_slope = ops.power, ops.power_slope
+    exp, log, reciprocal, fmax = ops.exp, ops.log, ops.reciprocal, ops.fmax
+    shuffle, label_type = ops.shuffle, ops.label
+    modulation, modulation_slope = ops.modulation, ops.modulation_slope
+    V, LANES, CLASSES, GRADIENT = plan.voxels, plan.lanes, plan.classes, gradient
+    CROSS_ENTROPY, FOCAL = plan.spec.gamma is not None, bool(plan.spec.gamma)
+    NLL = FOCAL or (CROSS_ENTROPY and not GRADIENT)  # -log of the probability of a voxel's label
+    BACKGROUND = CLASSES - plan.channels  # 1: a single channel has a class 0 with logit 0 before it
+    PART = plan.lane_channels + BACKGROUND  # classes per lane,
+    FULL = CLASSES - (LANES - 1) * PART  # and those that the last lane has too
+    VALUES, SUMS, STEP = PART * V, PART * plan.fields, plan.step
+    ROWS = plan.fields - 1  # of the cotangent, without target_sum's
+    FACTORS = ROWS * CLASSES
+    SHUFFLES, FULL_MASK = LANES.bit_length() - 1, 0xFFFFFFFF
+    LOWEST, SMALLEST = float("-inf"), ops.smallest
+    load_factors = factor_loader(plan, CLASSES, ROWS, ops)
+    store_partial = partial_writer(plan, PART, ops)
+
+    def kernel(  # type: ignore[no-untyped-def]
+        x,
+        y,
+        out,
+        cotangent,
+        scale,
+        scale_n,
+        samples,
+        runs,
+        run,
+        voxels,
+        x_n,
+        x_c,
+        x_v,
+        y_n,
+        y_c,
+        y_v,
+        out_n,
+        out_c,
+        out_v,
+        scaled,
+        ignored,
+        excused,
+    ):
+        thread = int32(cuda.threadIdx.x)
+        block = int64(cuda.blockIdx.x)
+        sample = block // runs
+        first_class = thread % int32(LANES) * int32(PART)
+        ignored, excused = label_type(ignored), label_type(excused)
+        value = cuda.local.array(VALUES, real)  # logits, exponentials, probabilities, gradient
+        if NLL:
+            label_logit = cuda.local.array(V, real)
+        if GRADIENT:
+            factor = cuda.shared.array(FACTORS, real)
+            load_factors(factor, cotangent, scale, scale_n, scaled, samples, sample, thread)
+            pred_factor = cuda.local.array(PART, real)
+            for c in range(PART):
+                pred_factor[c] = real(0)
+                if c < FULL or first_class + int32(c) < int32(CLASSES):
+                    pred_factor[c] = factor[int32(CLASSES) + first_class + int32(c)]
+        else:
+            sums = cuda.local.array(SUMS, real)
+            for k in range(SUMS):
+                sums[k] = real(0)
+            out_of_range = int32(0)
+
+        first = (block - sample * runs) * run
+        stop = min(first + run, voxels)
+        while first < stop:  # the same for all threads, as shuffles need
+            voxel = first + int64(thread // int32(LANES)) * int64(V)
+            inside = voxel < stop
+            at = min(voxel, voxels - int64(V))
+            labels = load_targets(y, sample * y_n + at * y_v)
+            for c in range(PART):
+                if c < BACKGROUND:
+                    for j in range(V):
+                        value[c * V + j] = real(0)
+                elif c < FULL or first_class + int32(c) < int32(CLASSES):
+                    channel = int64(first_class + int32(c - BACKGROUND))
+                    logits = load_logits(x, sample * x_n + channel * x_c + at * x_v)
+                    for j in range(V):
+                        value[c * V + j] = logits[j]
+                else:
+                    for j in range(V):
+                        value[c * V + j] = real(LOWEST)
+
+            if NLL:  # a loop of its own, or the compiler would not unroll the next
+                for j in range(V):
+                    logit = real(0)
+                    for c in range(PART):
+                        if int32(labels[j]) - first_class == int32(c):
+                            logit = value[c * V + j]
+                    for k in range(SHUFFLES):
+                        logit += shuffle(FULL_MASK, logit, 1 << k)
+                    label_logit[j] = logit
+            for j in range(V):
+                top = value[j]
+                for c in range(1, PART):
+                    top = fmax(top, value[c * V + j])
+                for k in range(SHUFFLES):
+                    top = fmax(top, shuffle(FULL_MASK, top, 1 << k))
+                total = real(-0.0)  # the additive identity, so that the first addition is elided
+                for c in range(PART):
+                    below = value[c * V + j] - top
+                    if BACKGROUND and c > 0:  # +inf beside the logit 0 has probability 1
+                        below = real(0) if value[c * V + j] >= top else below
+                    e = exp(below)
+                    value[c * V + j] = e
+                    total += e
+                for k in range(SHUFFLES):
+                    total += shuffle(FULL_MASK, total, 1 << k)
+                inverse = reciprocal(total)
+
+                if NLL:
+                    below = label_logit[j] - top
+                    if BACKGROUND:
+                        below = real(0) if label_logit[j] >= top else below
+                    nll = log(total) - below  # finite where the probability underflows
+                if FOCAL:  # 1 - s, kept above 0, where every power of it is finite
+                    e = exp(below)
+                    complement = fmax((total - e) * inverse, real(SMALLEST))
+
+                label = labels[j]
+                in_range = (label >= label_type(0)) & (label < label_type(CLASSES))
+                valid = inside & in_range & (label != ignored)
+                lane_label = int32(label) - first_class
+                if GRADIENT:
+                    index = int32(label) if in_range else int32(0)
+                    label_factor = factor[index]
+                    dot = real(0)
+                    for c in range(PART):
+                        s = value[c * V + j] * inverse
+                        value[c * V + j] = s
+                        dot += s * (pred_factor[c] * power_slope(s))
+                        if lane_label == int32(c):
+                            dot += s * label_factor
+                    for k in range(SHUFFLES):
+                        dot += shuffle(FULL_MASK, dot, 1 << k)
+                    if CROSS_ENTROPY:
+                        nll_factor = factor[int32(2 * CLASSES) + index]
+                        if FOCAL:
+                            product = e * inverse * nll if e > real(0) else real(0)
+                            nll_factor *= (
+                                modulation(complement) + modulation_slope(complement) * product
+                            )
+                        dot -= nll_factor
+                    for c in range(BACKGROUND, PART):
+                        s = value[c * V + j]
+                        slope = pred_factor[c] * power_slope(s) - dot
+                        if lane_label == int32(c):
+                            slope += label_factor
+                        dx = s * slope
+                        if CROSS_ENTROPY and lane_label == int32(c):
+                            dx -= nll_factor
+                        value[c * V + j] = dx if valid else real(0)
+                elif valid:
+                    if FOCAL:
+                        nll *= modulation(complement)
+                    for c in range(PART):
+                        s = value[c * V + j] * inverse
+                        if lane_label == int32(c):
+                            sums[c] += s
+                            sums[2 * PART + c] += real(1)
+                            if CROSS_ENTROPY:
+                                sums[3 * PART + c] += nll
+                        sums[PART + c] += power(s)
+                elif inside and not in_range and label != excused:
+                    out_of_range += int32(1)
+
+            if GRADIENT and inside:
+                for c in range(BACKGROUND, PART):
+                    if c < FULL or first_class + int32(c) < int32(CLASSES):
+                        channel = int64(first_class + int32(c - BACKGROUND))
+                        where = sample * out_n + channel * out_c + at * out_v
+                        store_grad(out, where, value, c * V)
+            first += int64(STEP)
+
+        if not GRADIENT:
+            store_partial(out, sums, out_of_range, block, thread, first_class)
+
+    return kernel

@@ -1,0 +1,148 @@
+"""What a kernel is compiled for: the Plan of a call. What it is launched with: its Arguments."""
+
+from __future__ import annotations
+
+import operator
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..spec import Spec
+
+THREADS = 256  # per block
+WARP = 32
+WARPS = THREADS // WARP
+# Loads per thread. The upper bound keeps a thread's float32 sums accurate; large inputs take
+# fewer as long as there are not BLOCKS blocks; MIN_RUN voxels keep a block's partial small beside
+# the logits it reads.
+MAX_ROUNDS, BLOCKS, MIN_RUN = 64, 1024, 256
+SHARED_BYTES = 49152  # of a block, without opting in to more
+TABLES_BYTES = 40960  # for several warps' tables of sums; a single table may take SHARED_BYTES
+COUNTER_BYTES = 16  # before the partials: how many blocks of the totals kernel are done
+WORD_BYTES = 16  # of the widest load
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+MAX_CHANNELS = 1024
+
+# Registers. Beyond these budgets, found by compiling, the compiler leaves loops rolled and puts
+# the arrays they index into local memory.
+LANE_CLASSES, LANE_CLASSES_OF_MANY, MANY_LANES = 16, 20, 8  # plain sums: classes per lane
+GENERAL_LANE_SUMS = 48  # other sums: classes per lane times sums
+REGISTER_BUDGET, GENERAL_REGISTER_BUDGET = 40, 16  # 32-bit values per thread
+FOCAL_VALUES = 2  # of that budget, what the focal modulation takes
+
+PLAIN = Spec()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The constants of a kernel.
+
+    - logits, labels: dtypes.
+    - channels: of the logits.
+    - spec: what to sum, without the ignore label, which is an argument.
+    - voxels: adjacent voxels that a thread loads as one word; 1 if they are not contiguous.
+    - lanes: adjacent lanes of a warp that share a voxel, each with its part of the classes.
+    """
+
+    logits: str
+    labels: str
+    channels: int
+    spec: Spec = PLAIN
+    voxels: int = 1
+    lanes: int = 1
+
+    @property
+    def classes(self) -> int:
+        """C of the sums."""
+        return self.spec.classes(self.channels)
+
+    @property
+    def fields(self) -> int:
+        """K of the sums."""
+        return len(self.spec.fields)
+
+    @property
+    def lane_channels(self) -> int:
+        """Channels per lane; the last lane may have fewer."""
+        return -(-self.channels // self.lanes)
+
+    @property
+    def columns(self) -> int:
+        """Numbers in a block's partial: the sums, and how many labels are out of range."""
+        return self.fields * self.classes + 1
+
+    @property
+    def step(self) -> int:
+        """Voxels that a block loads at a time."""
+        return THREADS // self.lanes * self.voxels
+
+    @property
+    def tables(self) -> int:
+        """Tables of sums in shared memory: one per warp, or fewer that warps take turns with."""
+        tables, size = WARPS, self.columns * max(4, ITEMSIZE[self.logits])
+        while tables > 1 and tables * size > TABLES_BYTES:
+            tables //= 2
+        return tables
+
+    def run(self, samples: int, voxels: int) -> int:
+        """Voxels per block, for this many samples of this many voxels."""
+        rounds = samples * voxels // (self.step * BLOCKS)
+        return self.step * max(1, min(rounds, MAX_ROUNDS), MIN_RUN // self.step)
+
+
+def plan(logits: str, labels: str, channels: int, spec: Spec, adjacent: int) -> Plan:
+    """The plan for logits and labels of these dtypes.
+
+    `adjacent`: this many voxels, a power of two, can be loaded and stored as whole words.
+    """
+    lanes = 1
+    while lanes < WARP and channels > lanes * _lane_classes(spec, lanes):
+        lanes *= 2
+    values = -(-spec.classes(channels) // lanes)
+    if spec.plain:
+        values, budget = values + (FOCAL_VALUES if spec.gamma else 0), REGISTER_BUDGET
+    else:
+        passes = 2 if spec.needs_softmax or spec.classes(channels) > channels else 1
+        values, budget = values * passes * (1 + spec.soft_targets), GENERAL_REGISTER_BUDGET
+    values *= max(1, ITEMSIZE[logits] // 4)  # per voxel
+    voxels = min(adjacent, WORD_BYTES // ITEMSIZE[logits])
+    while voxels > 1 and values * voxels > budget:
+        voxels //= 2
+    return Plan(logits, labels, channels, spec, voxels, lanes)
+
+
+def most_channels(logits: str, spec: Spec) -> int:
+    """The most channels whose sums fit into a block's shared memory, and a lane's registers."""
+    columns = SHARED_BYTES // max(4, ITEMSIZE[logits])
+    return min(MAX_CHANNELS, (columns - 1) // len(spec.fields))
+
+
+def _lane_classes(spec: Spec, lanes: int) -> int:
+    if not spec.plain:
+        return GENERAL_LANE_SUMS // len(spec.fields)
+    return LANE_CLASSES if lanes < MANY_LANES else LANE_CLASSES_OF_MANY
+
+
+class Arguments:
+    """The arguments of a kernel by name, in order, 64 bits each.
+
+    Their kinds are ADDRESS, INTEGER (flags too) and NUMBER. What numba compiles and what a launch
+    packs both follow from here; a test compares the kernels' own parameter lists with it.
+    """
+
+    def __init__(self, **kinds: str) -> None:
+        self.kinds = kinds
+        self.format = "".join(_FORMATS[kind] for kind in kinds.values())
+        self._ordered = operator.itemgetter(*kinds)
+
+    def pack(self, values: Mapping[str, Any]) -> bytes:
+        """A launch's parameters. Raises TypeError unless there is exactly a value for each."""
+        if values.keys() != self.kinds.keys():
+            wrong = ", ".join(sorted(values.keys() ^ self.kinds.keys()))
+            raise TypeError(f"missing or unknown arguments: {wrong}")
+        return struct.pack(self.format, *self._ordered(values))
+
+
+ADDRESS, INTEGER, NUMBER = "address", "integer", "number"
+_FORMATS = {ADDRESS: "q", INTEGER: "q", NUMBER: "d"}

@@ -1,0 +1,193 @@
+"""The CUDA kernel that adds up the partials of the others, and may go on to a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from . import plan as plans
+from .plan import ADDRESS, COUNTER_BYTES, INTEGER, NUMBER, WARP, Arguments
+
+LOSS_ARGUMENTS = {  # with the names of `losses.Ratio`, which says what they mean
+    "value": ADDRESS,  # one number, or one per sample
+    "derivative": ADDRESS,  # like sums
+    "weights": ADDRESS,  # (classes,) float64, if `weighted`
+    "pooled": INTEGER,
+    "per_sample": INTEGER,
+    "weighted": INTEGER,
+    "ignore_channel": INTEGER,
+    "share": NUMBER,
+    "start": NUMBER,
+    "excess": NUMBER,
+    "smooth": NUMBER,
+    "num_i": NUMBER,  # the coefficients of I, P and Y in numerator and denominator
+    "num_p": NUMBER,
+    "num_y": NUMBER,
+    "den_i": NUMBER,
+    "den_p": NUMBER,
+    "den_y": NUMBER,
+}
+TOTALS_ARGUMENTS = Arguments(
+    partials=ADDRESS,  # with the counter before them
+    sums=ADDRESS,  # (K, samples, classes) float64
+    samples=INTEGER,
+    runs=INTEGER,  # of a sample
+    fields=INTEGER,  # K
+    classes=INTEGER,
+    groups=INTEGER,  # blocks of a sample
+    **LOSS_ARGUMENTS,
+)
+
+
+def totals_kernel(loss: bool, ops: Any) -> Callable[..., None]:
+    """Adds the partials of each sample in the order of its runs, in float64: its sums, NaN where
+    labels were out of range. With `loss`, the block that is done last goes on to a loss of I, P and
+    Y and its derivative.
+
+    A block has WARP columns of a sample's partials, a lane one of them; the warps take turns with
+    the runs.
+    """
+    cuda, int32, int64, float64 = ops.cuda, ops.int32, ops.int64, ops.float64
+    load_real, load_double, load_relaxed = ops.load_real, ops.load_double, ops.load_relaxed
+    store_real, store_double, divide = ops.store_real, ops.store_double, ops.divide
+    atomic_increment, shuffle = ops.atomic_increment, ops.shuffle
+    real, SIZE, LOSS = ops.real, ops.size, loss
+    NAN, INFINITY, THREADS, WARPS = float("nan"), float("inf"), plans.THREADS, plans.WARPS
+    FULL_MASK, WARP_SHUFFLES = 0xFFFFFFFF, WARP.bit_length() - 1
+
+    def kernel(  # type: ignore[no-untyped-def]
+        partials,
+        sums,
+        samples,
+        runs,
+        fields,
+        classes,
+        groups,
+        value,
+        derivative,
+        weights,
+        pooled,
+        per_sample,
+        weighted,
+        ignore_channel,
+        share,
+        start,
+        excess,
+        smooth,
+        num_i,
+        num_p,
+        num_y,
+        den_i,
+        den_p,
+        den_y,
+    ):
+        thread = int32(cuda.threadIdx.x)
+        lane, warp = thread % int32(WARP), thread // int32(WARP)
+        block = int64(cuda.blockIdx.x)
+        sample = block // groups
+        column = (block - sample * groups) * int64(WARP) + int64(lane)
+        count_column = fields * classes  # of labels out of range, the last
+        numbers = cuda.shared.array(THREADS, float64)
+        blocks_before = cuda.shared.array(1, int32)
+        out_of_range, total = float64(0), float64(0)
+        if sample < samples and column < count_column:
+            r = int64(warp)
+            while r < runs:
+                first = (sample * runs + r) * (count_column + int64(1))
+                entry = int64(COUNTER_BYTES) + (first + count_column) * int64(SIZE)
+                out_of_range += float64(load_real(partials, entry)[0])
+                entry = int64(COUNTER_BYTES) + (first + column) * int64(SIZE)
+                total += float64(load_real(partials, entry)[0])
+                r += int64(WARPS)
+            if out_of_range > float64(0):
+                total = float64(NAN)
+        numbers[thread] = total
+        cuda.syncthreads()
+        if warp == int32(0) and sample < samples and column < count_column:
+            for k in range(1, WARPS):
+                total += numbers[int32(k * WARP) + lane]
+            k = column // classes
+            entry = (k * samples + sample) * classes + column - k * classes
+            store_double(sums, entry * int64(8), total)
+
+        if LOSS:
+            # A block publishes its sums (fence), then counts itself; the last one reads all sums
+            # after a fence of its own: threadFenceReduction in NVIDIA's CUDA samples.
+            cuda.threadfence()
+            cuda.syncthreads()
+            if thread == int32(0):
+                blocks_before[0] = atomic_increment(partials)
+            cuda.syncthreads()
+            if blocks_before[0] == int32(cuda.gridDim.x) - int32(1):
+                cuda.threadfence()
+                # Where each sample has a loss, a warp computes one at a time, its lanes taking
+                # turns with the classes. Else the block computes one: its threads take turns with
+                # the terms, (samples, classes) of them, or (classes,) where samples are pooled.
+                size = samples * classes
+                rows, width, first, stride = int64(1), size, int64(thread), int64(THREADS)
+                if pooled != int64(0):
+                    width = classes
+                if per_sample != int64(0):
+                    rows, width, first, stride = samples, classes, int64(lane), int64(WARP)
+                row, sum_of_terms = int64(0), float64(0)
+                while row < rows:
+                    n = row + int64(warp) if per_sample != int64(0) else row
+                    term = first if n < rows else width
+                    while term < width:
+                        m = n + term // classes
+                        c = term - term // classes * classes
+                        end = (samples if pooled != int64(0) else m + int64(1)) * classes
+                        of_i, of_p, of_y = float64(0), float64(0), float64(0)
+                        entry = m * classes + c
+                        while entry < end:
+                            of_i += load_relaxed(sums, entry * int64(8))
+                            of_p += load_relaxed(sums, (entry + size) * int64(8))
+                            of_y += load_relaxed(sums, (entry + size + size) * int64(8))
+                            entry += classes
+                        num = num_i * of_i + num_p * of_p + num_y * of_y + excess
+                        den = den_i * of_i + den_p * of_p + den_y * of_y + smooth
+                        if den == float64(0):
+                            den = float64(INFINITY)  # 0/0 is 0, and so is its derivative
+                        quotient = divide(num, den)
+                        factor = share
+                        if weighted != int64(0):
+                            factor *= load_double(weights, c * int64(8))[0]
+                        if c == ignore_channel:
+                            factor = float64(0)
+                        sum_of_terms += quotient * factor
+                        slope = divide(factor, den)
+                        of_i = (num_i - quotient * den_i) * slope
+                        of_p = (num_p - quotient * den_p) * slope
+                        of_y = (num_y - quotient * den_y) * slope
+                        entry = m * classes + c
+                        while entry < end:
+                            store_double(derivative, entry * int64(8), of_i)
+                            store_double(derivative, (entry + size) * int64(8), of_p)
+                            store_double(derivative, (entry + size + size) * int64(8), of_y)
+                            k = int64(3)
+                            while k < fields:
+                                store_double(derivative, (entry + k * size) * int64(8), float64(0))
+                                k += int64(1)
+                            entry += classes
+                        term += stride
+                    if per_sample != int64(0):
+                        for k in range(WARP_SHUFFLES):
+                            sum_of_terms += shuffle(FULL_MASK, sum_of_terms, 1 << k)
+                        if lane == int32(0) and n < rows:
+                            store_real(value, n * int64(SIZE), real(start + sum_of_terms))
+                        sum_of_terms = float64(0)
+                        row += int64(WARPS)
+                    else:
+                        row += int64(1)
+                if per_sample == int64(0):
+                    numbers[thread] = sum_of_terms
+                    cuda.syncthreads()
+                    if thread == int32(0):
+                        total = start
+                        k = int32(0)
+                        while k < int32(THREADS) and int64(k) < width:
+                            total += numbers[k]
+                            k += int32(1)
+                        store_real(value, int64(0), real(total))
+
+    return kernel
