@@ -1,9 +1,10 @@
-"""dice_core: the Dice loss and its family, computed on the fly.
+"""dice_core: the Dice loss and its family, fused with softmax and one-hot encoding.
 
-`loss`, `loss_and_grad`, `statistics`, `gradient` and `score` take NumPy arrays and whatever shares
-their memory (torch tensors, DLPack), or arrays on a GPU (CuPy, numba). `dice_core.torch` has the
-same losses with autograd, as functions and as modules; `dice_core.losses` lists them all;
-`dice_core.compat` has those of MONAI, nnU-Net and segmentation_models_pytorch by their names.
+`loss`, `loss_and_grad`, `statistics`, `gradient` and `score` accept NumPy arrays, anything that
+shares memory with them (torch tensors, DLPack), and GPU arrays (CuPy, numba). `dice_core.torch`
+provides the same losses with autograd, as functions and as modules; `dice_core.losses` lists all of
+them; `dice_core.compat` provides drop-in replacements for the losses of MONAI, nnU-Net and
+segmentation_models_pytorch.
 """
 
 import importlib
@@ -33,7 +34,7 @@ __all__ = [
     "statistics",
 ]
 
-_LAZY = ("compat", "torch")  # need torch, which is imported when they are asked for (PEP 562)
+_LAZY = ("compat", "torch")  # these import torch, so they are imported on first access (PEP 562)
 
 
 def __getattr__(name: str) -> Any:

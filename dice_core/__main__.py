@@ -1,5 +1,5 @@
-"""`python -m dice_core [--json]`: every backend, usable or why not, the processor's level, threads,
-versions.
+"""`python -m dice_core [--json]`: reports every backend and why it is unavailable if it is, the
+instruction-set level of the CPU, the number of threads, and package versions.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def report() -> dict[str, Any]:
 
 
 def as_text(facts: dict[str, Any]) -> str:
-    """The report for people, a line per fact."""
+    """The report as text, one line per fact."""
     lines = [
         f"dice_core {facts['dice_core']} on {facts['platform']}",
         "",
@@ -53,10 +53,10 @@ def as_text(facts: dict[str, Any]) -> str:
     for name, row in facts["backends"].items():
         state = "; ".join(row["unavailable"]) or "usable"
         if name == "reference" and state == "usable":
-            state = "usable, when asked for by name"
+            state = "usable, only if requested by name"
         lines.append(f"  {name:<11} {row['description']:<37} {state}")
-    asked = facts[backends.VARIABLE]
-    lines.append(f"  {backends.VARIABLE} " + (f"= {asked}" if asked else "is not set"))
+    requested = facts[backends.VARIABLE]
+    lines.append(f"  {backends.VARIABLE} " + (f"= {requested}" if requested else "is not set"))
     cpu = facts["cpu"]
     lines += ["", "cpu"]
     if cpu is None:
@@ -100,7 +100,9 @@ def _version(package: str) -> str | None:
 def main() -> None:
     """Prints the report."""
     parser = argparse.ArgumentParser(prog="python -m dice_core", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="for machines and bug reports")
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON, for scripts and bug reports"
+    )
     facts = report()
     print(json.dumps(facts, indent=2) if parser.parse_args().json else as_text(facts))
 

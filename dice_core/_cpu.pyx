@@ -4,29 +4,29 @@
 
 Design
 ------
-1. The sums, per sample and class over the valid voxels: I = sum s_c [y=c], P = sum s_c^p, Y = sum [y=c] and, if asked
-   for, H = sum [y=c] (1 - s_c)^gamma (-log s_c), with s = softmax(x); a single channel is two classes,
+1. The sums, per sample and class over the valid voxels: I = sum s_c [y=c], P = sum s_c^p, Y = sum [y=c] and, if
+   requested, H = sum [y=c] (1 - s_c)^gamma (-log s_c), with s = softmax(x); a single channel is two classes,
    (1 - sigmoid(x), sigmoid(x)). `cpu/softmax.pxi` computes these. Other activations, targets and sums share one loop,
    in `cpu/general.pxi`. The gradient is the vector-Jacobian product of the sums.
 2. Precision: float64 logits are computed in float64, all others in float32; float16 and bfloat16 are converted on load,
    and their gradient is rounded once, on store. Sums over up to 1024 voxels (a tile) are in that precision, too; from
    there on they are in float64.
-3. Units of work, from large to small. A *chunk*, some ten thousand voxels of one sample, is what a thread takes; its
-   size depends on the shape alone. A *tile*, up to 1024 voxels, is what is summed before float64. A *block* is as many
-   voxels of a tile as keep the exponentials of all classes in the L1 cache (of many classes: in L2). A *line* is 64
-   bytes of numbers: 16 voxels in float32, one cache line.
+3. Units of work, from large to small. A *chunk*, some ten thousand voxels of one sample, is the work item of a thread;
+   its size depends only on the shape. A *tile*, up to 1024 voxels, is summed before conversion to float64. A *block* is
+   the part of a tile for which the exponentials of all classes stay in the L1 cache (for many classes: in L2). A *line*
+   is 64 bytes of numbers: 16 voxels in float32, one cache line.
 4. The sums of the chunks are added in order after the parallel loop: bitwise reproducible for any number of threads.
 5. For a block, the exponentials of all classes go to scratch; from there they are summed class by class, or turned into
    the gradient.
-6. Up to eight classes have a softmax unrolled for their number by the compiler. For two classes, the most common case,
-   everything from load to sum or store is in registers.
+6. For up to eight classes the compiler unrolls the softmax for their number. For two classes, the most common case,
+   everything from load to sum or store stays in registers.
 7. Any strides: voxels are visited in the order of the logits' strides, axes merged where possible. Where the voxels are
-   contiguous, logits are read and the gradient is written in place; else they are copied to or from scratch, in their
-   dtype.
+   contiguous, logits are read and the gradient is written in place; otherwise they are copied to or from scratch, in
+   their own dtype.
 8. All logits of a voxel are read before its gradient is written, so the gradient may overwrite the logits.
 9. The logits of ignored voxels are replaced by 0 in scratch, not multiplied by it: their NaN or infinity has no effect.
-10. Nothing of the size of the logits is allocated: scratch is one small area per thread, partial sums are one float64
-    per sum, class and chunk.
+10. Nothing of the size of the logits is allocated: there is one small scratch area per thread, and one float64 per sum,
+    class and chunk for partial sums.
 
 The source is compiled once per instruction set; `cpu/simd.h` has the vectors of each.
 """
@@ -53,14 +53,14 @@ cdef enum:
     TILE = 1024  # voxels
     MAX_SHIFT = 32  # largest spread for which the softmax without a maximum stays within 2e-6 relative error
     BLOCK_NUMBERS = 4096  # exponentials of a block: 16 KiB of float32, half of an L1 cache
-    MANY_CLASSES_VOXELS = 64  # voxels of a block of many classes,
-    MANY_CLASSES_NUMBERS = 16384  # as long as its exponentials stay within an L2 cache
+    MANY_CLASSES_VOXELS = 64  # voxels of a block with many classes,
+    MANY_CLASSES_NUMBERS = 16384  # provided that its exponentials stay within an L2 cache
     MAX_INTEGER_GAMMA = 16  # up to it, integer powers are computed by multiplication
-    PREFETCH_BYTES = 256  # prefetch distance; more channels at a time than the hardware prefetcher follows
-    CHUNK_NUMBERS = 65536  # logits of a chunk, at least
+    PREFETCH_BYTES = 256  # prefetch distance, for more channels than the hardware prefetcher can follow
+    CHUNK_NUMBERS = 65536  # minimum number of logits of a chunk
     CHUNK_STEP = 256  # voxels; chunks are multiples of it
     MAX_CHUNKS = 256  # of a sample
-    THREAD_NUMBERS = 32768  # logits that are worth the start of another thread
+    THREAD_NUMBERS = 32768  # logits that justify another thread
     CACHE_LINE = 64  # bytes
 
 cdef extern from *:
@@ -70,7 +70,7 @@ cdef extern from *:
     """
     const double SMALLEST_EXACT
 
-cdef enum:  # the sums, in the order of the K axis, where those that are not asked for are left out
+cdef enum:  # the sums, in the order of the K axis, which holds only the requested ones
     INTERSECTION, PRED_SUM, TARGET_SUM, CROSS_ENTROPY, NLL, POSITIVE, NEGATIVE, TARGET_SQUARE, VOXELS
     ROWS
 
@@ -156,7 +156,7 @@ cdef struct Problem:
     int activation
     Py_ssize_t p
     Py_ssize_t sums  # K
-    Py_ssize_t row[ROWS]  # of each sum on the K axis, -1 if not asked for
+    Py_ssize_t row[ROWS]  # of each sum on the K axis, -1 if not requested
     bint cross_entropy, nll, binary_cross_entropy, target_square
     bint focal  # gamma > 0
     double gamma, binary_gamma
@@ -190,7 +190,7 @@ include "cpu/ratio.pxi"
 # ---- all chunks ------------------------------------------------------------------------------------------------------
 
 cdef class Workspace:
-    """One Scratch per thread. Raises MemoryError before the parallel loop, which could not."""
+    """One Scratch per thread, allocated before the parallel loop, in which MemoryError could not be raised."""
 
     cdef char *memory
     cdef Scratch *of_thread
@@ -204,7 +204,7 @@ cdef class Workspace:
         free(self.of_thread)
 
     cdef int allocate(self, const Problem *q, Py_ssize_t threads) except -1:
-        # Whole cache lines, so that threads share none.
+        # Whole cache lines, so that no two threads share one.
         cdef Py_ssize_t row = padded(q.block * q.real_size, CACHE_LINE)
         cdef Py_ssize_t rows = padded(q.classes * q.block * q.real_size, CACHE_LINE)
         cdef Py_ssize_t label = padded(TILE * q.real_size, CACHE_LINE)
@@ -303,8 +303,8 @@ cdef int describe(Problem *q, logits_buffer, labels_buffer, grad_buffer, spec) e
             add_axis(&q.axes, size, logits_strides[i], labels_strides[i if q.soft_targets else i - 1], grad_strides[i])
     merge_axes(&q.axes)
 
-    # A non-temporal store saves reading a cache line that is about to be overwritten whole. It does not pay on fresh
-    # pages: the operating system has just cleared them, and so has them in the caches.
+    # A non-temporal store avoids reading a cache line that is about to be overwritten completely. It does not pay off
+    # on fresh pages, which are still in the caches because the operating system has just cleared them.
     q.non_temporal = (
         q.grad != NULL and q.grad != q.logits and q.axes.count == 1
         and not (<uintptr_t>q.grad | <uintptr_t>q.grad_n | <uintptr_t>q.grad_c) % CACHE_LINE
@@ -320,7 +320,7 @@ cdef int describe(Problem *q, logits_buffer, labels_buffer, grad_buffer, spec) e
 
 
 cdef int team(const Problem *q, threads) except -1:
-    """How many threads: no more than have enough to do."""
+    """The number of threads, limited so that each has enough work."""
     cdef Py_ssize_t worth = q.samples * q.voxels * q.classes // THREAD_NUMBERS
     return max(1, min(worth, threads, q.samples * q.chunks)) if DICE_OPENMP else 1
 
@@ -328,7 +328,7 @@ cdef int team(const Problem *q, threads) except -1:
 cdef Py_ssize_t run_chunks(
     const Problem *q, const Scratch *of_thread, int workers, const double *cotangent, double *sums
 ) noexcept nogil:
-    """Every chunk of every sample; sums is (samples, chunks, K, classes). Returns how many labels are out of range."""
+    """Every chunk of every sample; sums is (samples, chunks, K, classes). Returns the number of out-of-range labels."""
     cdef Py_ssize_t i, out_of_range = 0
     cdef const Scratch *t
     for i in prange(q.samples * q.chunks, num_threads=workers, schedule="static"):
@@ -344,29 +344,10 @@ cdef Py_ssize_t run_chunks(
     return out_of_range
 
 
-cdef void add_chunks(const Problem *q, const double *partial, double *out) noexcept nogil:
-    """Adds (samples, chunks, K, classes) up to (K, samples, classes), in the order of the chunks."""
-    cdef Py_ssize_t j, k, n, c, width = q.sums * q.classes, all_classes = q.samples * q.classes
-    cdef double total
-    for k in range(q.sums):
-        for n in range(q.samples):
-            for c in range(q.classes):
-                total = 0
-                for j in range(q.chunks):
-                    total += partial[(n * q.chunks + j) * width + k * q.classes + c]
-                out[k * all_classes + n * q.classes + c] = total
-    if q.plain:
-        # I and H are masked by the label. But where the probabilities are NaN, s [y=c] is NaN for every class.
-        for c in range(all_classes):
-            out[c] += 0 * out[PRED_SUM * all_classes + c]
-            if q.cross_entropy:
-                out[CROSS_ENTROPY * all_classes + c] += 0 * out[PRED_SUM * all_classes + c]
-
-
 # ---- entry points ----------------------------------------------------------------------------------------------------
 
 def statistics(logits, labels, sums, spec, threads):
-    """Fills sums, (K, N, C) contiguous float64. Returns how many labels or targets are out of range."""
+    """Fills sums, (K, N, C) contiguous float64. Returns the number of out-of-range labels or targets."""
     cdef Problem q
     describe(&q, logits, labels, None, spec)
     cdef Py_ssize_t out_of_range
@@ -402,8 +383,8 @@ def loss(logits, labels, value, derivative, spec, ratio, weight, threads):
 
 
 def gradient(logits, labels, cotangent, grad, spec, threads):
-    """Fills grad, of the logits' shape and dtype, for a cotangent (K, N, C) contiguous float64. Returns how many labels
-    or targets are out of range.
+    """Fills grad, of the logits' shape and dtype, for a cotangent (K, N, C) contiguous float64. Returns the number of
+    out-of-range labels or targets.
     """
     cdef Problem q
     describe(&q, logits, labels, grad, spec)
@@ -436,13 +417,13 @@ def elementwise(name, x, out):
 
 
 def unsupported(signature):
-    """Why these kernels do not take such calls; empty if they do."""
+    """The reasons why these kernels do not support such calls; empty if they do."""
     reasons = []
     shape = signature.logits.shape
     if len(shape) > MAX_AXES:
-        reasons.append(f"takes at most {MAX_AXES} axes, not {len(shape)}")
+        reasons.append(f"supports at most {MAX_AXES} axes, not {len(shape)}")
     if shape[1] > MAX_CLASSES:
-        reasons.append(f"takes at most {MAX_CLASSES} classes, not {shape[1]}")
+        reasons.append(f"supports at most {MAX_CLASSES} classes, not {shape[1]}")
     return reasons
 
 

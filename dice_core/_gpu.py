@@ -1,4 +1,4 @@
-"""The cuda backend: which kernels a call needs, and what they are launched with.
+"""The cuda backend: which kernels a call needs, and their launch arguments.
 
 Everything is queued on the logits' stream and nothing synchronizes, so labels out of range are not
 reported: they make their sample's sums NaN. `dice_core.gpu` has the kernels, and how they are
@@ -19,28 +19,28 @@ from .gpu import plan as plans
 from .gpu.plan import Plan
 from .spec import BASIC, VOXELS
 
-CAPABILITY = (8, 0)  # at least: conversions to bfloat16 need it
+CAPABILITY = (8, 0)  # minimum: required by conversions to bfloat16
 INSTALL = 'pip install "dice_core[gpu]"'
 SIGNIFICANT_BITS = {"float16": 11, "bfloat16": 8, "float32": 24, "float64": 53}
 
 
 def unavailable() -> list[str]:
-    """Why it does not run on this machine; empty if it does."""
+    """The reasons why it does not run on this machine; empty if it does."""
     reasons = driver.unavailable()
     if cache.version("numba-cuda") is None:
-        reasons.append(f"needs numba-cuda, beside or instead of numba's own CUDA target: {INSTALL}")
+        reasons.append(f"needs numba-cuda, which replaces numba's built-in CUDA target: {INSTALL}")
     linker = cache.version("nvidia-nvjitlink")
     if not reasons and linker and driver.version() < int(linker.split(".")[0]):
         reasons.append(
             f"the NVIDIA driver supports CUDA {driver.version()}, the compiler "
-            f"(nvidia-nvjitlink {linker}) needs a later one; update the driver, or install a "
+            f"(nvidia-nvjitlink {linker}) needs a later version; update the driver, or install a "
             f"compiler of its version: pip install numba-cuda[cu12]"
         )
     return reasons
 
 
 def unsupported(signature: Any) -> list[str]:
-    """Why it does not take such calls; empty if it does."""
+    """The reasons why it does not support such calls; empty if it does."""
     reasons = []
     device = _index(signature.logits)
     found = driver.capability(device)
@@ -59,7 +59,7 @@ def unsupported(signature: Any) -> list[str]:
             )
     most = plans.most_channels(signature.logits.dtype, signature.spec)
     if signature.logits.shape[1] > most:
-        reasons.append(f"takes up to {most} channels")
+        reasons.append(f"supports at most {most} channels")
     return reasons
 
 
@@ -79,10 +79,10 @@ def loss(
     weight: Any,
     threads: int,
 ) -> int:
-    """The value of a `losses.Ratio`, whose class weights are on the device or None, and, (K, N, C),
-    the derivative of each sample's loss for its sums; 0.
+    """The value of a `losses.Ratio`, whose class weights are on the device or None, and the
+    derivative of each sample's loss with respect to its sums, (K, N, C); returns 0.
     """
-    of_loss = {
+    loss_arguments = {
         "value": value.address,
         "derivative": derivative.address,
         "weights": weight.address if weight else 0,
@@ -97,7 +97,7 @@ def loss(
         **dict(zip(("num_i", "num_p", "num_y"), ratio.num, strict=True)),
         **dict(zip(("den_i", "den_p", "den_y"), ratio.den, strict=True)),
     }
-    _sum(logits, labels, spec, "loss", None, of_loss)
+    _sum(logits, labels, spec, "loss", None, loss_arguments)
     return 0
 
 
@@ -110,8 +110,9 @@ def gradient(
     threads: int,
     scale: Any = None,
 ) -> int:
-    """The gradient for the cotangent, of each sample times its entry of `scale`, () or (N,) numbers
-    of the loss's dtype; returns 0. Raises ValueError for strides of `grad` that it cannot write.
+    """The gradient for the cotangent, each sample's times its entry of `scale`, () or (N,) numbers
+    of the loss's dtype; returns 0. Raises ValueError for strides of `grad` that the kernels cannot
+    write.
     """
     job, stream = _prepared(logits, labels, spec, grad)
     for other in (grad, scale):
@@ -135,7 +136,7 @@ def gradient(
 
 
 def precompile(logits: Any, labels: Any, spec: Any) -> None:
-    """Compiles what calls with such arrays launch, and loads it on the device."""
+    """Compiles the kernels that calls with such arrays launch, and loads them on the device."""
     job, _ = _prepared(logits, labels, spec)
     for kind in kernels.KINDS:
         if kind != "loss" or {*BASIC, VOXELS}.issuperset(spec.fields):
@@ -143,15 +144,15 @@ def precompile(logits: Any, labels: Any, spec: Any) -> None:
 
 
 def wait(logits: Any) -> None:
-    """Synchronizes with what was queued for such logits."""
+    """Waits for the work queued on the logits' stream."""
     driver.synchronize(_index(logits.layout), logits.stream or 0)
 
 
 def _sum(
-    logits: Any, labels: Any, spec: Any, kind: str, sums: int | None, of_loss: dict[str, Any]
+    logits: Any, labels: Any, spec: Any, kind: str, sums: int | None, loss_arguments: dict[str, Any]
 ) -> None:
-    """Two launches: the partials of all blocks; and their totals, at the address `sums` or, with
-    None, in scratch memory, for the loss.
+    """Two launches: the partial sums of all blocks, then their totals, at the address `sums` or, if
+    that is None, in scratch memory for the loss.
     """
     job, stream = _prepared(logits, labels, spec)
     size = job.partials_size + (job.sums_size if sums is None else 0)
@@ -178,14 +179,14 @@ def _sum(
         fields=job.plan.fields,
         classes=job.plan.classes,
         groups=groups,
-        **of_loss,
+        **loss_arguments,
     )
     if not allocators.is_ordered(logits):
-        wait(logits)  # else the library may reuse the scratch memory while the kernels run
+        wait(logits)  # otherwise the library may reuse the scratch memory while the kernels run
 
 
 def _prepared(logits: Any, labels: Any, spec: Any, grad: Any = None) -> tuple[_Job, int]:
-    """What to launch, and the stream to queue it on: the logits', which waits for the labels'."""
+    """The job, and its stream: that of the logits, which waits for that of the labels."""
     grad = grad or logits
     offsets = tuple(b.address % plans.WORD_BYTES for b in (logits, labels, grad))
     job = _job(logits.layout, labels.layout, grad.layout, spec, offsets)
@@ -195,13 +196,13 @@ def _prepared(logits: Any, labels: Any, spec: Any, grad: Any = None) -> tuple[_J
 
 
 def _follow(job: _Job, stream: int, array: Any) -> None:
-    """Makes the stream wait for what was queued on the array's own."""
+    """Makes the stream wait for the work queued on the array's own stream."""
     if (array.stream or 0) != stream:
         driver.wait(job.device, stream, array.stream or 0)
 
 
 class _Job:
-    """What calls whose arrays have the same layouts have in common.
+    """The launch parameters shared by all calls whose arrays have the same layouts.
 
     `offsets`: the addresses of logits, labels and gradient modulo a word.
     """
@@ -228,8 +229,8 @@ class _Job:
                 _adjacent(voxels, array.itemsize, offset, *others)
                 for array, offset, others in zip((x, y, dx), offsets, steps, strict=True)
             )
-        of_kernel = replace(spec, ignore_label=None)
-        self.plan = plans.plan(x.dtype, y.dtype, channels, of_kernel, adjacent)
+        kernel_spec = replace(spec, ignore_label=None)
+        self.plan = plans.plan(x.dtype, y.dtype, channels, kernel_spec, adjacent)
         run = self.plan.run(self.samples, voxels)
         self.runs = max(1, -(-voxels // run))
         self.blocks = max(1, self.samples * self.runs)
@@ -252,7 +253,7 @@ class _Job:
             "excused": excused,
         }
         real = "float64" if x.dtype == "float64" else "float32"
-        self.totals_plan = Plan(real, "uint8", 1)  # they depend on the dtype of the numbers only
+        self.totals_plan = Plan(real, "uint8", 1)  # these depend only on the partials' dtype
         partials = self.blocks * self.plan.columns * plans.ITEMSIZE[real]
         words = -(-(plans.COUNTER_BYTES + partials) // plans.WORD_BYTES)
         self.partials_size = words * plans.WORD_BYTES  # bytes, with the counter
@@ -283,9 +284,10 @@ def _kernel(kind: str, plan: Plan, capability: tuple[int, int]) -> driver.Kernel
 
 
 def _adjacent(voxels: int, itemsize: int, *steps: int) -> int:
-    """How many adjacent voxels can be accessed as whole words, wherever a multiple of them starts.
+    """The number of adjacent voxels that can be accessed as whole words at every multiple of that
+    number.
 
-    `steps`: the bytes by which rows of voxels are apart, and by which the first is off a word.
+    `steps`: the byte distances between rows of voxels, and the offset of the first from a word.
     """
     count = plans.WORD_BYTES // min(plans.ITEMSIZE.values())
     while voxels % count or any(step % min(count * itemsize, plans.WORD_BYTES) for step in steps):
@@ -295,7 +297,7 @@ def _adjacent(voxels: int, itemsize: int, *steps: int) -> int:
 
 def _ignored(dtype: str, label: int | None) -> tuple[int, int]:
     """The kernels' `ignored` and `excused`: the sentinels -1 and 0 without an ignore label, or for
-    one that no label of this dtype equals.
+    one that this dtype cannot represent.
     """
     if dtype in SIGNIFICANT_BITS:
         return (label, label) if label is not None and _is_float(label, dtype) else (-1, 0)
@@ -303,13 +305,13 @@ def _ignored(dtype: str, label: int | None) -> tuple[int, int]:
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1)) if dtype.startswith("int") else (0, 2**bits)
     if label is None or not low <= label < high:
         return -1, 0
-    word = max(bits, 32)  # kernels compare labels as signed numbers of so many bits
+    word = max(bits, 32)  # kernels compare labels as signed integers of this many bits
     label = label - 2**word if label >= 2 ** (word - 1) else label
     return label, label
 
 
 def _is_float(label: int, dtype: str) -> bool:
-    """Whether it is exactly a number of this dtype, and of int64, which kernels take it as."""
+    """Whether this dtype represents it exactly, and so does int64, the type of the argument."""
     odd_part = abs(label) // (label & -label or 1)
     bits = 16 if dtype == "float16" else 63
     return odd_part.bit_length() <= SIGNIFICANT_BITS[dtype] and label.bit_length() <= bits
@@ -317,7 +319,7 @@ def _is_float(label: int, dtype: str) -> bool:
 
 @functools.lru_cache(1024)
 def _voxel_step(layout: Any, first: int) -> int | None:
-    """Bytes from a voxel to the next, the axes from `first` on taken as one; None if that differs
+    """Bytes from one voxel to the next, over the merged axes from `first` on; None if that differs
     between voxels.
     """
     step, beyond = layout.itemsize, None

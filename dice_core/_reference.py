@@ -1,4 +1,4 @@
-"""The oracle: softmax, one-hot and their sums in NumPy and float64, slow but plain to read."""
+"""The reference: softmax, one-hot encoding and the sums in NumPy and float64; slow, but simple."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def statistics(logits: Any, labels: Any, sums: Any, spec: Any, threads: int) -> 
     m, s, t = v.valid, v.probability, v.target
     rows = [s * t, np.where(m, s, 0) ** spec.p, t]
     if spec.gamma is not None:
-        # An infinite nll does not matter where t is 0; NaN does.
+        # Where t is 0, an infinite nll must contribute 0, but NaN must propagate.
         nll = np.where((t > 0) | np.isnan(v.nll), v.nll, 0)
         rows.append(t * _complement(nll) ** spec.gamma * nll)
     if spec.nll:
@@ -41,7 +41,7 @@ def statistics(logits: Any, labels: Any, sums: Any, spec: Any, threads: int) -> 
 
 
 def gradient(logits: Any, labels: Any, cotangent: Any, grad: Any, spec: Any, threads: int) -> int:
-    """Fills grad with dx for a cotangent (a, b, _, h, l, b+, b-, ...) of the sums.
+    """Fills grad with dx, for a cotangent (a, b, _, h, l, b+, b-, ...) of the sums.
 
     Through the probabilities, with d = a t + b p s^(p-1): s (d - sum d s) for the softmax,
     d s (1-s) for the sigmoid, d for neither.
@@ -83,14 +83,14 @@ def gradient(logits: Any, labels: Any, cotangent: Any, grad: Any, spec: Any, thr
 
 
 def unsupported(signature: Any) -> list[str]:
-    """Reasons why this backend does not take such calls."""
+    """The reasons why this backend does not support such calls."""
     if "bfloat16" in (signature.logits.dtype, signature.labels.dtype):
         return ["NumPy has no bfloat16"]
     return []
 
 
 class Voxels(NamedTuple):
-    """Numbers of each class and voxel, (N, C, V). Where no class is valid the logit is 0."""
+    """Values of each class and voxel, (N, C, V). Where no class is valid the logit is 0."""
 
     logit: Any  # of the class against all others, for the sigmoid
     probability: Any
@@ -159,7 +159,7 @@ def _softmax(x: Any) -> tuple[Any, Any]:
 
 
 def _binary_nll(v: Voxels) -> tuple[Any, Any]:
-    """-log b where t > 0 and -log(1 - b) where t < 1; else 0, where it may be infinite."""
+    """-log b where t > 0 and -log(1 - b) where t < 1; 0 elsewhere, even if that is infinite."""
     positive = np.where(v.target > 0, _softplus(-v.logit), 0)
     return positive, np.where(v.target < 1, _softplus(v.logit), 0)
 
@@ -179,7 +179,7 @@ def _complement(nll: Any) -> Any:
 
 
 def _modulated_slope(nll: Any, gamma: float) -> Any:
-    """The derivative of (1-s)^gamma (-log s) for -log s."""
+    """The derivative of (1-s)^gamma (-log s) with respect to -log s."""
     rest = _complement(nll)
     inside = (rest > 0) & (rest < 1)
     ratio = np.divide(nll, rest, out=np.ones_like(nll), where=inside)

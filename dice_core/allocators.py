@@ -1,4 +1,4 @@
-"""New arrays of another array's library and device, and copies between host and device."""
+"""New arrays in another array's library and on its device; copies between host and device."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ HUGE_PAGE_BYTES = 2 << 20
 
 
 def empty(near: Buffer, shape: Sequence[int], dtype: str) -> Any:
-    """An uninitialised C-contiguous array of the library and on the device of `near.owner`.
+    """An uninitialised C-contiguous array in the library and on the device of `near.owner`.
 
-    The memory thus comes from the caller's allocator. Raises TypeError where the library is not
-    known, or lacks the dtype.
+    The memory therefore comes from the caller's allocator. Raises TypeError if the library is
+    unknown or lacks the dtype.
     """
     owner, shape = near.owner, tuple(shape)
     library, module = _library(near)
@@ -37,16 +37,17 @@ def empty(near: Buffer, shape: Sequence[int], dtype: str) -> Any:
             return module.device_array(shape, dtype, stream=owner.stream)
     if library == "array API":
         new = module.empty(shape, dtype=getattr(module, dtype, None), device=owner.device)
-        if buffers.of(new, "new").dtype != dtype:  # JAX makes 64 bits only where it was told so
-            raise TypeError(f"{module.__name__} makes no {dtype} arrays; {_REMEDY}")
+        if buffers.of(new, "new").dtype != dtype:  # JAX has 64-bit dtypes only if enabled
+            raise TypeError(f"{module.__name__} does not support {dtype} arrays; {_REMEDY}")
         return new
-    raise TypeError(f"no array like a {type(owner).__name__} can be made; {_REMEDY}")
+    raise TypeError(f"cannot allocate arrays of type {type(owner).__name__}; {_REMEDY}")
 
 
 def empty_like(array: Any, name: str) -> Any:
-    """An uninitialised array of the same kind, shape, dtype, device and, where dense, strides.
+    """An uninitialised array of the same library, shape, dtype, device and, if it has no gaps,
+    strides.
 
-    Libraries that follow the array API standard have no strides to ask for: theirs is C-contiguous.
+    The array API standard has no way to request strides; arrays of such libraries are C-contiguous.
     """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
@@ -69,11 +70,13 @@ def empty_like(array: Any, name: str) -> Any:
             )
     if library == "array API":
         return module.empty(like.shape, dtype=array.dtype, device=array.device)
-    raise TypeError(f"no array like {name}, a {type(array).__name__}, can be made; {_REMEDY}")
+    raise TypeError(
+        f"cannot allocate an array like {name}, of type {type(array).__name__}; {_REMEDY}"
+    )
 
 
 def from_host(array: np.ndarray[Any, Any], near: Buffer) -> Any:
-    """A copy of the library and on the device of `near.owner`. Raises TypeError as `empty` does."""
+    """A copy in the library and on the device of `near.owner`. Raises TypeError as `empty` does."""
     owner = near.owner
     library, module = _library(near)
     if library == "torch":
@@ -87,30 +90,32 @@ def from_host(array: np.ndarray[Any, Any], near: Buffer) -> Any:
     if library == "array API":
         new = module.asarray(array, device=owner.device)
         if buffers.of(new, "new").dtype != array.dtype.name:
-            raise TypeError(f"{module.__name__} makes no {array.dtype.name} arrays; {_REMEDY}")
+            raise TypeError(
+                f"{module.__name__} does not support {array.dtype.name} arrays; {_REMEDY}"
+            )
         return new
-    raise TypeError(f"no array like a {type(owner).__name__} can be made; {_REMEDY}")
+    raise TypeError(f"cannot allocate arrays of type {type(owner).__name__}; {_REMEDY}")
 
 
 def is_ordered(buffer: Buffer) -> bool:
-    """Whether its library orders its own work on the device after what is queued on
-    `buffer.stream`, also where it gives memory to somebody else.
+    """Whether its library orders its own work on the device, including the reuse of freed memory,
+    after the work queued on `buffer.stream`.
     """
     return _library(buffer)[0] in ("numpy", "torch", "cupy", "numba")
 
 
 def is_on_host(array: Any) -> bool:
-    """Whether it lies in the host's memory, or is no array."""
+    """Whether it is in host memory, or is not an array at all."""
     if hasattr(array, "__cuda_array_interface__"):
         return False
     return not hasattr(array, "__dlpack_device__") or array.__dlpack_device__()[0] == HOST
 
 
 def to_host(buffer: Buffer) -> np.ndarray[Any, Any]:
-    """The array in host memory: host memory itself, a copy of a device's.
+    """A NumPy array: a view of host memory, a copy of device memory.
 
-    It waits for kernels on `buffer.stream` where the library knows that stream, as torch, CuPy and
-    numba do; one that is read through DLPack does not: wait for the kernels first.
+    The copy waits for kernels on `buffer.stream` if the library knows that stream, as torch, CuPy
+    and numba do. Libraries that are read through DLPack do not know it: wait for the kernels first.
     """
     if buffer.device == "cpu":
         return np.asarray(buffer)
@@ -122,7 +127,7 @@ def to_host(buffer: Buffer) -> np.ndarray[Any, Any]:
         array = owner.get()
     elif library == "numba":
         array = owner.copy_to_host()
-        if owner.stream:  # else it has waited
+        if owner.stream:  # on the default stream the copy has already waited
             owner.stream.synchronize()
     else:
         try:
@@ -131,14 +136,14 @@ def to_host(buffer: Buffer) -> np.ndarray[Any, Any]:
             raise TypeError(
                 f"a {type(owner).__name__} cannot be copied to the host ({error}); {_REMEDY}"
             ) from error
-    return array.reshape(buffer.shape)  # labels (N, 1, *) lie as (N, *)
+    return array.reshape(buffer.shape)  # labels (N, 1, *) have the layout (N, *)
 
 
 _REMEDY = "view it as torch or CuPy first: torch.as_tensor(x), cupy.asarray(x)"
 
 
 class _OnHost:
-    """What NumPy reads through DLPack is a copy in host memory, made by the array's library."""
+    """A DLPack exporter whose capsule is a copy in host memory, made by the array's library."""
 
     def __init__(self, array: Any):
         self.array = array
@@ -151,7 +156,7 @@ class _OnHost:
 
 
 def _library(buffer: Buffer) -> tuple[str, Any]:
-    """Who allocates and copies what lies like this: a name, and the module to ask."""
+    """The library that allocates and copies such arrays: its name, and its module."""
     owner = buffer.owner
     roots = {kind.__module__.partition(".")[0] for kind in type(owner).__mro__}
     if "torch" in roots:
@@ -173,7 +178,7 @@ def _index(buffer: Buffer) -> int:
 
 
 def _dense(a: Layout) -> bool:
-    """Whether its elements, in some order of the axes, lie one behind the other without gaps."""
+    """Whether its elements are contiguous in memory for some order of the axes."""
     span = a.itemsize
     for step, n in sorted((step, n) for step, n in zip(a.strides, a.shape, strict=True) if n > 1):
         if step != span:
@@ -183,9 +188,9 @@ def _dense(a: Layout) -> bool:
 
 
 def _advise_huge_pages(address: int, size: int) -> None:
-    """Asks Linux for huge pages for fresh memory, whose page faults cost more than a gradient.
+    """Requests huge pages for fresh memory, whose page faults cost more than computing a gradient.
 
-    NumPy does so for its own arrays, from the same size; torch's allocator does not.
+    NumPy does this for its own arrays, from the same size; torch's allocator does not.
     """
     if size < 4 << 20 or not hasattr(mmap, "MADV_HUGEPAGE"):
         return
@@ -203,7 +208,7 @@ def _libc() -> ctypes.CDLL:
 
 
 def add(a: Any, b: Any) -> Any:
-    """a + b, also of numba's device arrays, which have no arithmetic: by way of the host."""
+    """a + b; numba's device arrays, which have no arithmetic, are added on the host."""
     if hasattr(a, "__add__"):
         return a + b
     first, second = buffers.of(a, "a"), buffers.of(b, "b")
@@ -211,9 +216,10 @@ def add(a: Any, b: Any) -> Any:
 
 
 def on_device(numbers: Any, near: Buffer) -> Any:
-    """(C,) numbers in float64 on the device of `near`; the host's are copied once, not each call.
+    """(C,) numbers in float64 on the device of `near`. For torch, the copies of NumPy arrays are
+    cached.
 
-    Torch tensors are there already.
+    Numbers that are not a NumPy array are on the device already.
     """
     if not isinstance(numbers, np.ndarray):
         return numbers

@@ -1,4 +1,4 @@
-"""The losses of plain arrays: `loss`, `loss_and_grad`, `statistics`, `gradient`, `score`."""
+"""The losses on plain arrays: `loss`, `loss_and_grad`, `statistics`, `gradient`, `score`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from . import allocators, calls, checks, losses, spec
 from .losses import Term
 from .sums import Statistics
 
-Array = Any  # NumPy's, or of a device
+Array = Any  # a NumPy array or a device array
 Activation = Literal["softmax", "sigmoid", "none"]
 Scalar = Literal["mean", "sum", "batch"]
 
@@ -24,7 +24,7 @@ def loss(
     weight: Any = None,
     ignore_channel: Any = -1,
     ignore_label: int | None = -1,
-    smooth: float = 0.0,
+    smooth: float | tuple[float, float] = 0.0,
     p: int = 1,
     reduction: Scalar = "mean",
     activation: Activation = "softmax",
@@ -41,7 +41,7 @@ def loss(
     weight: Any = None,
     ignore_channel: Any = -1,
     ignore_label: int | None = -1,
-    smooth: float = 0.0,
+    smooth: float | tuple[float, float] = 0.0,
     p: int = 1,
     reduction: Literal["none", "classes"],
     activation: Activation = "softmax",
@@ -58,7 +58,7 @@ def loss(
     weight: Any = None,
     ignore_channel: Any = -1,
     ignore_label: int | None = -1,
-    smooth: float = 0.0,
+    smooth: float | tuple[float, float] = 0.0,
     p: int = 1,
     reduction: str = "mean",
     activation: str = "softmax",
@@ -74,7 +74,7 @@ def loss(
     weight: Any = None,
     ignore_channel: Any = -1,
     ignore_label: int | None = -1,
-    smooth: float = 0.0,
+    smooth: float | tuple[float, float] = 0.0,
     p: int = 1,
     reduction: str = "mean",
     activation: str = "softmax",
@@ -82,8 +82,8 @@ def loss(
     num_threads: int | None = None,
     check_labels: bool | None = None,
 ) -> Any:
-    """The Dice loss of logits and labels, softmax and one-hot included, or another loss of
-    `dice_core.losses`.
+    """The Dice loss of logits and labels, or another loss of `dice_core.losses`, with softmax and
+    one-hot encoding built in.
 
     Replaces, without allocating anything of x's size::
 
@@ -93,68 +93,69 @@ def loss(
         loss = mean(sum(weight * loss_nc, axis=1))
 
     where sum runs over the valid voxels of a sample. With p = 2 this is the loss of Milletari et
-    al., V-Net (2016), per class: 0/1 labels are their own squares. The options are those of the C++
+    al., V-Net (2016), for each class; 0/1 labels need no squaring. The options are those of the C++
     extension nslay/diceloss_cpp.
 
     Parameters
     ----------
     x : array (N, C, d1, d2, ...)
-        Logits, float16, bfloat16, float32 or float64, any strides, any number of spatial axes from
-        0 up. C = 1 is a two-class problem: foreground sigmoid(x), background 1 - sigmoid(x).
+        Logits in float16, bfloat16, float32 or float64, with any strides and zero or more spatial
+        axes. C = 1 is a two-class problem: foreground sigmoid(x), background 1 - sigmoid(x).
     y : array (N, d1, d2, ...) or (N, 1, d1, d2, ...), or like x
         Class labels, any integer dtype or bool, read in place. An array of x's shape is a soft or
-        multi-label target: how much of each class a voxel is, from 0 to 1, of any dtype; the ignore
-        label then ignores a voxel for that class alone.
+        multi-label target of any dtype: the degree, from 0 to 1, to which each voxel belongs to
+        each class. The ignore label then ignores a voxel for that class only.
     term : a loss of `dice_core.losses`, optional
-        What to compute in place of Dice, `Dice(smooth=1) + 0.5 * CrossEntropy()` for example. It
-        has its own weight, ignore_channel, smooth, p and reduction, which cannot be combined with
-        it here.
+        The loss to compute instead of Dice, for example `Dice(smooth=1) + 0.5 * CrossEntropy()`.
+        Its weight, ignore_channel, smooth, p and reduction are set on the term itself and cannot be
+        passed here.
     weight : (C,) numbers, optional
-        The loss of a sample is sum_c weight_c loss_c, not normalised; None stands for 1/C each.
-        C = 1 takes two numbers.
+        The loss of a sample is sum_c weight_c loss_c, not normalised; None means 1/C for each
+        class. For C = 1, two numbers.
     ignore_channel : int, or several
-        This class is left out of the sum, in value and gradient; it still counts in the 1/C above,
-        and its voxels still count for every other class. Outside [0, C): no effect.
+        The class or classes to exclude from the sum, in value and gradient. The default weight
+        stays 1/C, and voxels of an excluded class still contribute to every other class. Values
+        outside [0, C) have no effect.
     ignore_label : int or None
         Voxels with this label are ignored: they contribute exactly nothing, whatever their logits.
-        None: every label must be a class.
-    smooth : float
-        Added to numerator and denominator, >= 0. With 0, a class neither predicted nor present has
-        loss 0 and gradient 0.
+        None ignores no voxel, and every label must then be a class.
+    smooth : float, or a pair
+        Added to numerator and denominator, or the pair (numerator, denominator), >= 0. With 0, a
+        class neither predicted nor present has loss 0 and gradient 0.
     p : int
         Exponent of the probabilities in the denominator, >= 1.
     reduction : {"mean", "sum", "none", "classes", "batch"}
-        Over samples; "none" gives (N,), "classes" (N, C), not divided by C. "batch" adds up the
-        batch's sums before the ratio. The mean of no samples is NaN.
+        Over samples. "none" gives (N,); "classes" gives (N, C), not divided by C; "batch" adds the
+        sums of all samples before taking the ratio. The mean of an empty batch is NaN.
     activation : {"softmax", "sigmoid", "none"}
-        Probabilities are the softmax over channels, the sigmoid of each channel, or x as it is.
-        With the latter two a single channel is a single class, and y has x's shape.
+        Probabilities are the softmax over channels, the sigmoid of each channel, or x itself. With
+        the last two, a single channel is a single class and y must have x's shape.
     backend : str, optional
-        A name from `python -m dice_core`; else the environment variable DICE_CORE_BACKEND, else the
-        first that takes the call.
+        A name listed by `python -m dice_core`. By default the value of the environment variable
+        DICE_CORE_BACKEND, or if that is not set the first backend that supports the call.
     num_threads : int, optional
-        Else OMP_NUM_THREADS, else the cores this process may use. The result is bitwise
-        reproducible for any number.
+        By default OMP_NUM_THREADS, or if that is not set the number of cores this process may use.
+        The result is bitwise reproducible for any number of threads.
     check_labels : bool, optional
-        On a GPU the call does not synchronize, and a label outside [0, C) makes the loss NaN. True
-        synchronizes and raises ValueError, as in host memory always. None: as the environment
-        variable DICE_CORE_CHECK says, 0 or 1.
+        On a GPU a call does not synchronize, and a label outside [0, C) makes the loss NaN; True
+        synchronizes and raises ValueError instead. None follows the environment variable
+        DICE_CORE_CHECK, 0 or 1. In host memory labels are always checked.
 
     Returns
     -------
     A NumPy scalar, or an array (N,) for reduction "none", (N, C) for "classes"; float64 for float64
-    logits, else float32. For arrays on a GPU an array of their kind there; losses that are more
-    than a ratio of sums synchronize.
+    logits, else float32. For GPU arrays, an array of the same library on the same device; losses
+    that are not a plain ratio of sums synchronize.
 
     Raises
     ------
     TypeError, ValueError
-        For what does not fit, labels outside [0, C) included, with their number, the first one and
-        its position.
+        For invalid arguments. For labels outside [0, C) the message gives their number, the first
+        one and its position.
     BackendError
-        If no backend takes the call, with each one's reasons.
+        If no backend supports the call; the message gives the reasons of each.
     """
-    term = losses.of(term, weight, ignore_channel, smooth, p, reduction)
+    term = _term(term, weight, ignore_channel, smooth, p, reduction)
     call = _call(x, y, term, ignore_label, activation, backend, num_threads, check_labels)
     value = call.value(term)
     return value[()] if isinstance(value, np.ndarray) else value
@@ -169,7 +170,7 @@ def loss_and_grad(
     weight: Any = None,
     ignore_channel: Any = -1,
     ignore_label: int | None = -1,
-    smooth: float = 0.0,
+    smooth: float | tuple[float, float] = 0.0,
     p: int = 1,
     reduction: Scalar = "mean",
     activation: Activation = "softmax",
@@ -188,7 +189,7 @@ def loss_and_grad(
     weight: Any = None,
     ignore_channel: Any = -1,
     ignore_label: int | None = -1,
-    smooth: float = 0.0,
+    smooth: float | tuple[float, float] = 0.0,
     p: int = 1,
     reduction: Literal["none", "classes"],
     activation: Activation = "softmax",
@@ -207,7 +208,7 @@ def loss_and_grad(
     weight: Any = None,
     ignore_channel: Any = -1,
     ignore_label: int | None = -1,
-    smooth: float = 0.0,
+    smooth: float | tuple[float, float] = 0.0,
     p: int = 1,
     reduction: str = "mean",
     activation: str = "softmax",
@@ -225,7 +226,7 @@ def loss_and_grad(
     weight: Any = None,
     ignore_channel: Any = -1,
     ignore_label: int | None = -1,
-    smooth: float = 0.0,
+    smooth: float | tuple[float, float] = 0.0,
     p: int = 1,
     reduction: str = "mean",
     activation: str = "softmax",
@@ -235,22 +236,22 @@ def loss_and_grad(
     grad_loss: Any = None,
     out: Any = None,
 ) -> tuple[Any, Any]:
-    """The loss and its gradient for x; see `loss` for the other arguments and errors.
+    """The loss and its gradient with respect to x; see `loss` for the other arguments and errors.
 
     Parameters
     ----------
     grad_loss : number or array of the loss's shape, optional
-        The incoming gradient; None stands for ones. An array on x's GPU has the loss's dtype.
+        The incoming gradient; None means ones. An array on x's GPU must have the loss's dtype.
     out : array, optional
-        Takes the gradient: any writable array of x's shape, dtype and device, x itself included
+        Receives the gradient: any writable array of x's shape, dtype and device, including x itself
         (the gradient then overwrites the logits in place). Otherwise it must not overlap x or y.
 
     Returns
     -------
-    (loss, dx), dx in x's dtype; `out` if it was given, else a new array of x's kind (NumPy for host
-    memory of other kinds than torch's) with x's strides where x is dense.
+    (loss, dx), dx in x's dtype; dx is `out` if given, otherwise a new array of x's library (NumPy
+    for any host memory that is not torch's), with x's strides if x has no gaps in memory.
     """
-    term = losses.of(term, weight, ignore_channel, smooth, p, reduction)
+    term = _term(term, weight, ignore_channel, smooth, p, reduction)
     call = _call(x, y, term, ignore_label, activation, backend, num_threads, check_labels)
     grad_loss = call.checked_grad_loss(grad_loss, term.shape(*call.shape[1:]))
     grad, out = call.gradient_buffer(x, out)
@@ -302,7 +303,7 @@ def statistics(
     -------
     Statistics, (N, C) float64 each, arrays on x's device.
     """
-    asked = spec.checked(
+    request = spec.checked(
         activation=activation,
         p=p,
         ignore_label=ignore_label,
@@ -311,8 +312,8 @@ def statistics(
         binary_gamma=binary_gamma,
         target_square=target_square,
     )
-    _check_plain(x)
-    return calls.call(x, y, asked, backend, num_threads, check_labels).statistics()
+    _check_plain(x, y)
+    return calls.call(x, y, request, backend, num_threads, check_labels).statistics()
 
 
 def gradient(
@@ -323,32 +324,36 @@ def gradient(
     *,
     weight: Any = None,
     ignore_channel: Any = -1,
-    smooth: float = 0.0,
+    smooth: float | tuple[float, float] = 0.0,
     reduction: str = "mean",
     backend: str | None = None,
     num_threads: int | None = None,
     grad_loss: Any = None,
     out: Any = None,
 ) -> Any:
-    """The gradient for x of the loss of these statistics, to which x and y contributed: a tile of
-    the volume, say. See `loss` and `loss_and_grad` for the arguments, result and errors.
+    """The gradient, with respect to x, of the loss of these statistics, which include the sums of x
+    and y: of one tile of a volume, for example. See `loss` and `loss_and_grad` for the arguments,
+    result and errors.
 
     Replaces, without allocating anything of x's size but the gradient, the backward pass of the
-    loss of the whole volume, restricted to this tile. Labels out of range raise ValueError after
-    `out` was written.
+    loss of the whole volume, restricted to this tile. Out-of-range labels raise ValueError, but
+    only after `out` has been written.
     """
-    asked = statistics.spec
-    term = losses.of(
-        term, weight, ignore_channel, smooth, asked.p if term is None else 1, reduction
-    )
-    _check_plain(x)
-    call = calls.call(x, y, asked, backend, num_threads, None)
-    there = tuple(statistics.array.shape), statistics.spec, statistics.dtype
-    tile = call.shape, call.spec, call.logits.dtype
-    if tile != there:
+    if not isinstance(statistics, Statistics):
+        raise TypeError(
+            f"statistics must be those of dice_core.statistics, got {type(statistics).__name__}"
+        )
+    request = statistics.spec
+    p = request.p if term is None else 1
+    term = _term(term, weight, ignore_channel, smooth, p, reduction)
+    _check_plain(x, y)
+    call = calls.call(x, y, request, backend, num_threads, None)
+    expected = tuple(statistics.array.shape), statistics.spec, statistics.dtype
+    actual = call.shape, call.spec, call.logits.dtype
+    if actual != expected:
         raise ValueError(
-            f"x is not part of what these statistics sum: (K, N, C), sums and dtype are "
-            f"{', '.join(map(str, tile))}, not {', '.join(map(str, there))}"
+            f"x and y do not match these statistics: (K, N, C), sums and dtype are "
+            f"{', '.join(map(str, actual))}, not {', '.join(map(str, expected))}"
         )
     term.check_statistics(statistics)
     grad_loss = call.checked_grad_loss(grad_loss, term.shape(*call.shape[1:]))
@@ -361,7 +366,7 @@ def gradient(
 
 
 class Score(NamedTuple):
-    """How well hard decisions fit labels, (N, C) each, NaN for a class in neither."""
+    """The overlap of hard decisions and labels, (N, C) each; NaN for a class found in neither."""
 
     dice: Array
     iou: Array
@@ -378,7 +383,7 @@ def score(
     num_threads: int | None = None,
     check_labels: bool | None = None,
 ) -> Score:
-    """The Dice score and IoU (Jaccard index) of each class, of the hard decision for each voxel.
+    """The Dice score and IoU (Jaccard index) of each class, for a hard decision in each voxel.
 
     Replaces, without allocating anything of x's or y's size::
 
@@ -387,14 +392,14 @@ def score(
         dice_c = 2 * i / ((decision == c).sum() + (y == c).sum())  # of valid voxels
         iou_c = i / ((decision == c).sum() + (y == c).sum() - i)
 
-    With activation "sigmoid" each channel decides by itself, for logits above 0. pool "batch" adds
-    up the samples' counts first, for arrays (1, C). See `loss` for the other arguments. The result
-    is NumPy's; arrays on a GPU synchronize.
+    With activation "sigmoid" each channel is decided independently: positive where its logit is
+    above 0. pool "batch" adds the counts of all samples first and gives arrays (1, C). See `loss`
+    for the other arguments. The results are NumPy arrays, so arrays on a GPU synchronize.
     """
     checks.one_of(pool, "pool", ("none", "batch"))
-    _check_plain(x)
-    asked = decision_spec(activation, ignore_label)
-    sums = calls.call(x, y, asked, backend, num_threads, check_labels).statistics().to_host()
+    _check_plain(x, y)
+    request = decision_spec(activation, ignore_label)
+    sums = calls.call(x, y, request, backend, num_threads, check_labels).statistics().to_host()
     if pool == "batch":
         sums = sums.pooled()
     both, total = sums.intersection, sums.pred_sum + sums.target_sum
@@ -403,7 +408,7 @@ def score(
 
 
 def decision_spec(activation: Any, ignore_label: Any) -> spec.Spec:
-    """The sums of hard decisions instead of probabilities."""
+    """The Spec of the sums of hard decisions instead of probabilities."""
     checks.one_of(activation, "activation", tuple(spec.DECISIONS))
     return spec.Spec(spec.DECISIONS[activation], ignore_label=checks.ignore_label(ignore_label))
 
@@ -418,14 +423,14 @@ def precompile(
     activation: str = "softmax",
     backend: str | None = None,
 ) -> None:
-    """Compiles ahead of time, on a GPU, what the loss of such arrays and its gradient need: of
-    their dtypes, number of channels, layout and device. See `loss` for the arguments.
+    """Compiles the GPU kernels for the loss of such arrays and its gradient ahead of time: for
+    their dtypes, number of channels, memory layout and device. See `loss` for the arguments.
 
-    Else the first call does so, which takes seconds where nobody on this machine has called for the
-    same before, and must not happen while a CUDA graph is captured.
+    Otherwise the first call compiles them, which takes seconds unless they are cached on disk, and
+    must not happen while a CUDA graph is being captured.
     """
-    asked = losses.of(term, p=p) if term is None else losses.of(term)
-    call = _call(x, y, asked, ignore_label, activation, backend, None, None)
+    term = losses.of(term, p=p) if term is None else losses.of(term)
+    call = _call(x, y, term, ignore_label, activation, backend, None, None)
     if isinstance(call, calls.DeviceCall):
         call.kernels.precompile(call.logits, call.labels, call.spec)
 
@@ -440,17 +445,28 @@ def _call(
     num_threads: int | None,
     check_labels: bool | None,
 ) -> calls.Call:
-    _check_plain(x)
-    call = calls.call(x, y, term.spec(activation, ignore_label), backend, num_threads, check_labels)
+    _check_plain(x, y)
+    request = term.spec(activation, ignore_label)
+    call = calls.call(x, y, request, backend, num_threads, check_labels)
     if term.weights:
         term.check(call.shape[2])
     return call
 
 
-def _check_plain(x: Any) -> None:
-    """Raises TypeError for a tensor whose gradient would be lost."""
-    if getattr(x, "requires_grad", False):
-        raise TypeError(
-            "x requires grad, and dice_core.loss and its like give plain values: "
-            "use dice_core.torch.loss, or pass x.detach()"
-        )
+def _term(term: Any, weight: Any, ignore_channel: Any, smooth: Any, p: Any, reduction: Any) -> Term:
+    """The checked term, with class weights as NumPy arrays."""
+    term = losses.of(term, weight, ignore_channel, smooth, p, reduction)
+    return term.like(_NUMPY) if term.weights else term
+
+
+_NUMPY = np.empty(0)
+
+
+def _check_plain(x: Any, y: Any) -> None:
+    """Raises TypeError for a tensor that requires grad, whose gradient would be lost."""
+    for name, value in (("x", x), ("y", y)):
+        if getattr(value, "requires_grad", False):
+            raise TypeError(
+                f"{name} requires grad, but the functions of dice_core do not record gradients: "
+                f"use dice_core.torch.loss, or pass {name}.detach()"
+            )

@@ -1,30 +1,32 @@
-"""The table of backends, and which of them takes a call.
+"""The table of backends, and the choice of a backend for a call.
 
 A backend is a module with three functions:
 
 - ``statistics(logits, labels, sums, spec, threads) -> int`` fills sums, (K, N, C);
 - ``gradient(logits, labels, cotangent, grad, spec, threads) -> int`` fills grad, of the logits'
   shape and dtype, with the vector-Jacobian product of the statistics and cotangent, (K, N, C);
-- ``unsupported(signature) -> list[str]`` says why it does not take such calls; empty if it does.
+- ``unsupported(signature) -> list[str]`` gives the reasons why such calls are not supported; empty
+  if they are.
 
 Arrays are Buffers: logits (N, C, *), labels (N, *) or soft targets (N, C, *), (K, N, C) contiguous
-float64 in the order of ``spec.fields``. The integers count labels and targets out of range.
+float64 in the order of ``spec.fields``. The integer returned is the number of out-of-range labels
+or targets.
 
-It may have
+It may also define
 
-- ``unavailable() -> list[str]``, why it does not run on this machine;
+- ``unavailable() -> list[str]``, the reasons why it does not run on this machine;
 - ``loss(logits, labels, value, derivative, spec, ratio, weight, threads) -> int``, which fills the
-  value of a ``losses.Ratio``, () or (N,), in the loss's dtype, and its derivative for the sums,
-  (K, N, C); the class weights are (C,) float64 or None.
+  value of a ``losses.Ratio``, () or (N,), in the loss's dtype, and its derivative with respect to
+  the sums, (K, N, C); the class weights are (C,) float64 or None.
 
-A backend whose arrays lie on a device, where reading a number back means to synchronize, has
-`loss`, and more:
+On a device, reading a number back would synchronize; a backend for device memory defines `loss` and
+differs:
 
-- labels out of range are not counted: they make their sample's sums NaN;
+- out-of-range labels are not counted; they make the sums of their sample NaN;
 - ``gradient(..., scale=None)`` multiplies each sample's cotangent by scale, () or (N,), in the
   loss's dtype;
-- ``precompile(logits, labels, spec)`` compiles what calls with such arrays need;
-- ``wait(logits)`` synchronizes with what was queued for such logits.
+- ``precompile(logits, labels, spec)`` compiles the kernels that calls with such arrays need;
+- ``wait(logits)`` waits for the work queued on the logits' stream.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ ENTRY_POINTS = "dice_core.backends"
 
 
 class BackendError(RuntimeError):
-    """No backend takes a call, or the named one does not; the message gives the reasons of each."""
+    """No backend, or not the requested one, supports a call; the message gives the reasons."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,14 +56,14 @@ class Backend:
 
     name: str
     module: str
-    device: str | None  # whose memory it reads, "cpu" or "cuda"; None if `unsupported` checks that
+    device: str | None  # the memory it reads, "cpu" or "cuda"; None if `unsupported` checks it
     description: str
-    level: str | None = None  # the processor level its code needs
+    level: str | None = None  # the instruction-set level its code requires
     remedy: str = ""
     automatic: bool = True  # whether it may be chosen without being named
 
     def unavailable(self) -> list[str]:
-        """Why it does not run on this machine; empty if it does. Cached."""
+        """The reasons why it does not run on this machine; empty if it does. Cached."""
         return list(_unavailable(self))
 
     def load(self) -> Any:
@@ -69,13 +71,11 @@ class Backend:
         return importlib.import_module(self.module)
 
     def unsupported(self, signature: Signature) -> list[str]:
-        """Why it does not take such calls; empty if it does."""
+        """The reasons why it does not support such calls; empty if it does."""
         device = signature.logits.device
-        if self.device not in (
-            None,
-            device.partition(":")[0],
-        ):  # checked first, so that no driver is loaded in vain
-            return [f"reads {self.device} memory, and the logits are on {device}"]
+        # Checked first, so that no driver is loaded needlessly.
+        if self.device not in (None, device.partition(":")[0]):
+            return [f"reads {self.device} memory, but the logits are on {device}"]
         return self.unavailable() or list(self.load().unsupported(signature))
 
 
@@ -106,25 +106,27 @@ def table() -> Iterator[Backend]:
 
 
 def select(signature: Signature, name: str | None = None) -> Any:
-    """The kernel module for such calls: `name`, else DICE_CORE_BACKEND's, else the first to take
-    them.
+    """The kernel module for such calls: of the backend `name`, else of DICE_CORE_BACKEND, else of
+    the first backend that supports them.
 
-    Raises ValueError for a name that is not in the table, BackendError where the one asked for, or
-    every one, refuses.
+    Raises ValueError for a name that is not in the table, BackendError if the requested backend, or
+    every backend, does not support them.
     """
     if name is not None:
+        if not isinstance(name, str):
+            raise TypeError(f"backend must be a name or None, got {type(name).__name__}")
         return _named(signature, name, "backend=")
     name = os.environ.get(VARIABLE)
     return _named(signature, name, f"{VARIABLE}=") if name else _first(signature)
 
 
 @functools.lru_cache(1024)
-def _named(signature: Signature, name: str, asked_by: str) -> Any:
-    row = _by_name(name, asked_by)
+def _named(signature: Signature, name: str, source: str) -> Any:
+    row = _by_name(name, source)
     reasons = row.unsupported(signature)
     if reasons:
         raise BackendError(
-            _refusal(signature, {row.name: reasons}, f"{asked_by}{name} was asked for")
+            _refusal(signature, {row.name: reasons}, f"{source}{name} does not support this call")
         )
     return row.load()
 
@@ -133,21 +135,21 @@ def _named(signature: Signature, name: str, asked_by: str) -> Any:
 def _first(signature: Signature) -> Any:
     refused = {}
     for row in table():
-        reasons = ["runs only when asked for by name"]
+        reasons = ["runs only if requested by name"]
         if row.automatic:
             reasons = row.unsupported(signature)
             if not reasons:
                 return row.load()
         refused[row.name] = reasons
-    raise BackendError(_refusal(signature, refused, "no backend takes this call"))
+    raise BackendError(_refusal(signature, refused, "no backend supports this call"))
 
 
-def _by_name(name: str, asked_by: str) -> Backend:
+def _by_name(name: str, source: str) -> Backend:
     for row in table():
         if row.name == name:
             return row
     names = ", ".join(row.name for row in table())
-    raise ValueError(f"{asked_by}{name} names no backend; there are {names}")
+    raise ValueError(f"{source}{name} is not a backend; choose from {names}")
 
 
 def _refusal(signature: Signature, refused: dict[str, list[str]], headline: str) -> str:
@@ -170,12 +172,12 @@ def _entry_points() -> tuple[Backend, ...]:
 def _unavailable(row: Backend) -> tuple[str, ...]:
     try:
         if row.level and not importlib.import_module("dice_core._cpu").processor_runs(row.level):
-            return (f"needs a processor of level {row.level}",)
+            return (f"needs a processor that supports {row.level}",)
         module = row.load()
         return tuple(module.unavailable()) if hasattr(module, "unavailable") else ()
     except ModuleNotFoundError as error:
         if error.name != row.module:
             return (f"needs the module {error.name}",)
         return (f"{row.module} is not part of this installation{row.remedy}",)
-    except Exception as error:  # a driver's OSError, say: one broken row must not hide the others
-        return (f"{row.module} does not load: {error}",)
+    except Exception as error:  # for example OSError: a broken backend must not hide the others
+        return (f"{row.module} failed to load: {error}",)

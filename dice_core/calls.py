@@ -1,4 +1,4 @@
-"""A call bound to its backend: checked arrays, what to sum, and the kernels that do so."""
+"""A call bound to its backend: checked arrays, the sums to compute, and the kernels for it."""
 
 from __future__ import annotations
 
@@ -26,47 +26,47 @@ def call(
     num_threads: int | None = None,
     check_labels: bool | None = None,
 ) -> Call:
-    """The sums `spec` of logits x and targets y as a call to the backend that takes it.
+    """Binds logits x, targets y and the sums `spec` to a backend that supports them.
 
-    Raises TypeError or ValueError for what does not fit, BackendError if no backend takes it.
+    Raises TypeError or ValueError for invalid arguments, BackendError if no backend supports them.
     """
     logits, labels = buffers.of(x, "x"), buffers.of(y, "y")
-    seen = signature(logits.layout, labels.layout, spec)
-    if labels.layout is not seen.labels:
-        labels = replace(labels, layout=seen.labels)
-    kind = HostCall if seen.logits.device == "cpu" else DeviceCall
-    kernels = backends.select(seen, backend)
-    return kind(logits, labels, seen, kernels, threads.resolve(num_threads), check_labels)
+    sig = signature(logits.layout, labels.layout, spec)
+    if labels.layout is not sig.labels:
+        labels = replace(labels, layout=sig.labels)
+    kind = HostCall if sig.logits.device == "cpu" else DeviceCall
+    kernels = backends.select(sig, backend)
+    return kind(logits, labels, sig, kernels, threads.resolve(num_threads), check_labels)
 
 
 class Call:
-    """Logits and targets, what to sum, and the kernels that do so.
+    """Logits and targets, the sums to compute, and the kernels that compute them.
 
-    A `term` is a loss of the sums; `dice_core.losses.Term` says what it has. Values of losses and
-    incoming gradients are float64 for float64 logits, else float32.
+    A `term` is a loss of the sums, a `dice_core.losses.Term`. Values of losses and incoming
+    gradients are float64 for float64 logits, else float32.
     """
 
     def __init__(
         self,
         logits: Buffer,
         labels: Buffer,
-        seen: Signature,
+        sig: Signature,
         kernels: Any,
         num_threads: int,
         check_labels: bool | None,
     ) -> None:
         self.logits = logits
         self.labels = labels
-        self.spec = seen.spec
-        self.shape = seen.sums_shape  # (K, N, C) of the sums
-        self.loss_dtype = seen.loss_dtype
+        self.spec = sig.spec
+        self.shape = sig.sums_shape  # (K, N, C) of the sums
+        self.loss_dtype = sig.loss_dtype
         self.kernels = kernels
         self.num_threads = num_threads
         self.check_labels = check_labels
 
     def statistics(self) -> Statistics:
-        """The sums. Raises ValueError for targets out of range; on a device they make the sums of
-        their sample NaN, unless `check_labels` (None: as DICE_CORE_CHECK says) asks for an error.
+        """The sums. Raises ValueError for out-of-range targets. On a device they make the sums of
+        their sample NaN instead, unless `check_labels` (None: DICE_CORE_CHECK) requests the check.
         """
         sums = self._empty(self.shape, "float64")
         at = buffers.of(sums, "sums")
@@ -79,8 +79,8 @@ class Call:
         return self.value_and_derivative(term)[0]
 
     def value_and_derivative(self, term: Any) -> tuple[Array, Array]:
-        """The loss and, (K, N, C), its derivative for the sums: computed by the kernels where it is
-        a ratio of the usual sums, else by the term.
+        """The loss, and its derivative with respect to the sums, (K, N, C): computed by the kernels
+        if the term is a ratio of the usual sums, otherwise by the term.
         """
         _, samples, classes = self.shape
         ratio = None if TARGET_SQUARE in self.spec.fields else term.ratio(samples, classes)
@@ -105,8 +105,8 @@ class Call:
         return value, derivative
 
     def gradient(self, derivative: Array, grad_loss: Array | None, grad: Buffer) -> None:
-        """Fills grad with the gradient for the logits of a loss with this derivative, times the
-        incoming gradient of the loss's shape, None for ones.
+        """Fills grad with the gradient with respect to the logits of a loss with this derivative,
+        times the incoming gradient, which has the loss's shape; None means ones.
         """
         raise NotImplementedError
 
@@ -115,7 +115,7 @@ class Call:
         raise NotImplementedError
 
     def gradient_buffer(self, x: Array, out: Any) -> tuple[Buffer, Array]:
-        """Where to write the gradient, and the caller's array of it: `out`, or one like x."""
+        """The Buffer for the gradient, and its array: `out`, or a new one like x."""
         if out is None:
             out = allocators.empty_like(x, "x")
             return buffers.of(out, "out"), out
@@ -124,19 +124,19 @@ class Call:
         return grad, out
 
     def _empty(self, shape: tuple[int, ...], dtype: str) -> Array:
-        """A new array where the sums and losses are."""
+        """A new array in the memory of the sums and losses."""
         raise NotImplementedError
 
     def _weight(self, weight: Array) -> Array:
-        """(C,) class weights there, in float64."""
+        """(C,) class weights in that memory, in float64."""
         raise NotImplementedError
 
     def _from_sums(self, term: Any) -> tuple[Array, Array]:
-        """The loss of the sums, by the term, and its derivative."""
+        """The loss and its derivative, computed by the term."""
         raise NotImplementedError
 
     def _check(self, found: int, sums: Buffer) -> None:
-        """Raises ValueError for targets out of range, of which a kernel found so many."""
+        """Raises ValueError for out-of-range targets; `found` is a kernel's count."""
         raise NotImplementedError
 
     def _raise_for_targets(self, found: int = 0) -> None:
@@ -144,7 +144,7 @@ class Call:
 
 
 class HostCall(Call):
-    """Of arrays in the host's memory: sums, losses and derivatives are NumPy's."""
+    """A call on host memory: sums, losses and derivatives are NumPy arrays."""
 
     def gradient(self, derivative: Array, grad_loss: Array | None, grad: Buffer) -> None:
         if grad_loss is not None:
@@ -174,14 +174,15 @@ class HostCall(Call):
 
 
 class DeviceCall(Call):
-    """Of arrays on a device: sums, losses and derivatives are arrays of their library there.
+    """A call on device memory: sums, losses and derivatives are arrays of the caller's library on
+    that device.
 
-    Nothing synchronizes but labels that are checked, and terms that are more than a ratio of sums.
+    Only the check of labels, and terms that are not a plain ratio of sums, synchronize.
     """
 
     def gradient(self, derivative: Array, grad_loss: Array | None, grad: Buffer) -> None:
         scale = None
-        if grad_loss is not None and len(grad_loss.shape) == 2:  # one of each sample and class
+        if grad_loss is not None and len(grad_loss.shape) == 2:  # one per sample and class
             each = allocators.to_host(buffers.of(grad_loss, "grad_loss"))
             derivative = allocators.to_host(buffers.of(derivative, "derivative"))
             derivative = allocators.from_host(cotangent(derivative, each), self.logits)
@@ -215,16 +216,16 @@ class DeviceCall(Call):
         return value, allocators.from_host(derivative, self.logits)
 
     def _check(self, found: int, sums: Buffer) -> None:
-        """Looks at the labels if that is asked for and there is a reason to: NaN among the sums."""
-        look = self.check_labels
-        if look is None:
-            look = os.environ.get(CHECK, "0") not in ("", "0")
-        if look and np.isnan(allocators.to_host(sums)).any():
+        """Checks the labels if requested and some sum is NaN, then waits if necessary."""
+        check = self.check_labels
+        if check is None:
+            check = os.environ.get(CHECK, "0") not in ("", "0")
+        if check and np.isnan(allocators.to_host(sums)).any():
             self._raise_for_targets()
         self._wait()
 
     def _wait(self) -> None:
-        """Synchronizes where the arrays' library would not know that it has to."""
+        """Synchronizes if the arrays' library does not order its work after the kernels."""
         if not allocators.is_ordered(self.logits):
             self.kernels.wait(self.logits)
 

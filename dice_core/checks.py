@@ -1,4 +1,4 @@
-"""Validation of arguments, and the texts of what is wrong with them."""
+"""Validation of arguments, and the error messages."""
 
 from __future__ import annotations
 
@@ -20,17 +20,29 @@ INTEGERS = ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 1
 
 def number(value: Any, name: str, largest: float = math.inf) -> float:
     """A finite number from 0 to `largest`."""
-    if isinstance(value, (str, bytes, bool)) or not hasattr(value, "__float__"):
+    if isinstance(value, (str, bytes, bool, np.bool_)) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    no_gradient(value, name)
     try:
         result = float(value)
     except OverflowError:  # an int beyond any float
         result = math.inf
+    except (TypeError, ValueError, RuntimeError):  # an array of several
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
     if not (math.isfinite(result) and result >= 0):
         raise ValueError(f"{name} must be finite and at least 0, got {result}")
     if result > largest:
         raise ValueError(f"{name} must be at most {largest:g}, got {result}")
     return result
+
+
+def no_gradient(value: Any, name: str) -> None:
+    """Raises TypeError for a tensor that requires grad where no gradient would reach it."""
+    if getattr(value, "requires_grad", False):
+        raise TypeError(
+            f"{name} requires grad, and no gradient would reach it: pass {name}.detach(), or "
+            f"compute with it in torch, outside the loss"
+        )
 
 
 def integer(value: Any, name: str) -> int:
@@ -58,13 +70,13 @@ def ignore_label(label: Any) -> int | None:
 
 def ignore_channel(channels: Any) -> int | tuple[int, ...]:
     """Any integer, or several as a tuple; those outside [0, C) have no effect."""
-    if isinstance(channels, (tuple, list, set, frozenset, range)):
+    if isinstance(channels, (tuple, list, set, frozenset, range, np.ndarray)):
         return tuple(integer(channel, "ignore_channel") for channel in channels)
     return integer(channels, "ignore_channel")
 
 
 def one_of(value: Any, name: str, allowed: Sequence[str]) -> None:
-    """Raises ValueError if it is not."""
+    """Raises ValueError if the value is not one of the allowed strings."""
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
@@ -101,13 +113,13 @@ def dtypes(x: str, y: str, soft_targets: bool) -> None:
 
 
 def same_device(x: str, y: str) -> None:
-    """x and y lie on one device."""
+    """x and y are on the same device."""
     if x != y:
         raise ValueError(f"x is on {x} but y is on {y}; move y to x's device")
 
 
 def out(target: Buffer, x: Buffer, y: Buffer) -> None:
-    """`out` can take the gradient: like x, writable, and either x itself or apart from x and y."""
+    """`out` is like x, writable, and either x itself or shares no memory with x and y."""
     for what in ("shape", "dtype", "device"):
         if getattr(target, what) != getattr(x, what):
             raise ValueError(
@@ -116,21 +128,20 @@ def out(target: Buffer, x: Buffer, y: Buffer) -> None:
     if target.readonly:
         raise ValueError("out is read-only")
     if buffers.may_overlap_itself(target.layout):
-        raise ValueError(
-            f"out must not share memory between its own elements (strides {target.strides})"
-        )
+        raise ValueError(f"out must not have elements that share memory (strides {target.strides})")
     is_x = (target.address, target.strides) == (x.address, x.strides)
     if not is_x and buffers.may_overlap(target, x):
-        raise ValueError("out overlaps x; it must be x itself or lie apart from it")
+        raise ValueError("out overlaps x; it must be x itself or share no memory with it")
     if buffers.may_overlap(target, y):
         raise ValueError("out overlaps y")
 
 
 def targets(y: Buffer, spec: Any, classes: int, found: int = 0) -> None:
     """Raises ValueError if there are labels that are neither a class nor the ignore label, or soft
-    targets outside [0, 1] (binary ones other than 0 and 1), with their number, the first and where.
+    targets outside [0, 1] (binary ones other than 0 and 1); the message gives their number, the
+    first one and its position.
 
-    `found`: how many a kernel met; 0 if it does not say.
+    `found`: their number as counted by a kernel; 0 if it is not known.
     """
     ignored, soft = spec.ignore_label, spec.soft_targets
     array = allocators.to_host(y)
@@ -177,7 +188,7 @@ def weight(values: Any, name: str = "weight") -> np.ndarray[Any, np.dtype[np.flo
     """Finite numbers in float64."""
     try:
         array = np.asarray(values).astype(np.float64, casting="same_kind")
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be numbers, one per class, got {values!r}") from None
     if not np.isfinite(array).all():
         raise ValueError(f"{name} must be finite, got {array.tolist()}")
@@ -185,7 +196,7 @@ def weight(values: Any, name: str = "weight") -> np.ndarray[Any, np.dtype[np.flo
 
 
 def weight_shape(values: Any, classes: int, name: str = "weight") -> None:
-    """An array of any library has one entry per class."""
+    """An array, of any library, has one entry per class."""
     if tuple(values.shape) != (classes,):
         note = " (one channel is two classes, background and foreground)" if classes == 2 else ""
         raise ValueError(
@@ -196,6 +207,7 @@ def weight_shape(values: Any, classes: int, name: str = "weight") -> None:
 
 def grad_loss(values: Any, shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.float64]]:
     """The incoming gradient of a loss of this shape, in float64."""
+    no_gradient(values, "grad_loss")
     try:
         array = np.asarray(values).astype(np.float64, casting="same_kind")
     except (TypeError, ValueError):

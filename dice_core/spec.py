@@ -28,8 +28,8 @@ class Spec:
     """What a kernel sums over the valid voxels of each sample, for every class.
 
     With s the probabilities, t the targets (one-hot labels, or soft) and m = 1 for valid voxels:
-    ``intersection`` sum m s t, ``pred_sum`` sum m s^p, ``target_sum`` sum m t, and what else is
-    asked for.
+    ``intersection`` sum m s t, ``pred_sum`` sum m s^p, ``target_sum`` sum m t, and the optional
+    sums below.
 
     - activation: s is the "softmax" over channels, of a single channel (1 - sigmoid, sigmoid); the
       "sigmoid" of each channel; or the input itself ("none"). Or a hard decision, which has no
@@ -37,7 +37,7 @@ class Spec:
       "threshold" for logits above 0.
     - p: exponent of s in pred_sum.
     - ignore_label: voxels with this label are ignored; None for no such label. In soft targets it
-      marks single channels of a voxel.
+      marks individual channels of a voxel.
     - gamma: adds ``cross_entropy_sum``, sum m t (1 - q)^gamma (-log q) with q the softmax: plain
       cross-entropy for 0, focal loss above.
     - nll: adds ``nll_sum``, sum m (-log q) for every class, whatever the voxel's own.
@@ -45,9 +45,9 @@ class Spec:
       sum m (1 - t) b^gamma (-log(1 - b)), with b the sigmoid.
     - target_square: adds ``target_square_sum``, sum m t^2, of soft targets; of labels it would be
       target_sum again, and is not summed.
-    - targets: "labels" are class indices (N, *). "soft" targets (N, C, *) give how much of each
-      class a voxel is, in [0, 1]; "binary" ones are 0 or 1, anything else being out of range. With
-      either ``voxel_count``, sum m, is summed as well.
+    - targets: "labels" are class indices (N, *). "soft" targets (N, C, *) are the degree, in [0,
+      1], to which each voxel belongs to each class; "binary" targets are 0 or 1, and anything else
+      is out of range. Both add ``voxel_count``, sum m.
     """
 
     activation: str = "softmax"
@@ -59,9 +59,9 @@ class Spec:
     target_square: bool = False
     targets: str = "labels"
 
-    # What follows from these: the sums' names, in the order of the K axis; whether targets have a
-    # channel for each class; whether this is softmax, labels and no sum but the first four; whether
-    # a softmax is needed.
+    # Derived from these: the names of the sums, in the order of the K axis; whether targets have a
+    # channel for each class; whether this is a softmax and labels with no sums but the first four;
+    # whether a softmax is needed.
     fields: tuple[str, ...] = field(init=False, repr=False, compare=False)
     soft_targets: bool = field(init=False, repr=False, compare=False)
     plain: bool = field(init=False, repr=False, compare=False)
@@ -91,7 +91,7 @@ class Spec:
             object.__setattr__(self, name, value)
 
     def classes(self, channels: int) -> int:
-        """C of the sums for logits of so many channels: one channel of a softmax is two classes."""
+        """C of the sums for this many channels; a softmax of a single channel has two classes."""
         return max(2, channels) if self.activation in ("softmax", "argmax") else channels
 
     def sums_shape(self, logits: Sequence[int]) -> tuple[int, int, int]:
@@ -137,14 +137,14 @@ def checked(
 @dataclass(frozen=True, eq=False, slots=True)
 class Signature:
     """The layouts of a call's logits (N, C, *) and targets, labels (N, *) or soft (N, C, *), and
-    what to sum. Calls with the same layouts and Spec share one.
+    the sums to compute. Calls with the same layouts and Spec share an instance.
     """
 
     logits: Layout
     labels: Layout
     spec: Spec
     sums_shape: tuple[int, int, int]  # (K, N, C)
-    loss_dtype: str  # half logits have a float32 loss
+    loss_dtype: str  # float32 for half-precision logits
 
     def __str__(self) -> str:
         return f"logits  {self.logits}\nlabels  {self.labels}\n{self.spec}"
@@ -152,8 +152,8 @@ class Signature:
 
 @functools.lru_cache(1024)
 def signature(logits: Layout, labels: Layout, spec: Spec) -> Signature:
-    """The checked Signature; `spec.targets` follows from the shapes, labels lose an axis of one
-    channel. Raises TypeError or ValueError naming what does not fit.
+    """A checked Signature: `spec.targets` is derived from the shapes, and labels (N, 1, *) become
+    (N, *). Raises TypeError or ValueError for arrays that do not fit together.
     """
     spec = for_shapes(logits.shape, labels.shape, spec)
     checks.dtypes(logits.dtype, labels.dtype, spec.soft_targets)
@@ -165,10 +165,11 @@ def signature(logits: Layout, labels: Layout, spec: Spec) -> Signature:
 
 
 def for_shapes(x: Sequence[int], y: Sequence[int], spec: Spec) -> Spec:
-    """The Spec with `targets` as the shapes have them: "labels" for y (N, *) or (N, 1, *), "soft"
-    or, where that is asked for, "binary" for y of x's shape (N, C, *).
+    """The Spec with `targets` derived from the shapes: "labels" for y (N, *) or (N, 1, *), "soft"
+    or, if requested, "binary" for y of x's shape (N, C, *).
 
-    A single channel is two classes of labels for a softmax, else one class of soft targets.
+    For a softmax a single channel is two classes with labels; otherwise it is one class with soft
+    targets.
     """
     x, y = tuple(x), tuple(y)
     checks.shapes(x, y)

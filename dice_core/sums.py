@@ -10,7 +10,7 @@ from .spec import Spec
 
 Array = Any  # NumPy, torch, CuPy, ...
 
-_OPTIONS = {  # what asks for the sums that are not always there
+_OPTIONS = {  # the options that request the optional sums
     spec.CROSS_ENTROPY: "gamma=0",
     spec.NLL: "nll=True",
     spec.POSITIVE: "binary_gamma=0",
@@ -21,9 +21,10 @@ _OPTIONS = {  # what asks for the sums that are not always there
 class Statistics:
     """Sums over the valid voxels of each sample and class, (N, C) float64 each, by name.
 
-    They are arrays of the library and on the device of the logits, or torch tensors, differentiable
-    if `dice_core.torch` took them. Statistics of the same kind add up with ``+``, which gives those
-    of both sets of voxels; they iterate and unpack in the order of `spec.fields`, and pickle.
+    They are arrays of the logits' library on the logits' device; those of `dice_core.torch` are
+    differentiable tensors. ``+`` adds statistics of the same kind, which gives the sums over both
+    sets of voxels. Statistics can be iterated over and unpacked in the order of `spec.fields`, and
+    can be pickled.
 
     - array: all of them, (K, N, C).
     - spec: what was summed.
@@ -74,36 +75,36 @@ class Statistics:
 
     @property
     def target_square_sum(self) -> Array:
-        """sum t^2; of labels that is `target_sum`."""
+        """sum t^2; for labels the same as `target_sum`."""
         if not self.spec.soft_targets:
             return self.array[2]
         return self.row(spec.TARGET_SQUARE)
 
     @property
     def voxel_count(self) -> Array:
-        """How many voxels are valid; of labels the same for every class."""
+        """The number of valid voxels; for labels the same for every class."""
         if self.spec.soft_targets:
             return self.array[-1]
         return self.array[2] * 0 + self.array[2].sum(-1)[:, None]
 
     @property
     def voxels(self) -> Array:
-        """(N,): how many voxels are valid, of soft targets on average over the classes."""
+        """(N,): the number of valid voxels; for soft targets, the mean over the classes."""
         return self.array[-1].mean(-1) if self.spec.soft_targets else self.array[2].sum(-1)
 
     def row(self, name: str) -> Array:
-        """The sum of this name. Raises AttributeError if it was not asked for."""
+        """The sum of this name. Raises AttributeError if it was not computed."""
         fields = self.spec.fields
         if name not in fields:
             option = _OPTIONS.get(name, f"{name.removesuffix('_sum')}=True")
             raise AttributeError(
                 f"these statistics have no {name} (they have {', '.join(fields)}); "
-                f"take them with {option}"
+                f"compute them with {option}"
             )
         return self.array[fields.index(name)]
 
     def pooled(self) -> Statistics:
-        """Added over the samples, N = 1."""
+        """The statistics added over the samples, N = 1."""
         return Statistics(self.array.sum(1)[:, None], self.spec, self.dtype)
 
     def __iter__(self) -> Iterator[Array]:
@@ -119,7 +120,7 @@ class Statistics:
         ):
             if mine != theirs:
                 raise ValueError(
-                    f"statistics of different {what} do not add up: {mine} and {theirs}"
+                    f"cannot add statistics with different {what}: {mine} and {theirs}"
                 )
         return Statistics(allocators.add(self.array, other.array), self.spec, self.dtype)
 
@@ -133,6 +134,6 @@ class Statistics:
         return f"<Statistics of {samples} samples, {classes} classes: {self.spec}>"
 
     def to_host(self) -> Statistics:
-        """The same as NumPy arrays; synchronizes with a device."""
+        """The same statistics as NumPy arrays; synchronizes with the device."""
         array = allocators.to_host(buffers.of(self.array, "statistics"))
         return Statistics(array, self.spec, self.dtype)

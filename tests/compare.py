@@ -1,4 +1,4 @@
-"""Comparisons that assert and say where they fail."""
+"""Comparisons that assert and report where they fail."""
 
 from typing import Any
 
@@ -27,8 +27,8 @@ def assert_close(
         )
 
 
-def assert_same_bits(actual: Any, expected: Any, *, what: str = "value") -> None:
-    """The same shape, dtype and bytes."""
+def assert_bitwise_equal(actual: Any, expected: Any, *, what: str = "value") -> None:
+    """Asserts the same shape, dtype and bytes."""
     actual, expected = np.asarray(actual), np.asarray(expected)
     assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype), what
     differ = actual.tobytes() != expected.tobytes()

@@ -1,4 +1,4 @@
-"""The same numbers in memory of other strides."""
+"""The same numbers in memory with other strides."""
 
 from collections.abc import Callable
 from typing import Any

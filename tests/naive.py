@@ -21,7 +21,7 @@ def statistics(
     activation: str = "softmax",
     targets: str = "soft",
 ) -> tuple[Tensor, ...]:
-    """I, P, Y and what else is asked for, each (N, classes).
+    """I, P, Y and the requested optional sums, each (N, classes).
 
     `targets` may be "binary", which changes no sum.
     """

@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 Row = tuple[int, ...]  # a combination, by index into each axis
-Pair = tuple[tuple[int, int], ...]  # of values, (axis, index) each
+Pair = tuple[tuple[int, int], ...]  # two values, as (axis, index) each
 
 
 def pairwise(
     *axes: Sequence[Any], allowed: Callable[..., bool] = lambda *values: True
 ) -> list[tuple[Any, ...]]:
-    """A few of the allowed combinations of one value of each axis, with every pair of values that
-    occurs in any allowed one.
+    """A few of the allowed combinations of one value from each axis, which contain every pair of
+    values that occurs in any allowed combination.
     """
     rows = [
         row for row in itertools.product(*map(range, map(len, axes))) if _ok(axes, row, allowed)

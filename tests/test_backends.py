@@ -1,4 +1,4 @@
-"""backends: which kernels take a call, and what is said when none does."""
+"""backends: which kernels run a call, and the message if none supports it."""
 
 import importlib
 from dataclasses import replace
@@ -20,13 +20,13 @@ LEVELS = [row for row in CPU if row.level]
 
 
 @pytest.fixture(autouse=True)
-def nothing_asked_for(monkeypatch):
+def no_backend_requested(monkeypatch):
     monkeypatch.delenv(backends.VARIABLE, raising=False)
 
 
 @pytest.fixture(autouse=True)
 def fresh():
-    """Nothing is remembered of modules, entry points and selections, before and after."""
+    """Clears the caches of modules, entry points and selections, before and after."""
     caches = (backends._unavailable, backends._entry_points, backends._named, backends._first)
     for cache in caches:
         cache.cache_clear()
@@ -62,7 +62,7 @@ def signature(x=X, y=Y):
 
 
 def cuda_array(shape, typestr):
-    """Has an address that is never read."""
+    """A CUDA array whose memory is never accessed."""
     interface = {"shape": shape, "typestr": typestr, "data": (4096, False), "version": 3}
     return SimpleNamespace(__cuda_array_interface__=interface)
 
@@ -143,11 +143,11 @@ def test_a_forced_level_is_the_one_that_runs(record, name):
     assert ROWS[name].load().LEVEL in levels
 
 
-def test_reference_is_never_chosen_unasked(monkeypatch):
+def test_reference_is_never_chosen_automatically(monkeypatch):
     alone = (ROWS["reference"],)
     monkeypatch.setattr(backends, "BUILT_IN", alone)
     text = message(dice_core.BackendError, dice_core.loss, X, Y)
-    assert "  reference: runs only when asked for by name" in text.splitlines()
+    assert "  reference: runs only if requested by name" in text.splitlines()
     dice_core.loss(X, Y, backend="reference")
 
 
@@ -162,13 +162,13 @@ def test_unknown_argument(monkeypatch, function, variable):
     if variable:
         monkeypatch.setenv(backends.VARIABLE, variable)
     text = message(ValueError, function, X, Y, backend="gpu")
-    assert text == f"backend=gpu names no backend; there are {NAMES}"
+    assert text == f"backend=gpu is not a backend; choose from {NAMES}"
 
 
 def test_unknown_environment(monkeypatch):
     monkeypatch.setenv(backends.VARIABLE, "avx2")
     text = message(ValueError, dice_core.loss, X, Y)
-    assert text == f"DICE_CORE_BACKEND=avx2 names no backend; there are {NAMES}"
+    assert text == f"DICE_CORE_BACKEND=avx2 is not a backend; choose from {NAMES}"
 
 
 LOGITS = "logits  float32 (2, 3, 4) on {}, strides (12, 4, 1)"
@@ -183,11 +183,11 @@ def test_explicit_refusal(monkeypatch, source):
         monkeypatch.setenv(source, options.pop("backend"))
     text = message(dice_core.BackendError, dice_core.loss, CUDA_X, CUDA_Y, **options)
     assert text.splitlines() == [
-        f"{source}=cpu was asked for",
+        f"{source}=cpu does not support this call",
         f"    {LOGITS.format('cuda:0')}",
         f"    {LABELS.format('cuda:0')}",
         "    softmax, p = 1, ignore_label = -1",
-        "  cpu: reads cpu memory, and the logits are on cuda:0",
+        "  cpu: reads cpu memory, but the logits are on cuda:0",
         LAST,
     ]
 
@@ -195,7 +195,7 @@ def test_explicit_refusal(monkeypatch, source):
 def test_cuda_says_why_it_does_not_take_host_memory():
     text = message(dice_core.BackendError, dice_core.loss, X, Y, backend="cuda")
     assert LOGITS.format("cpu") in text
-    assert "  cuda: reads cuda memory, and the logits are on cpu" in text
+    assert "  cuda: reads cuda memory, but the logits are on cpu" in text
 
 
 @pytest.mark.parametrize("function", [dice_core.loss, dice_core.loss_and_grad])
@@ -205,15 +205,15 @@ def test_automatic_refusal_explains_every_row(monkeypatch, function):
     monkeypatch.setattr(backends, "BUILT_IN", (gpu, *backends.BUILT_IN[1:]))
     lines = message(dice_core.BackendError, function, CUDA_X, CUDA_Y).splitlines()
     assert lines[:4] == [
-        "no backend takes this call",
+        "no backend supports this call",
         f"    {LOGITS.format('cuda:0')}",
         f"    {LABELS.format('cuda:0')}",
         "    softmax, p = 1, ignore_label = -1",
     ]
     assert lines[4] == f"  cuda: {no_gpu} is not part of this installation (a remedy)"
     for line, name in zip(lines[5:-2], CPU_NAMES, strict=True):
-        assert line.startswith(f"  {name}: reads cpu memory, and the logits are on cuda:0")
-    assert lines[-2:] == ["  reference: runs only when asked for by name", LAST]
+        assert line.startswith(f"  {name}: reads cpu memory, but the logits are on cuda:0")
+    assert lines[-2:] == ["  reference: runs only if requested by name", LAST]
 
 
 @pytest.mark.parametrize("overwrite", [False, True], ids=["new", "out_is_x"])
@@ -229,14 +229,14 @@ def test_more_axes_than_the_cpu_takes():
     at = signature()
     wide = buffers.Layout((1,) * 65, (4,) * 65, "float32", 4, "cpu")
     text = message(dice_core.BackendError, backends.select, replace(at, logits=wide), "cpu")
-    assert "  cpu: takes at most 64 axes, not 65" in text.splitlines()
+    assert "  cpu: supports at most 64 axes, not 65" in text.splitlines()
 
 
 def test_more_classes_than_the_cpu_takes():
     at = signature()
     wide = buffers.Layout((0, 2**24 + 1), (4, 4), "float32", 4, "cpu")
     text = message(dice_core.BackendError, backends.select, replace(at, logits=wide), "cpu")
-    assert "  cpu: takes at most 16777216 classes, not 16777217" in text.splitlines()
+    assert "  cpu: supports at most 16777216 classes, not 16777217" in text.splitlines()
 
 
 # ---- modules -----------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def test_more_classes_than_the_cpu_takes():
 
 @pytest.fixture
 def imported(monkeypatch):
-    """The modules asked for; a level's is a stand-in, which any processor runs."""
+    """The names of imported modules; those of levels are fakes, which any processor runs."""
     names = []
     real = importlib.import_module
     stand_ins = {row.module: SimpleNamespace(unsupported=lambda signature: []) for row in LEVELS}
@@ -263,22 +263,22 @@ def test_a_level_is_imported_only_if_the_processor_has_it(monkeypatch, imported,
     monkeypatch.setattr(_cpu, "processor_runs", lambda level: runs)
     row = ROWS[name]
     reasons = row.unsupported(signature())
-    assert reasons == ([] if runs else [f"needs a processor of level {row.level}"])
+    assert reasons == ([] if runs else [f"needs a processor that supports {row.level}"])
     assert (row.module in imported) == runs
 
 
 @pytest.mark.parametrize("runs", [False, True], ids=["lacks", "has"])
-def test_asking_for_a_level_the_processor_lacks(monkeypatch, imported, runs):
+def test_requesting_a_level_the_processor_lacks(monkeypatch, imported, runs):
     monkeypatch.setattr(_cpu, "processor_runs", lambda level: runs)
     row = ROWS["cpu-avx512"]
     if runs:
         assert backends.select(signature(), row.name) is importlib.import_module(row.module)
     else:
         text = message(dice_core.BackendError, backends.select, signature(), row.name)
-        assert "  cpu-avx512: needs a processor of level x86-64-v4" in text.splitlines()
+        assert "  cpu-avx512: needs a processor that supports x86-64-v4" in text.splitlines()
 
 
-def test_the_walk_goes_past_levels_the_processor_lacks(monkeypatch, imported):
+def test_selection_skips_levels_the_processor_lacks(monkeypatch, imported):
     monkeypatch.setattr(_cpu, "processor_runs", lambda level: level == "x86-64-v3")
     assert backends.select(signature()) is importlib.import_module("dice_core._cpu_avx2")
 
@@ -288,8 +288,8 @@ def test_the_walk_goes_past_levels_the_processor_lacks(monkeypatch, imported):
     [
         (None, "fake_kernels is not part of this installation; a remedy"),
         ("import no_such_module_at_all", "needs the module no_such_module_at_all"),
-        ("raise ImportError('libfake.so: bad')", "fake_kernels does not load: libfake.so: bad"),
-        ("raise OSError('no driver')", "fake_kernels does not load: no driver"),
+        ("raise ImportError('libfake.so: bad')", "fake_kernels failed to load: libfake.so: bad"),
+        ("raise OSError('no driver')", "fake_kernels failed to load: no driver"),
     ],
     ids=["missing", "needs_another", "import_error", "other_error"],
 )
@@ -333,7 +333,7 @@ def plug_in(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
 
 
-def test_without_a_plug_in_it_is_unknown():
+def test_an_uninstalled_plug_in_is_unknown():
     message(ValueError, dice_core.loss, X, Y, backend="plugged")
 
 
@@ -346,7 +346,7 @@ def test_a_plug_in_is_listed_last(plug_in):
     assert rows["broken"].unavailable() == ["dice_plug_in_missing is not part of this installation"]
 
 
-def test_a_plug_in_runs_when_asked_for(plug_in):
+def test_a_plug_in_runs_if_requested(plug_in):
     value, grad = dice_core.loss_and_grad(X, Y, backend="plugged")
     assert value == pytest.approx(1 - 2 / 5)
     assert (grad == 5).all()

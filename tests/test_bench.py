@@ -1,4 +1,4 @@
-"""The benchmark: its arithmetic, its measuring on steps whose cost is known, and a quick run."""
+"""The benchmark: its arithmetic, measurements of steps of known cost, and a quick run."""
 
 import gc
 import json
@@ -153,7 +153,7 @@ def test_growth_of_memory():
         torch.ones(16 << 20)
         yield
         yield kept
-        torch.ones(64 << 20)  # cleaning up does not count
+        torch.ones(64 << 20)  # cleaning up is not included
 
     found = measure.growth(step, devices.DEVICES["cpu"], x)
     assert found == {"peak": pytest.approx(6, rel=0.05), "kept": pytest.approx(2, rel=0.05)}
@@ -161,7 +161,7 @@ def test_growth_of_memory():
 
 @pytest.fixture
 def restored():
-    """Undoes what measuring does to its own process."""
+    """Restores the process-wide settings that a measurement changes."""
     threads = torch.get_num_threads()
     yield
     gc.enable()
@@ -217,11 +217,11 @@ def test_a_process_that_dies_is_reported(monkeypatch):
     assert "terminated" in tables.notes(results.Report({}, {"g": found}))
 
 
-# ---- measuring on a GPU whose every cost is set -------------------------------------------------
+# ---- measuring on a fake GPU of known costs ---- ------------------------------------------------
 
 
 class Gpu:
-    """torch.cuda of a device that works through its queue while the host goes on."""
+    """A fake torch.cuda, whose device works through its queue while the host continues."""
 
     def __init__(self):
         self.host = self.idle_from = 0.0
@@ -276,7 +276,7 @@ class Gpu:
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """In the place of torch.cuda; tensors stay on the host, whose clock is the GPU's."""
+    """Replaces torch.cuda; tensors stay on the host, which shares its clock with the GPU."""
     gpu = Gpu()
     for name in dir(Gpu):
         if hasattr(torch.cuda, name) and not name.startswith("__"):
@@ -398,7 +398,7 @@ def stopped(arguments, capsys, monkeypatch):
     [
         (["z"], "z: no such name; choose from a, b, c"),
         (["--only", "ours,mine"], "mine: no such name; choose from ours, ours-out"),
-        (["--rounds", "0"], "argument --rounds: 0 is not a whole number from 1 up"),
+        (["--rounds", "0"], "argument --rounds: 0 is not a positive integer"),
         (["--json", "nowhere/x.json"], "argument --json: there is no folder nowhere"),
         (["--plot", "x.gif"], "--plot: x.gif does not end in .png, .svg or .pdf"),
     ],

@@ -1,4 +1,4 @@
-"""Tests of examples/brain_mri.py: what it says of unusable input, and one very short training."""
+"""Tests of examples/brain_mri.py: its messages for unusable input, and a very short training."""
 
 import importlib.util
 import subprocess

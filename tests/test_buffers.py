@@ -1,4 +1,4 @@
-"""buffers: where an array of any library lies, found out without copying it."""
+"""buffers: address and layout of arrays of any library, without copying them."""
 
 import array
 import contextlib
@@ -27,7 +27,7 @@ def readonly(a):
 
 
 def cuda_array(shape=(2, 3), typestr="<f4", address=4096, **more):
-    """Has an address that is never read."""
+    """A CUDA array whose memory is never accessed."""
     interface = {"shape": shape, "typestr": typestr, "data": (address, False), "version": 3}
     return SimpleNamespace(__cuda_array_interface__=interface | more)
 
@@ -259,7 +259,7 @@ HEAD = "Piii BBH PP Q"  # DLTensor: data, device (kind, number), ndim, dtype, sh
 
 
 def cuda_capsule(a, device=(2, 0), dtype=None, offset=0, strides=True):
-    """The capsule of host memory that says it is CUDA's; it frees as it did before."""
+    """A capsule of host memory that claims to be CUDA memory; its destructor is unchanged."""
     capsule = a.__dlpack__()
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
     pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
@@ -271,7 +271,7 @@ def cuda_capsule(a, device=(2, 0), dtype=None, offset=0, strides=True):
 
 
 def cuda_dlpack(a, device=(2, 0), **changes):
-    """On a CUDA device, with nothing but DLPack."""
+    """An array on a CUDA device that supports nothing but DLPack."""
 
     class Exporter:
         def __dlpack__(self, *, stream):
@@ -330,7 +330,7 @@ def test_cuda_dlpack_of_other_elements(dtype):
     with pytest.raises(TypeError) as caught:
         buffers.of(cuda_dlpack(BASE, dtype=dtype), "x")
     assert str(caught.value) == (
-        "x's elements are not numbers that are read through DLPack "
+        "x has an element type that cannot be read through DLPack "
         f"(type code {dtype[0]}, {dtype[1]} bits, {dtype[2]} lanes)"
     )
 
@@ -383,33 +383,33 @@ REFUSED = {
     "none": (None, NOT_AN_ARRAY.format("NoneType")),
     "masked": (
         np.ma.masked_less(BASE, 3),
-        "x is a masked array and its mask would be ignored; "
-        "give the plain array and mark masked voxels in the labels with ignore_label",
+        "x is a masked array, whose mask would be ignored; "
+        "pass the plain array and mark masked voxels in the labels with ignore_label",
     ),
-    "byte_swapped": (BASE.astype(">f4"), "x is in another byte order (>f4)"),
-    "byte_swapped_cuda": (cuda_array(typestr=">f4"), "x is in another byte order (>f4)"),
+    "byte_swapped": (BASE.astype(">f4"), "x is not in native byte order (>f4)"),
+    "byte_swapped_cuda": (cuda_array(typestr=">f4"), "x is not in native byte order (>f4)"),
     "masked_cuda": (
         cuda_array(mask=cuda_array(typestr="|b1")),
-        "x is a masked array and its mask would be ignored; "
-        "give the plain array and mark masked voxels in the labels with ignore_label",
+        "x is a masked array, whose mask would be ignored; "
+        "pass the plain array and mark masked voxels in the labels with ignore_label",
     ),
     "misaligned_cuda": (
         cuda_array(address=4098),
-        "x's elements are not aligned to their 4 bytes",
+        "x's elements are not aligned to 4 bytes",
     ),
     "misaligned_strides_cuda": (
         cuda_array(strides=(14, 4)),
-        "x's elements are not aligned to their 4 bytes",
+        "x's elements are not aligned to 4 bytes",
     ),
     "misaligned_dlpack": (
         cuda_dlpack(BASE[:, :, 1:], dtype=(CODE["float"], 64, 1)),
-        "x's elements are not aligned to their 8 bytes",
+        "x's elements are not aligned to 8 bytes",
     ),
     "misaligned_address": (
         np.zeros(17, np.uint8)[1:].view(np.float32),
-        "x's elements are not aligned to their 4 bytes",
+        "x's elements are not aligned to 4 bytes",
     ),
-    "misaligned_strides": (PACKED["b"], "x's elements are not aligned to their 4 bytes"),
+    "misaligned_strides": (PACKED["b"], "x's elements are not aligned to 4 bytes"),
     "sparse": (
         torch.zeros(2, 3).to_sparse(),
         "x is a sparse_coo tensor; call .to_dense() on it",
@@ -420,7 +420,7 @@ REFUSED = {
     ),
     "dlpack_elsewhere": (
         dlpack(BASE, device=(4, 0)),
-        "x lies on DLPack device (4, 0) and has no __cuda_array_interface__; "
+        "x is on DLPack device (4, 0) and has no __cuda_array_interface__; "
         "only host and CUDA memory is read through DLPack",
     ),
 }
@@ -440,8 +440,8 @@ def test_dlpack_of_a_dtype_numpy_lacks_is_refused_by_name():
 
 # ---- libraries on a device ---------------------------------------------------------------------
 #
-# There is no device here: the libraries are stand-ins whose device memory is host memory, which
-# remembers the number of the device that was current when it was allocated.
+# There is no device here: the libraries are fakes whose device memory is host memory, which records
+# the number of the device that was current when it was allocated.
 
 
 class Devices:
@@ -496,7 +496,7 @@ def fake_cupy(monkeypatch):
 
 
 class Stream:
-    """The work queued on it is done once it is waited for."""
+    """A stream whose queued work is executed when it is synchronized."""
 
     def __init__(self):
         self.work = []
@@ -550,7 +550,7 @@ def fake_numba_on_a_stream(monkeypatch):
 
 
 def fake_jax(monkeypatch):
-    """Known by the array API standard alone; float64 is something it has to be told to have."""
+    """Supports the array API standard only; float64 must be enabled."""
     module = ModuleType("fake_jax")
 
     class Array:
@@ -597,7 +597,7 @@ def test_empty_on_a_device(fake, dtype, monkeypatch):
     if fake is fake_jax and dtype in ("float16", "float64"):
         with pytest.raises(TypeError) as caught:
             allocators.empty(near, (5, 2), dtype)
-        assert str(caught.value) == f"fake_jax makes no {dtype} arrays; {REMEDY}"
+        assert str(caught.value) == f"fake_jax does not support {dtype} arrays; {REMEDY}"
         return
     new = allocators.empty(near, (5, 2), dtype)
     assert type(new) in type(near.owner).__mro__
@@ -660,10 +660,10 @@ def test_device_arrays_of_no_known_library(a, kind, why):
     buffer = buffers.of(a, "x")
     with pytest.raises(TypeError) as caught:
         allocators.empty(buffer, (2, 3), "float32")
-    assert str(caught.value) == f"no array like a {kind} can be made; {REMEDY}"
+    assert str(caught.value) == f"cannot allocate arrays of type {kind}; {REMEDY}"
     with pytest.raises(TypeError) as caught:
         allocators.empty_like(a, "x")
-    assert str(caught.value) == f"no array like x, a {kind}, can be made; {REMEDY}"
+    assert str(caught.value) == f"cannot allocate an array like x, of type {kind}; {REMEDY}"
     with pytest.raises(TypeError) as caught:
         allocators.to_host(buffer)
     assert str(caught.value).startswith(f"a {kind} cannot be copied to the host (")
@@ -672,7 +672,7 @@ def test_device_arrays_of_no_known_library(a, kind, why):
 
 
 @libraries
-def test_device_arrays_that_lie_alike_share_a_layout(fake, monkeypatch):
+def test_device_arrays_with_equal_layouts_share_an_instance(fake, monkeypatch):
     make = fake(monkeypatch)
     one, other = buffers.of(make(BASE, 1), "x"), buffers.of(make(BASE.copy(), 1), "x")
     assert one.layout is other.layout
@@ -688,7 +688,7 @@ def test_strides_given_or_left_out_are_one_layout():
 
 
 class CudaTensor:
-    """Wraps a tensor, whose memory it says is on the device cuda:1."""
+    """Wraps a tensor and claims that its memory is on the device cuda:1."""
 
     __module__ = "torch"
     is_cuda, device, layout = True, torch.device("cuda", 1), torch.strided
@@ -786,7 +786,7 @@ def test_empty_like_numpy(name):
 
 
 @pytest.mark.parametrize("name", ["sliced", "broadcast", "negative_strides"])
-def test_empty_like_of_what_is_not_dense_owns_no_gaps(name):
+def test_empty_like_of_an_array_with_gaps_has_none(name):
     new = allocators.empty_like(NUMPY[name], "x")
     assert new.shape == NUMPY[name].shape
     assert new.flags.c_contiguous
@@ -844,7 +844,7 @@ def test_may_overlap(a, b, expected):
     assert buffers.may_overlap(b, a) is expected
 
 
-def test_may_overlap_where_finding_out_takes_too_long():
+def test_may_overlap_if_the_exact_answer_takes_too_long():
     # The example of numpy.shares_memory's documentation, two arrays that do not overlap.
     one = buffers.Layout((1049,) * 3, (36674, 61119, 85569), "int8", 1, "cpu")
     other = buffers.Layout((1049, 1049, 1), (12223, 12224, 1), "int8", 1, "cpu")
@@ -881,7 +881,7 @@ def test_without_axis():
 
 
 @pytest.mark.parametrize("wrap", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
-def test_arrays_that_lie_alike_share_a_layout(wrap):
+def test_arrays_with_equal_layouts_share_an_instance(wrap):
     one, other = buffers.of(wrap(BASE), "x"), buffers.of(wrap(BASE.copy()), "x")
     assert one.layout is other.layout
     assert buffers.of(wrap(BASE.copy())[:, :, :2], "x").layout is not one.layout

@@ -1,4 +1,4 @@
-"""compat.monai beside MONAI itself: values, gradients, shapes, warnings, errors, differences."""
+"""compat.monai compared with MONAI: values, gradients, shapes, warnings, errors, differences."""
 
 import collections
 import contextlib
@@ -29,7 +29,7 @@ LOSSES = sorted(ours.__all__)
 COMPOUNDS = ("DiceCELoss", "DiceFocalLoss")
 
 
-# ---- MONAI in float64 -------------------------------------------------------------------------
+# ---- MONAI in float64 --------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -51,7 +51,7 @@ SETTINGS = ("softmax=True", "to_onehot_y=True", "include_background=False", "No 
 
 @contextlib.contextmanager
 def warned():
-    """Which of the SETTINGS were warned of."""
+    """The SETTINGS named in warnings."""
     seen = set()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -82,7 +82,9 @@ def assert_gradients_close(grad, expected, rtol):
 
 
 def compare(loss, reference, x, dtype, mine, other):
-    """Ours against MONAI's in float64, whose own float32 sums would be as far from the truth."""
+    """Compares ours with MONAI's in float64, since MONAI's float32 sums would have errors as large
+    as ours.
+    """
     value, grad, names = evaluated(loss, x, *mine, dtype=dtype)
     with in_float64():
         expected, expected_grad, expected_names = evaluated(
@@ -92,13 +94,13 @@ def compare(loss, reference, x, dtype, mine, other):
     rtol = RTOL[dtype]
     assert_close(value, expected, rtol=rtol, atol=rtol * 1e-2)
     if len(mine) > 1 or getattr(loss, "ignore_index", None) is not None:
-        # Of ignored voxels ours is 0, and MONAI's 0 times NaN.
+        # For ignored voxels ours is 0, and MONAI's is 0 times NaN.
         expected_grad[expected_grad.isnan() & (grad == 0)] = 0
     assert_gradients_close(grad, expected_grad, rtol)
     assert names == expected_names
 
 
-# ---- random calls -----------------------------------------------------------------------------
+# ---- random calls ------------------------------------------------------------------------------
 
 
 class Call(NamedTuple):
@@ -119,7 +121,7 @@ class Call(NamedTuple):
 
 
 class Draw:
-    """Choices and tensors of one seed."""
+    """Random choices and tensors from one seed."""
 
     def __init__(self, seed):
         self.random = random.Random(seed)
@@ -256,27 +258,27 @@ def one_hot(labels, channels):
 
 
 def refusal(name, settings, shape, soft, soft_mask, index):
-    """All that MONAI computes and we refuse."""
+    """The error for calls that MONAI supports and we refuse."""
     minimum = settings.get("soft_label") and not settings.get("squared_pred")
     if minimum and not activated(shape, settings):
         return NotImplementedError, "soft_label=True without sigmoid=True or softmax=True"
     if minimum and soft:
-        return ValueError, "outside .*soft_label=True takes targets of 0 and 1"
+        return ValueError, "outside .*soft_label=True requires targets of 0 or 1"
     if soft and index is not None and 0 <= index < shape[1] and shape[1] > 1:
-        return ValueError, f"outside .*ignore_index={index} takes zeros and ones"
+        return ValueError, f"outside .*ignore_index={index} requires zeros and ones"
     if soft and name == "DiceFocalLoss" and settings["gamma"]:
-        return ValueError, "outside 0 and 1.*gamma takes targets of 0 and 1"
+        return ValueError, "outside 0 and 1.*gamma requires targets of 0 or 1"
     if soft and name == "DiceFocalLoss" and settings["alpha"] is not None:
-        return ValueError, "outside 0 and 1.*alpha takes targets of 0 and 1"
+        return ValueError, "outside 0 and 1.*alpha requires targets of 0 or 1"
     if soft_mask:
-        return ValueError, "outside .*mask takes zeros and ones"
+        return ValueError, "outside .*mask must hold only zeros and ones"
     return None
 
 
 @pytest.mark.parametrize("block", range(10))
 @pytest.mark.parametrize("dtype", RTOL, ids=str)
 def test_random_calls(block, dtype):
-    """The same value, gradient and warnings, or a refusal that is listed."""
+    """The same value, gradient and warnings, or one of the expected errors."""
     for seed in range(block, CALLS, 10):
         call = Draw(seed).call()
         try:
@@ -313,7 +315,7 @@ def test_random_calls_are_of_all_kinds():
 
 
 def test_an_ignored_class_stays_in_the_mean():
-    """As one that no voxel has: the loss is 1/3 where nothing is wrong."""
+    """Like an absent class: the loss of a perfect prediction is 1/3."""
     y = torch.tensor([[[0, 1, 2, 2]]])
     x = 100 * (y == torch.arange(3)[:, None]).double()
     x[:, 2] = -100
@@ -352,7 +354,7 @@ def test_masked_labels_are_background():
 
 @pytest.mark.parametrize("dtype", RTOL, ids=str)
 @pytest.mark.parametrize("name", ["DiceLoss", "TverskyLoss", "GeneralizedDiceLoss"])
-def test_nothing_of_nothing_is_nan(name, dtype):
+def test_0_divided_by_0_is_nan(name, dtype):
     x, y = torch.zeros(2, 2, 4), torch.zeros(2, 2, 4)
     x[1], y[1] = 0.5, 1
     settings = {"smooth_nr": 0, "smooth_dr": 0, "reduction": "none"}
@@ -362,7 +364,7 @@ def test_nothing_of_nothing_is_nan(name, dtype):
     compare(*pair, x, dtype, [y], [y.double()])
 
 
-def test_a_background_that_is_left_out_may_be_nan():
+def test_an_excluded_background_may_be_nan():
     x, y = torch.rand(2, 3, 5), torch.rand(2, 3, 5) < 0.5
     x[:, 0] = float("nan")
     for name in LOSSES:
@@ -384,7 +386,7 @@ def test_uint8_labels_compare_as_torch_compares_them():
     compare(*pair, torch.randn(1, 3, 4), torch.float64, [y], [y])
 
 
-def test_labels_between_integers_are_cut_off():
+def test_floating_point_labels_are_truncated():
     """But compared with ignore_index as they are."""
     y = torch.tensor([[[0.9, 1.5, 1.0, 2.2]]])
     for index in (None, 1, 2, -1):
@@ -418,7 +420,7 @@ def test_the_focal_loss_is_of_the_sigmoid_even_with_softmax():
 
 
 @pytest.mark.parametrize("weight", [[1.0], [1.0, 2.0, 3.0], 2.0])
-def test_weights_of_one_class_are_not_looked_at(weight):
+def test_weights_of_one_class_are_not_used(weight):
     x, y = torch.rand(2, 2, 5), torch.rand(2, 2, 5) < 0.5
     settings = {"include_background": False, "weight": weight}
     expected = theirs.DiceLoss(**settings)(x, y)
@@ -430,7 +432,7 @@ def test_weights_of_one_class_are_not_looked_at(weight):
 INF = float("inf")
 
 
-# That of DiceFocalLoss is NaN in MONAI, of 0 times infinity.
+# That of DiceFocalLoss is NaN in MONAI, because of 0 times infinity.
 @pytest.mark.parametrize("name", [name for name in LOSSES if name != "DiceFocalLoss"])
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("value", [INF, -INF])
@@ -447,7 +449,7 @@ def test_infinite_logits(name, activation, value):
     compare(*pair, x, torch.float64, [y, *mask], [y, *mask])
 
 
-def test_infinite_losses_of_classes_with_target_0_count_nothing():
+def test_infinite_losses_of_classes_with_target_0_contribute_nothing():
     x, y = torch.randn(1, 3, 4), torch.tensor([[[0, 1, 2, 2]]])
     x[0, 0, 1] = -INF
     dense = one_hot(y, 3).float()
@@ -472,8 +474,8 @@ def test_ignored_voxels_may_be_nan():
 # ---- masks -------------------------------------------------------------------------------------
 
 
-def test_masked_and_rogue_labels():
-    """No label that data may hold is taken for a masked one; 256 classes fill uint8."""
+def test_masked_and_out_of_range_labels():
+    """No label in the data is mistaken for a masked one; 256 classes use all of uint8."""
     x, mask = torch.zeros(1, 3, 4), torch.tensor([[[1, 1, 0, 1]]])
     loss = ours.MaskedDiceLoss(softmax=True, to_onehot_y=True)
     for rogue, dtype in ((255, torch.uint8), (254, torch.uint8), (-1, torch.int64)):
@@ -486,7 +488,7 @@ def test_masked_and_rogue_labels():
     compare(loss, other, x, torch.float64, [y, mask], [y, mask])
 
 
-def test_masked_and_rogue_targets():
+def test_masked_and_out_of_range_targets():
     x, mask = torch.zeros(1, 2, 2), torch.tensor([[[1, 0]]])
     for dtype, rogue in ((torch.uint8, 254), (torch.int8, -128), (torch.float32, 1.5)):
         y = torch.tensor([[[rogue, 1], [0, 1]]], dtype=dtype)
@@ -559,8 +561,8 @@ def test_docstrings_say_what_and_whether_it_differs(name):
     assert f"monai.losses.{name}" in text
     assert "Shapes: " in text
     assert "Raises" in text
-    assert "Differences from MONAI: those that the module lists." in text
-    assert "What differs from MONAI, and nothing else:" in ours.__doc__
+    assert "Differences from MONAI: those listed in the module's docstring." in text
+    assert "The only differences from MONAI:" in ours.__doc__
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -571,7 +573,7 @@ def test_keyword_only_extras(name):
     default = getattr(ours, name)(**settings)(x, y, *mask)
     settings |= {"backend": "reference", "num_threads": 1, "check_labels": True}
     assert_close(getattr(ours, name)(**settings)(x, y, *mask), default, rtol=1e-6)
-    with pytest.raises(ValueError, match="nowhere names no backend"):
+    with pytest.raises(ValueError, match="nowhere is not a backend"):
         getattr(ours, name)(**{**settings, "backend": "nowhere"})(x, y, *mask)
     with pytest.raises(ValueError, match="num_threads"):
         getattr(ours, name)(num_threads=0)
@@ -626,8 +628,8 @@ def test_errors_of_single_constructors(name, settings, error, message):
         ("DiceCELoss", {"lambda_ce": INF}, "lambda_ce must be finite"),
     ],
 )
-def test_settings_are_checked_when_a_loss_is_made(name, settings, message):
-    """Some of which MONAI refuses when it is called, and some not at all."""
+def test_settings_are_checked_on_construction(name, settings, message):
+    """MONAI refuses some of them when the loss is called, and others never."""
     with pytest.raises(ValueError, match=message):
         getattr(ours, name)(**settings)
 
@@ -702,7 +704,7 @@ def test_labels_out_of_range(label):
             getattr(theirs, name)(to_onehot_y=True)(x, y)
 
 
-def test_dense_targets_out_of_range():
+def test_soft_targets_out_of_range():
     x, y = torch.zeros(1, 1, 3), torch.tensor([[[0, 1, 255]]])
     with pytest.raises(ValueError, match=r"1 value outside \[0, 1\]"):
         ours.DiceLoss(sigmoid=True)(x, y)
@@ -752,17 +754,25 @@ def test_what_one_pass_cannot_compute(name, settings, target, message):
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("DiceLoss", {"soft_label": True, "softmax": True}, "soft_label=True takes targets of 0"),
-        ("TverskyLoss", {"soft_label": True, "sigmoid": True}, "soft_label=True takes targets of"),
-        ("GeneralizedDiceLoss", {"soft_label": True, "sigmoid": True}, "soft_label=True takes"),
-        ("DiceLoss", {"ignore_index": 1}, "ignore_index=1 takes zeros and ones alone in that chan"),
-        ("TverskyLoss", {"ignore_index": 0}, "ignore_index=0 takes zeros and ones alone"),
-        ("DiceFocalLoss", {}, "gamma takes targets of 0 and 1 alone"),
-        ("DiceFocalLoss", {"gamma": 0, "alpha": 0.5}, "alpha takes targets of 0 and 1 alone"),
+        (
+            "DiceLoss",
+            {"soft_label": True, "softmax": True},
+            "soft_label=True requires targets of 0",
+        ),
+        (
+            "TverskyLoss",
+            {"soft_label": True, "sigmoid": True},
+            "soft_label=True requires targets of",
+        ),
+        ("GeneralizedDiceLoss", {"soft_label": True, "sigmoid": True}, "soft_label=True requires"),
+        ("DiceLoss", {"ignore_index": 1}, "ignore_index=1 requires zeros and ones in that chan"),
+        ("TverskyLoss", {"ignore_index": 0}, "ignore_index=0 requires zeros and ones"),
+        ("DiceFocalLoss", {}, "gamma requires targets of 0 or 1"),
+        ("DiceFocalLoss", {"gamma": 0, "alpha": 0.5}, "alpha requires targets of 0 or 1"),
     ],
 )
-def test_soft_targets_that_are_refused_in_the_pass(name, settings, message):
-    """Nobody looks at them before; targets of 0 and 1 pass."""
+def test_soft_targets_that_are_refused_during_the_pass(name, settings, message):
+    """They are not checked in advance; targets of 0 and 1 are valid."""
     loss = getattr(ours, name)(**settings)
     with pytest.raises(ValueError, match=f"outside (0 and 1|.0, 1.) .*; {message}"):
         loss(torch.zeros(1, 2, 4), SOFT)
@@ -779,7 +789,7 @@ def test_float_masks_are_refused(target):
     loss = ours.MaskedDiceLoss(to_onehot_y=target is LABELS)
     for value in (0.5, 2, -1, float("nan")):
         mask = torch.tensor([[[0, 1, 1, value]]])
-        with pytest.raises(ValueError, match=r"outside .*; mask takes zeros and ones alone"):
+        with pytest.raises(ValueError, match=r"outside .*; mask must hold only zeros and ones"):
             loss(SOFT, target, mask)
     with pytest.raises(NotImplementedError, match="a mask that requires grad"):
         loss(SOFT, target, torch.ones(1, 1, 4).requires_grad_())
@@ -838,7 +848,7 @@ def test_settings_may_change_after_a_call(name):
 
 
 @pytest.mark.parametrize("name", ["DiceLoss", "DiceFocalLoss"])
-def test_class_weights_may_be_learnt(name):
+def test_class_weights_may_require_grad(name):
     x, y = torch.randn(2, 3, 5).double(), torch.randint(3, (2, 1, 5))
     grads = []
     for module in (ours, theirs):
@@ -866,9 +876,9 @@ def test_state_dicts_are_exchanged(name, weight):
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if name != "MaskedDiceLoss"])
-def test_only_the_gradient_is_of_the_images_size(name):
-    """What torch allocates from the call to the end of backward: float targets are not looked at
-    before the pass.
+def test_only_the_gradient_has_the_size_of_the_logits(name):
+    """Checks what torch allocates from the call to the end of backward: float targets are not
+    checked before the pass.
     """
     large = []
 
@@ -889,7 +899,7 @@ def test_only_the_gradient_is_of_the_images_size(name):
         large.clear()
 
 
-def test_of_labels_a_mask_copies_no_more_than_them():
+def test_a_mask_copies_the_labels_only():
     kept = []
     x, y = torch.randn(2, 5, 8, 8, requires_grad=True), torch.randint(5, (2, 1, 8, 8))
     loss = ours.MaskedDiceLoss(softmax=True, to_onehot_y=True)
@@ -902,8 +912,8 @@ def test_of_labels_a_mask_copies_no_more_than_them():
 
 
 @pytest.mark.parametrize(("name", "most"), [("DiceLoss", 75), ("DiceCELoss", 90)])
-def test_a_step_is_few_calls_of_python(name, most):
-    """Of functions of dice_core: time that small images would notice."""
+def test_a_step_makes_few_python_calls(name, most):
+    """Counts calls of dice_core functions, whose overhead matters for small images."""
     loss = getattr(ours, name)(to_onehot_y=True, softmax=True)
     x = torch.randn(2, 4, 8, 8, 8, requires_grad=True)
     y = torch.randint(4, (2, 1, 8, 8, 8))
@@ -921,7 +931,7 @@ def test_a_step_is_few_calls_of_python(name, most):
     assert 10 < count <= most
 
 
-def test_enumerations_are_taken():
+def test_enumerations_are_accepted():
     from monai.utils import LossReduction, Weight
 
     for name in LOSSES:
@@ -960,7 +970,7 @@ WEIGHTED = {"DiceLoss": 2.0, "DiceCELoss": torch.tensor([1.0, 2.0, 3.0]), "DiceF
     [(name, kind) for name in LOSSES for kind in ("labels", "hard")] + [("DiceCELoss", "soft")],
 )
 def test_compiles_as_one_graph(name, kind):
-    """With gradients, and targets that only the pass looks at."""
+    """With gradients, and targets that are checked only during the pass."""
     x, labels = torch.randn(2, 3, 4), torch.randint(3, (2, 1, 4))
     settings = {"softmax": True, "to_onehot_y": kind == "labels"}
     if name in WEIGHTED:

@@ -1,4 +1,4 @@
-"""nnU-Net's losses as dice_core computes them, against nnU-Net's own."""
+"""compat.nnunet compared with nnU-Net."""
 
 import ast
 import copy
@@ -39,7 +39,7 @@ NONLINEARITIES = {
     "sigmoid": (torch.sigmoid, nn.Sigmoid()),
     "none": (None,),
 }
-ROUNDED = 3e-6  # nnU-Net adds in float32
+ROUNDED = 3e-6  # nnU-Net sums in float32
 
 
 @functools.cache
@@ -70,9 +70,10 @@ def theirs(kind, dtype=torch.float32):
 
 
 def agree(kind, made, x, given, what=None):
-    """With nnU-Net: float64 to rounding with its source in float64, float32 with its own.
+    """Asserts agreement with nnU-Net: float64 up to rounding with its source converted to float64,
+    float32 with the original.
 
-    `made` is what the class takes, `given` what its forward does beside logits.
+    `made` are the arguments of the class, `given` those of its forward besides the logits.
     """
     what = f"{what}: {kind.__name__}, {made}, {given[0].dtype}, {tuple(x.shape)}"
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -103,7 +104,7 @@ def dice_target(some, x):
     """Labels, or a target like x, in a form that nnU-Net takes."""
     y = some.labels(x.shape)
     if some.of(True, False):
-        y[y == x.shape[1] - 1] = 0  # a class that is not there
+        y[y == x.shape[1] - 1] = 0  # an absent class
     kind = some.of("labels", "labels", "bare", "one-hot", "soft")
     dtype = some.of(torch.int16, torch.uint8, torch.int64, torch.float32, torch.float16)
     if kind == "soft":
@@ -208,14 +209,14 @@ def test_dice_of_one_channel():
 
 
 @needs_nnunet
-def test_other_nonlinearities_come_first():
+def test_other_nonlinearities_are_applied_before_the_pass():
     x, y = example(2, 3, 4, 5, dtype=torch.float64)
     for nonlin in (lambda x: torch.softmax(2 * x, 1), functools.partial(torch.softmax, dim=-1)):
         for kind in DICE:
             agree(kind, {"apply_nonlin": nonlin}, x, (y,))
         for kind, target in ((DC_and_CE_loss, y), (DC_and_BCE_loss, one_hot(y, 3))):
             ours, other = kind({}, {}), theirs(kind, torch.float64)({}, {})
-            ours.dc.apply_nonlin = other.dc.apply_nonlin = nonlin  # the cross-entropy stays
+            ours.dc.apply_nonlin = other.dc.apply_nonlin = nonlin  # not of the cross-entropy
             same(
                 lambda x, f=ours, y=target: f(x, y),
                 lambda x, f=other, y=target: f(x, y),
@@ -245,7 +246,7 @@ def test_half_precision_logits(dtype):
 @needs_nnunet
 @pytest.mark.parametrize("kind", DICE, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("smooth", [0, 1])
-def test_dice_of_no_valid_voxel(kind, smooth):
+def test_dice_without_valid_voxels(kind, smooth):
     """-1, or without smoothing 0."""
     x, y = example(2, 3, 4, 5)
     made = {"apply_nonlin": softmax_helper_dim1, "smooth": smooth}
@@ -271,7 +272,7 @@ def test_raised_true_positives_have_no_derivative():
 @needs_nnunet
 @pytest.mark.parametrize("entropy", [{}, {"weight": [1.0, 2, 4]}, {"label_smoothing": 0.1}])
 @pytest.mark.parametrize("index", [-100, 1])
-def test_cross_entropy_of_no_voxel_is_nan(index, entropy):
+def test_cross_entropy_without_voxels_is_nan(index, entropy):
     """Dice's gradient stays: an ignored voxel has none of a NaN loss."""
     x, y = example(2, 3, 4, 5, dtype=torch.float64)
     if "weight" in entropy:
@@ -309,7 +310,7 @@ def test_a_loss_without_parts_is_a_number():
 
 
 @needs_nnunet
-def test_callers_arguments_are_written_to():
+def test_arguments_of_the_caller_are_modified():
     for kind in (DC_and_CE_loss, theirs(DC_and_CE_loss)):
         entropy = {}
         assert kind({}, entropy, ignore_label=2).ce.ignore_index == 2
@@ -376,7 +377,7 @@ def test_changed_settings_are_followed():
 
 
 @needs_nnunet
-def test_logits_of_ignored_voxels_have_no_influence():
+def test_logits_of_ignored_voxels_have_no_effect():
     x, y = example(2, 3, 4, 5, dtype=torch.float64)
     y[0, 0, 0] = 7
     loss, other = (
@@ -390,7 +391,7 @@ def test_logits_of_ignored_voxels_have_no_influence():
     assert_close(grad_then, grad, rtol=0)
 
 
-def test_cross_entropy_of_no_valid_voxel_is_a_tensor():
+def test_cross_entropy_without_valid_voxels_is_a_tensor():
     x, y = example(2, 3, 4, 5)
     loss = DC_and_CE_loss({}, {}, weight_dice=0, ignore_label=7)
     value, grad = differentiated(lambda x: loss(x, torch.full_like(y, 7)), x)
@@ -402,7 +403,7 @@ def test_float64_is_summed_in_float64():
     x, y = example(2, 3, 4, 5, dtype=torch.float64)
     value = SoftDiceLoss(softmax_helper_dim1)(x, y)
     assert value.dtype == torch.float64
-    assert abs(value - value.float()) > 1e-10  # float32 has no such value
+    assert abs(value - value.float()) > 1e-10  # float32 cannot represent this value
 
 
 @pytest.mark.parametrize("kind", DICE, ids=lambda kind: kind.__name__)
@@ -508,7 +509,7 @@ def test_settings_that_are_refused():
 
 
 @needs_nnunet
-def test_nnunets_own_dice_classes_stand_for_ours():
+def test_nnunets_dice_classes_are_replaced_by_ours():
     for kind in DICE:
         loss = DC_and_CE_loss({"smooth": 2}, {}, dice_class=theirs(kind))
         assert type(loss.dc) is kind
@@ -564,7 +565,7 @@ def test_state_copies_and_pickles():
     assert list(losses_of_all_kinds()[2].state_dict()) == ["ce.pos_weight"]
 
 
-def test_only_the_gradient_is_of_the_size_of_the_logits():
+def test_only_the_gradient_has_the_size_of_the_logits():
     x, y = example(2, 3, 24, 24)
     x.requires_grad_()
     regions = torch.cat([one_hot(y, 3), y == 1], 1).bool()
@@ -595,7 +596,7 @@ def test_compiled_whole():
 
 
 def batch_losses(dice, compound, ddp, weight_ce):
-    """Of two modules, with a target of the logits that `of_rank` makes."""
+    """The losses of two modules, with targets for the logits of `of_rank`."""
     y = torch.randint(3, (4, 1, 5), generator=torch.Generator().manual_seed(0))
     settings = {"batch_dice": True, "ddp": ddp}
     entropy = {"weight": torch.tensor([1.0, 2, 4], dtype=torch.float64)}
@@ -756,7 +757,7 @@ def test_trainer(trainers, regions, ignore_label, scales):
 
 @needs_nnunet
 def test_trainer_of_a_single_scale(trainers):
-    """Whose weight nnU-Net divides by itself, 0."""
+    """nnU-Net normalises its weight as 0/0."""
     with pytest.warns(RuntimeWarning, match="invalid value"):
         loss = built(trainers[1], scales=1)
     x, y = example(2, 3, 4, 5)

@@ -1,4 +1,4 @@
-"""segmentation_models_pytorch's losses as dice_core computes them, against its own."""
+"""compat.smp compared with segmentation_models_pytorch."""
 
 import ast
 import copy
@@ -46,7 +46,7 @@ needs_smp = pytest.mark.skipif(SMP is None, reason="segmentation-models-pytorch 
 
 
 def theirs(kind, arguments, x):
-    """SMP's loss; of float64 logits its class weights, always float32, are float64 too."""
+    """SMP's loss; for float64 logits its float32 class weights are converted to float64."""
     loss = getattr(SMP, kind.__name__)(**arguments)
     if x.dtype == torch.float64 and loss.class_weights is not None:
         loss.class_weights = loss.class_weights.double()
@@ -54,7 +54,7 @@ def theirs(kind, arguments, x):
 
 
 def agree(kind, arguments, x, y, what=None):
-    """With SMP: float64 to rounding, float32 to SMP's rounding of the score to float32."""
+    """Asserts agreement with SMP, up to rounding; float32 up to its rounding of the score."""
     ours, other = kind(**arguments), theirs(kind, arguments, x)
     rtol = 1e-10 if x.dtype == torch.float64 else 5e-6
     what = f"{what}: {kind.__name__}, {arguments}, {y.dtype}, {tuple(x.shape)}"
@@ -87,7 +87,7 @@ def target(some, mode, shape, ignore):
     samples, channels = shape[:2]
     if mode == "multiclass":
         y = some.labels(shape)
-        y[y == some.of(channels - 1, -1)] = 0  # a class that is not there
+        y[y == some.of(channels - 1, -1)] = 0  # an absent class
     else:
         y = (some.uniform(*shape) > 0.6).long()
         y[:, -1] *= some.of(0, 1)
@@ -146,7 +146,7 @@ def test_half_precision_logits(dtype):
         assert_close(grad.double(), exact_grad, rtol=torch.finfo(dtype).eps, atol=1e-7)
 
 
-def test_labels_of_any_integers():
+def test_labels_of_any_integer_dtype():
     x, y = example(2, 3, 4, 5)
     loss = DiceLoss("multiclass")
     for dtype in (torch.uint8, torch.int16, torch.int32, torch.float32):
@@ -159,8 +159,8 @@ def test_labels_of_any_integers():
 @needs_smp
 @pytest.mark.parametrize("log_loss", [False, True])
 @pytest.mark.parametrize("gamma", [-1.0, 0.0, 0.5, 1.0, 2.0])
-def test_power_of_no_loss(gamma, log_loss):
-    """Where no class is there the mean is 0, and the derivative of 0**0.5 infinite times 0."""
+def test_power_of_a_zero_loss(gamma, log_loss):
+    """If all classes are absent the mean is 0, and the derivative of 0**0.5 is infinite times 0."""
     x, y = example(2, 1, 4, 5, dtype=torch.float64)
     arguments = {"mode": "binary", "gamma": gamma, "log_loss": log_loss}
     agree(TverskyLoss, arguments, x, torch.zeros_like(y))
@@ -198,8 +198,8 @@ def test_a_denominator_of_exactly_eps_has_a_derivative():
 
 
 @needs_smp
-def test_no_denominator():
-    """0/0 of a class that is not there is NaN without eps and smooth, and so is the loss."""
+def test_zero_denominator():
+    """Without eps and smooth, the 0/0 of an absent class is NaN, and so is the loss."""
     x, y = example(2, 3, 4, 5, dtype=torch.float64)
     x[:, 2] = -math.inf
     y[y == 2] = 0
@@ -221,7 +221,7 @@ def test_logits_that_are_not_finite(special, mode):
 
 @needs_smp
 @pytest.mark.parametrize("mode", MODES)
-def test_nothing_valid(mode):
+def test_no_valid_voxels(mode):
     x, y = example(2, 1 if mode == "binary" else 3, 4, 5)
     y = torch.full(x.shape if mode == "multilabel" else y.shape, 255)
     for kind in KINDS:
@@ -279,7 +279,7 @@ def test_changed_settings_are_followed():
 
 
 @needs_smp
-def test_logits_of_ignored_voxels_have_no_influence():
+def test_logits_of_ignored_voxels_have_no_effect():
     x, y = example(2, 3, 4, 5, dtype=torch.float64)
     y[0, 0, 0] = 255
     arguments = {"mode": "multiclass", "ignore_index": 255}
@@ -302,7 +302,7 @@ def test_arguments(kind):
         kind("binary", classes=[0])
     with pytest.raises(NotImplementedError, match="from_logits=False is not supported"):
         kind("binary", from_logits=False)
-    # SMP takes numbers for None, and one weight for a sum in place of a mean.
+    # SMP treats scalars as None, and a single weight as a sum instead of a mean.
     with pytest.raises(TypeError, match="classes must be a list, got 1"):
         kind("multiclass", classes=1)
     with pytest.raises(TypeError, match=r"class_weights must be a list, got 3\.0"):
@@ -356,7 +356,7 @@ def test_targets_that_do_not_fit(mode):
 
 @pytest.mark.parametrize("mode", ["binary", "multilabel"])
 def test_soft_targets_are_refused(mode):
-    """In the pass itself; what is ignored may be soft."""
+    """During the pass; ignored targets may be soft."""
     x, y = example(2, 1 if mode == "binary" else 3, 4, 5)
     y = (y if mode == "binary" else one_hot(y, 3)).float()
     for wrong in (0.5, 1e-30, 2.0, math.nan):
@@ -412,7 +412,7 @@ def test_copies_and_pickles():
         assert not loss.state_dict()
 
 
-def test_only_the_gradient_is_of_the_size_of_the_logits():
+def test_only_the_gradient_has_the_size_of_the_logits():
     x, y = example(2, 3, 24, 24)
     x = x.to(memory_format=torch.channels_last).requires_grad_()
     for loss, given in zip(losses_of_all_kinds(), targets(y), strict=True):

@@ -1,4 +1,4 @@
-"""The documents are true: their code runs and prints what they say, the files they name exist."""
+"""The documentation is correct: its code prints the output shown, and the files it names exist."""
 
 import doctest
 import functools
@@ -35,7 +35,7 @@ def test_readme_code_is_doctested_or_naive():
 
 
 def test_the_first_table_is_one_loss():
-    """The naive code computes the same as that of dice_core beside it."""
+    """The naive code computes the same loss as the dice_core code beside it."""
     import torch
 
     naive, ours = re.findall(r"```python\n(.*?)```", README.split("</table>")[0], re.DOTALL)
@@ -118,7 +118,7 @@ FILE = r"[\w.]+\.(?:py|pyx|pyi|pxi|h|md|txt|toml)\b"
 
 
 def section(text, heading):
-    """What stands below a heading, up to the next of its level."""
+    """The text below a heading, up to the next heading of its level."""
     return re.search(rf"^{heading}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)[1]
 
 

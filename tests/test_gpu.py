@@ -194,7 +194,7 @@ class TestLabelsOutOfRange:
     @pytest.mark.parametrize(
         ("function", "variable"), [("loss", None), ("loss_and_grad", "1"), ("statistics", None)]
     )
-    def test_raise_where_that_is_asked_for(self, monkeypatch, function, variable):
+    def test_raise_if_requested(self, monkeypatch, function, variable):
         x, *on_gpu = self.tensors()
         with pytest.raises(ValueError, match="2 labels outside") as on_host:
             dice_core.loss(x, on_gpu[1].host, backend="reference")
@@ -205,7 +205,7 @@ class TestLabelsOutOfRange:
         assert str(on_device.value) == str(on_host.value)
 
     @pytest.mark.parametrize("variable", [None, "", "0"])
-    def test_do_not_raise_else(self, monkeypatch, variable):
+    def test_do_not_raise_otherwise(self, monkeypatch, variable):
         _, *on_gpu = self.tensors()
         if variable is not None:
             monkeypatch.setenv(calls.CHECK, variable)
@@ -213,7 +213,7 @@ class TestLabelsOutOfRange:
         monkeypatch.setenv(calls.CHECK, "1")
         dice_core.loss(*on_gpu, check_labels=False)
 
-    def test_are_not_suspected_behind_logits_that_are_nan(self):
+    def test_nan_logits_are_not_reported_as_labels_out_of_range(self):
         x, y = example(1, 2, 20)
         x[0, 0, 3] = np.nan
         on_gpu = DeviceArray.holding(x), DeviceArray.holding(y)
@@ -244,17 +244,17 @@ class TestRefusals:
 
     def test_too_many_channels(self):
         x, y = example(1, 1025, 2)
-        assert "takes up to 1024 channels" in self.refusal(x, DeviceArray.holding(y))
+        assert "supports at most 1024 channels" in self.refusal(x, DeviceArray.holding(y))
 
     def test_more_sums_than_shared_memory_holds(self):
         x = DeviceArray.holding(np.zeros((1, 800, 1)))
         sums = {"gamma": 0, "nll": True, "binary_gamma": 0}
-        with pytest.raises(dice_core.BackendError, match="takes up to 767 channels"):
+        with pytest.raises(dice_core.BackendError, match="supports at most 767 channels"):
             dice_core.statistics(x, x, **sums, backend="cuda")
 
 
 @pytest.mark.parametrize("ordered", [False, True])
-def test_a_library_that_orders_nothing_is_waited_for(monkeypatch, ordered):
+def test_libraries_without_stream_order_are_synchronized(monkeypatch, ordered):
     waits = []
     note = staticmethod(lambda: waits.append(Kernel.launched[-1]))
     monkeypatch.setattr(Kernel, "synchronized", note)
@@ -396,7 +396,7 @@ def test_torch_scores(torch_gpu):
     assert_close(score.compute(), expected.dice[0], rtol=1e-13)
 
 
-def test_torch_checks_labels_where_that_is_asked_for(torch_gpu):
+def test_torch_checks_labels_if_requested(torch_gpu):
     x, y = map(torch.from_numpy, example(2, 3, 5, 8))
     y[0, 1, 2] = 9
     assert torch_loss(x, y).isnan()

@@ -1,6 +1,6 @@
-"""The CUDA kernels compiled without a GPU: what the machine code may cost.
+"""The CUDA kernels compiled without a GPU: limits on the cost of the machine code.
 
-A kernel that needs more registers than there are, or whose loops the compiler left rolled, keeps
+A kernel that needs more registers than available, or whose loops the compiler did not unroll, keeps
 its arrays in slow local memory; one that loads its logits one at a time wastes bandwidth.
 """
 
@@ -26,8 +26,8 @@ HOPPER = (9, 0)
 ASSEMBLED_WELL = re.compile(r"\b0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads")
 
 # Registers, and instructions per value in the loop over voxels, as numba-cuda 0.30 with NVVM and
-# nvJitLink 13.5 compile them. Other versions move them by some percent, a loop that is not unrolled
-# or a wider type by far more.
+# nvJitLink 13.5 compile them. Other versions change them by a few percent; a loop that is not
+# unrolled, or a wider type, by far more.
 SLACK = 1.15
 BINARY = Spec("sigmoid", binary_gamma=0.0, targets="soft")
 EVERYTHING = Spec(gamma=2.0, nll=True, binary_gamma=2.0, targets="soft", target_square=True)

@@ -178,7 +178,7 @@ def ptx(kind, logits, channels=2, p=1, gamma=None):
 
 
 class TestPtx:
-    """Instructions that no host can run: that they are there, in the right order."""
+    """Instructions that the host cannot run: they are present, in the right order."""
 
     def test_a_pair_of_bfloat16_is_packed_upper_one_first(self):
         cuda, store = compiler.cuda, intrinsics.store_numbers("bfloat16", 2)

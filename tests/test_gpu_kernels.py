@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import gpu_simulator
 import numpy as np
 import pytest
-from compare import assert_close, assert_same_bits
+from compare import assert_bitwise_equal, assert_close
 from gpu_simulator import DeviceArray, dtype_of
 
 from dice_core import _gpu, _reference, allocators, buffers, spec
@@ -20,14 +20,14 @@ RUN = 64
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch):
-    """With short runs, so that small volumes have several blocks."""
+    """The simulator with short runs, so that small volumes have several blocks."""
     gpu_simulator.install(monkeypatch)
     for name, value in (("MAX_ROUNDS", 2), ("BLOCKS", 1), ("MIN_RUN", RUN)):
         monkeypatch.setattr(plans, name, value)
 
 
 def example(logits, labels, channels, voxels, samples=2, soft=False, targets=None):
-    """Logits, labels or soft targets, and a cotangent of every sum there may be."""
+    """Logits, labels or soft targets, and a cotangent for all possible sums."""
     rng = np.random.default_rng(channels * 1000 + voxels)
     x = (rng.standard_normal((samples, channels, voxels)) * 3).astype(dtype_of(logits))
     cotangent = rng.standard_normal((9, samples, max(2, channels)))
@@ -79,7 +79,7 @@ def run(x, y, cotangent, scale=None, **options):
 
 
 def expected(x, y, cotangent, **options):
-    """The same of the reference."""
+    """The sums and the gradient of the reference."""
     x = x.astype(np.float64)
     y = y.astype(np.float64) if y.dtype == dtype_of("bfloat16") else y
     at = bound(buffers.of(x, "x"), buffers.of(y, "y"), options)
@@ -96,7 +96,7 @@ def expected(x, y, cotangent, **options):
 
 
 # Each path of the kernels, crossed with dtypes, lanes, alignments and layouts so that most pairs
-# are met: logits, labels, channels, voxels, what to sum and how it lies in memory.
+# occur: logits, labels, channels, voxels, sums and memory layout.
 PLAIN = {
     "single": ("float32", "bool", 1, 520, {}),
     "single_root": ("float16", "uint8", 1, 600, {"gamma": 0.5, "ignore_label": 255}),
@@ -168,7 +168,7 @@ LAYOUT = ("channels_last", "offset", "broadcast", "soft")
 
 
 def laid_out(x, y, channels_last=False, offset=0, broadcast=False):
-    """The same numbers elsewhere in memory."""
+    """The same numbers with another memory layout."""
     if channels_last:
         x = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
     if offset:
@@ -231,7 +231,7 @@ def test_voxels_are_loaded_together_as_far_as_they_are_whole_words(dtype, voxels
 
 
 @pytest.mark.parametrize("options", [{"gamma": 2.0}, BINARY | {"nll": True}])
-def test_same_bits_in_any_order_of_threads_and_blocks(monkeypatch, options):
+def test_bitwise_reproducible_in_any_order_of_threads_and_blocks(monkeypatch, options):
     gpu_simulator.install(monkeypatch, warps=8)  # as on a GPU
     x, y, cotangent = example("float32", "uint8", 17 if "gamma" in options else 9, 130)
     sums, grad = run(x, y, cotangent, **options)
@@ -239,8 +239,8 @@ def test_same_bits_in_any_order_of_threads_and_blocks(monkeypatch, options):
     assert_close(sums, true_sums, rtol=RTOL["float32"], atol=RTOL["float32"])
     # The simulator shuffles every launch anew.
     other_sums, other_grad = run(x, y, cotangent, **options)
-    assert_same_bits(other_sums, sums)
-    assert_same_bits(other_grad, grad)
+    assert_bitwise_equal(other_sums, sums)
+    assert_bitwise_equal(other_grad, grad)
 
 
 @pytest.mark.parametrize("what", ["gradient", "labels"])
@@ -349,9 +349,20 @@ def check_ratio(at, **changed):
 @pytest.mark.parametrize("changed", RATIOS.values(), ids=RATIOS)
 def test_the_loss_follows_in_the_second_launch(changed, channels):
     x, y, _ = example("float32", "uint8", channels, 300 // channels, samples=3)
-    x[:, -1] = -200  # neither there nor predicted: 0/0
+    x[:, -1] = -200  # neither present nor predicted: 0/0
     y[y == channels - 1] = 0
     check_ratio(call(x, y), **changed)
+
+
+def test_a_loss_takes_nothing_from_an_ignored_channel():
+    x, y, _ = example("float32", "float32", 3, 70, samples=3)
+    x[:, 1] = np.nan
+    at = call(x, y, activation="sigmoid")
+    value, derivative = empty(at, (), "float32"), empty(at)
+    ratio = SimpleNamespace(**RATIO | {"ignore_channel": 1})
+    _gpu.loss(at.logits, at.labels, value, derivative, at.spec, ratio, None, 1)
+    assert np.isfinite(value.owner.host)
+    assert np.isfinite(derivative.owner.host).all()
 
 
 @pytest.mark.parametrize("options", [{"gamma": 0.0}, {"soft": True}])
@@ -362,7 +373,7 @@ def test_a_loss_has_no_derivative_for_other_sums(options):
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 5), (2, 3, 0), (0, 3, 0)])
-def test_nothing_to_sum(shape):
+def test_empty_arrays(shape):
     x, y = np.zeros(shape, np.float32), np.zeros((shape[0], shape[2]), np.uint8)
     sums, grad = run(x, y, np.ones((3, shape[0], 3)))
     assert sums.shape == (3, shape[0], 3)
@@ -413,7 +424,7 @@ def test_ignore_labels_of_floating_point_targets(dtype, label, can_be):
         assert dtype_of(dtype).type(label) == label
 
 
-def test_an_ignore_label_that_labels_cannot_be():
+def test_an_ignore_label_outside_the_range_of_the_dtype():
     x, y, cotangent = example("float64", "uint64", 2, 130)
     y[0, 3] = 2**64 - 1
     assert np.isnan(run(x, y, cotangent, ignore_label=-1)[0][:, 0]).all()
@@ -434,7 +445,7 @@ def test_a_voxel_without_valid_targets_contributes_nothing(channels):
 
 # ---- infinities, as torch has them ---------------------------------------------------------------
 
-# Each voxel is a sample of its own, since a NaN takes all of a sample's sums.
+# Each voxel is a separate sample, since a NaN affects all sums of a sample.
 
 
 @pytest.mark.parametrize(
@@ -541,8 +552,8 @@ def test_ignored_voxels_contribute_nothing_whatever_their_logits(options, channe
         found.append(run(x, y, cotangent, ignore_label=255, **options))
         assert not found[-1][1][..., ::5].any()
     for sums, grad in found[1:]:
-        assert_same_bits(sums, found[0][0])
-        assert_same_bits(grad, found[0][1])
+        assert_bitwise_equal(sums, found[0][0])
+        assert_bitwise_equal(grad, found[0][1])
 
 
 # ---- decisions -----------------------------------------------------------------------------------
@@ -562,7 +573,7 @@ def test_decisions_rank_nan_as_infinity(channels):
     x, y, cotangent = example("float32", "uint8", channels, 40)
     x[:, channels // 2, ::3], x[:, 0, 1::7] = np.nan, np.inf
     sums, _ = run(x, y, cotangent, activation="argmax")
-    assert_same_bits(sums, expected(x, y, cotangent, activation="argmax")[0])
+    assert_bitwise_equal(sums, expected(x, y, cotangent, activation="argmax")[0])
 
 
 # ---- extremes ------------------------------------------------------------------------------------
@@ -608,7 +619,7 @@ def test_probabilities_near_1_have_an_exact_cross_entropy(channels, gamma):
 
 
 class Faults:
-    """Operations with one fault, which a comparison must find."""
+    """Operations with one fault, which a comparison must detect."""
 
     @staticmethod
     def half(ops):
@@ -636,7 +647,7 @@ class Faults:
 
 
 class GeneralFaults:
-    """Faults of operations that only the general kernels use."""
+    """Faults in operations that only the general kernels use."""
 
     @staticmethod
     def crude(ops):
@@ -660,7 +671,7 @@ class GeneralFaults:
         if name[0] != "_"
     ],
 )
-def test_the_comparison_bites(monkeypatch, faults, fault):
+def test_the_comparison_detects_faults(monkeypatch, faults, fault):
     def broken(plan, cuda, whole=gpu_simulator.operations):
         ops = whole(plan, cuda)
         getattr(faults, fault)(ops)

@@ -1,4 +1,4 @@
-"""What reaches NVIDIA's driver, for which a stub stands in that logs every call; the cache."""
+"""The calls of NVIDIA's driver, which a stub logs; the cache of compiled kernels."""
 
 import functools
 import json
@@ -35,7 +35,7 @@ def library(tmp_path_factory):
 
 @pytest.fixture
 def calls(library, monkeypatch, tmp_path):
-    """The stub in the driver's place; call it for what it has logged since."""
+    """Replaces the driver by the stub; calling it returns the calls logged since the last time."""
     log = tmp_path / "log"
 
     def logged():
@@ -162,7 +162,7 @@ class TestUnavailable:
     def test_without_a_driver(self, monkeypatch):
         monkeypatch.setattr(driver, "LIBRARY", "libnothing.so.1")
         forget()
-        assert "there is no NVIDIA driver (libnothing.so.1 does not load)" in _gpu.unavailable()[0]
+        assert "no NVIDIA driver was found (cannot load libnothing.so.1)" in _gpu.unavailable()[0]
         forget()
 
     @needs_compiler
@@ -202,7 +202,7 @@ class TestUnavailable:
 
 
 def test_the_cache_knows_every_source():
-    """Everything that `gpu.compile` imports of the package, but what checks a Spec's arguments."""
+    """Everything that `gpu.compile` imports from the package, except argument checks."""
     folder, found = Path(cache.__file__).parent, set()
     waiting = {"compile.py"}
     while waiting - found:
@@ -220,7 +220,7 @@ def test_the_cache_knows_every_source():
 class TestCache:
     @pytest.fixture
     def compiled(self, monkeypatch, tmp_path):
-        """What was compiled, all of it fake."""
+        """A list of the kernels that a fake compiler compiled."""
         made = []
 
         def compile(kind, plan, capability):

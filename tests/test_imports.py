@@ -1,4 +1,4 @@
-"""Who imports whom in dice_core: arrows point down only, and nothing heavy comes unasked."""
+"""Imports within dice_core only point down, and importing it loads no heavy library."""
 
 import ast
 import re
@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "dice_core"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 KERNELS = sorted(PACKAGE.glob("_*.pyx"))
 
-# The picture, from the public faces down to what reads memory.
+# The layers, from the public interfaces down to memory access.
 ARRAYS = {"allocators", "buffers"}
 ARROWS = {
     "__init__": {"api", "torch.__init__", "compat.__init__", "losses.__init__", "backends", "sums"},
@@ -24,7 +24,7 @@ ARROWS = {
     "torch.modules": {"torch.functional", "losses.__init__", "checks", "threads"},
     "torch.metrics": {"torch.operators", "spec", "checks", "threads"},
     "torch.functional": {
-        *("torch.operators", "calls", "losses.__init__", "sums", "spec", "threads"),
+        *("torch.operators", "calls", "losses.__init__", "sums", "spec", "checks", "threads"),
         *ARRAYS,
     },
     "torch.operators": {"calls", "sums", "spec", "checks", *ARRAYS},
@@ -203,7 +203,7 @@ def test_the_reader_finds_what_is_forbidden_to_kernels(line):
     assert any(map(of_the_package, pyx_imports(f"from libc.stdlib cimport free\n{line}\n")))
 
 
-# ---- what an import brings along ---------------------------------------------------------------
+# ---- modules loaded by an import ---------------------------------------------------------------
 
 HEAVY = {"torch", "numba", "cupy", "scipy", "matplotlib", "rich"}
 
@@ -241,7 +241,7 @@ def test_using_the_package_imports_nothing_heavier(tmp_path):
     assert not modules_after(use, tmp_path) & HEAVY
 
 
-def test_torch_comes_when_the_attribute_is_asked_for(tmp_path):
+def test_torch_is_imported_on_access_to_the_attribute(tmp_path):
     use = "import dice_core\nassert dice_core.torch.__name__ == 'dice_core.torch'"
     assert "torch" in modules_after(use, tmp_path)
 
@@ -256,7 +256,7 @@ def test_dir_lists_the_public_names():
 
 WITHOUT_TORCH = """
 import sys
-sys.modules["torch"] = None  # what an import of it finds where it is not installed
+sys.modules["torch"] = None  # as if it were not installed
 import inspect, pydoc
 import dice_core
 assert "torch" not in dir(dice_core)

@@ -1,4 +1,4 @@
-"""Each backend's two functions against the oracle, with random cotangents (they are linear)."""
+"""Each backend's two functions against the reference, with random cotangents."""
 
 import itertools
 from dataclasses import replace
@@ -8,7 +8,7 @@ import naive
 import numpy as np
 import pytest
 import torch
-from compare import assert_close, assert_same_bits, kernel_rows
+from compare import assert_bitwise_equal, assert_close, kernel_rows
 from layouts import LAYOUTS
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
@@ -82,7 +82,7 @@ def run(kernels, x, y, *, threads=1, out=None, cotangent=None, **options):
 
 
 def check(kernels, x, y, **options):
-    """One backend's sums and gradient against the oracle's."""
+    """Compares one backend's sums and gradient with those of the reference."""
     expected_sums, expected_grad = run(_reference, x.astype(np.float64), y, **options)
     sums, grad = run(kernels, x, y, **options)
     exponent = max(options.get("p", 1), options.get("gamma") or 0)  # of s, of 1 - s
@@ -122,8 +122,8 @@ def targets(kind, x, y, dtype="uint8"):
 
 
 def combinations(*channels):
-    """Options, targets and channels that go together: a single channel is two classes of labels, or
-    one class of soft targets.
+    """Valid combinations of options, targets and channels: a single channel is two classes of
+    labels, or one class of soft targets.
     """
     return [
         (name, kind, count)
@@ -134,7 +134,7 @@ def combinations(*channels):
 
 @pytest.mark.parametrize(("options", "kind", "channels"), combinations(1, 2, 5))
 @pytest.mark.parametrize("ignore_label", [None, 1])
-def test_the_oracle_is_the_naive_code(channels, options, kind, ignore_label):
+def test_the_reference_equals_the_naive_code(channels, options, kind, ignore_label):
     x, y = example((2, channels, 6, 7), "float64")
     y = targets(kind, x, y)
     options = {**MORE[options], "ignore_label": ignore_label}
@@ -153,7 +153,7 @@ def test_the_oracle_is_the_naive_code(channels, options, kind, ignore_label):
     [("float32", *row) for row in combinations(1, 2, 5, 17)]
     + [(d, *row) for d in FLOATS if d != "float32" for row in combinations(3)],
 )
-def test_more_sums(kernels, dtype, channels, options, kind):
+def test_optional_sums(kernels, dtype, channels, options, kind):
     options = MORE[options]
     for size, ignore_label in ((1025, None), (70, 1)):
         x, y = example((2, channels, size), dtype)
@@ -163,7 +163,7 @@ def test_more_sums(kernels, dtype, channels, options, kind):
 
 @backend
 @product("layout kind", LAYOUTS, TARGETS[:3], others=(LAYOUTS, ["several"]))
-def test_more_sums_in_any_layout(kernels, dtype, layout, kind):
+def test_optional_sums_in_any_layout(kernels, dtype, layout, kind):
     x, y = example((2, 3, 9, 14, 6), dtype)
     lay_out = LAYOUTS[layout]
     y = targets(kind, x, y)
@@ -172,7 +172,7 @@ def test_more_sums_in_any_layout(kernels, dtype, layout, kind):
     x = lay_out(x)
     _, expected = run(kernels, x, y, **MORE["all"])
     _, grad = run(kernels, x, y, **MORE["all"], out=x)
-    assert_same_bits(np.ascontiguousarray(grad), np.ascontiguousarray(expected))
+    assert_bitwise_equal(np.ascontiguousarray(grad), np.ascontiguousarray(expected))
 
 
 @backend
@@ -189,8 +189,8 @@ def test_sums_of_squared_targets(kernels, dtype, ignore_label):
         specs.TARGET_SQUARE,
         specs.VOXELS,
     )
-    assert_same_bits(np.delete(sums, 6, 0), fewer)
-    assert_same_bits(grad, same)  # neither they nor the number of voxels depend on the logits
+    assert_bitwise_equal(np.delete(sums, 6, 0), fewer)
+    assert_bitwise_equal(grad, same)  # neither they nor the number of voxels depend on the logits
     valid = np.ones(y.shape, bool) if ignore_label is None else y != ignore_label
     assert_close(sums[6], np.where(valid, y.astype(float) ** 2, 0).sum(2), rtol=ARITHMETIC[dtype])
     assert_close(sums[7], valid.sum(2), rtol=0)
@@ -203,8 +203,8 @@ def test_dtypes_of_soft_targets(kernels, dtype):
     y = targets("several", x, y)
     expected, expected_grad = run(kernels, x, y, gamma=0)
     sums, grad = run(kernels, x, y.astype(FLOATS.get(dtype, dtype)), gamma=0)
-    assert_same_bits(sums, expected)
-    assert_same_bits(grad, expected_grad)
+    assert_bitwise_equal(sums, expected)
+    assert_bitwise_equal(grad, expected_grad)
 
 
 @backend
@@ -215,7 +215,7 @@ def test_dtypes_of_soft_targets(kernels, dtype):
     ["softmax", "sigmoid"],
     others=([1e4], ["labels", "soft"], ["softmax", "sigmoid"]),
 )
-def test_more_sums_of_logits_of_any_size(kernels, dtype, scale, kind, activation):
+def test_optional_sums_of_logits_of_any_size(kernels, dtype, scale, kind, activation):
     x, y = example((2, 4, 200), dtype, scale=scale)
     options = {"gamma": 1, "nll": True, "binary_gamma": 1, "activation": activation}
     check(kernels, x, targets(kind, x, y), **options)
@@ -259,7 +259,7 @@ def test_decisions_rank_nan_as_infinity(kernels, channels):
     x[:, channels // 2, ::3], x[:, 0, 1::7] = np.nan, np.inf
     spec = specs.Spec("argmax")
     sums, _ = sums_of(kernels, x, y, spec=spec)
-    assert_same_bits(sums, sums_of(_reference, x, y, spec=spec)[0])
+    assert_bitwise_equal(sums, sums_of(_reference, x, y, spec=spec)[0])
 
 
 @backend
@@ -296,7 +296,7 @@ def test_binary_targets_are_0_or_1(kernels, dtype):
     assert found == 6
     expected, none = sums_of(kernels, x, clean, **options)
     assert none == 0
-    assert_same_bits(sums, expected)
+    assert_bitwise_equal(sums, expected)
     assert sums_of(kernels, x, y, **{**options, "targets": "soft"})[1] == 3  # 2, -1, NaN
     logits, labels, spec, _ = bind(x, y, **options)
     grad, cotangent = np.empty_like(x), np.ones(sums.shape)
@@ -311,8 +311,8 @@ def test_binary_targets_of_integers(kernels, dtype):
     y = targets("several", x, y, dtype)
     sums, grad = run(kernels, x, y, targets="binary")
     expected_sums, expected_grad = run(kernels, x, y)
-    assert_same_bits(sums, expected_sums)
-    assert_same_bits(grad, expected_grad)
+    assert_bitwise_equal(sums, expected_sums)
+    assert_bitwise_equal(grad, expected_grad)
     if dtype != "bool":
         y[0, 0, :3] = 2
         assert sums_of(kernels, x, y, targets="binary")[1] == 3
@@ -320,13 +320,13 @@ def test_binary_targets_of_integers(kernels, dtype):
 
 @backend
 @pytest.mark.parametrize("threads", [2, 3])
-def test_more_sums_have_the_same_bits_for_any_number_of_threads(kernels, threads):
+def test_optional_sums_are_bitwise_reproducible_for_any_number_of_threads(kernels, threads):
     x, y = example((2, 5, 40_001), "float32")
     y = targets("several", x, y)
     sums, grad = run(kernels, x, y, **MORE["all"])
     other_sums, other_grad = run(kernels, x, y, **MORE["all"], threads=threads)
-    assert_same_bits(other_sums, sums)
-    assert_same_bits(other_grad, grad)
+    assert_bitwise_equal(other_sums, sums)
+    assert_bitwise_equal(other_grad, grad)
 
 
 @backend
@@ -405,7 +405,7 @@ def test_gradient_goes_into_any_strides(kernels, layout):
     x, y = example((2, 3, 7, 20, 9), "float32")
     _, expected = run(kernels, x, y)
     _, grad = run(kernels, x, y, out=LAYOUTS[layout](np.full_like(x, np.nan)))
-    assert_same_bits(np.ascontiguousarray(grad), expected)
+    assert_bitwise_equal(np.ascontiguousarray(grad), expected)
 
 
 @backend
@@ -423,7 +423,7 @@ def test_gradient_into_aligned_memory(kernels, dtype, channels, options):
     )
     _, grad = run(kernels, x, y, **options, out=aligned)
     grad = grad.copy()
-    assert_same_bits(grad, run(kernels, x, y, **options, out=other)[1])
+    assert_bitwise_equal(grad, run(kernels, x, y, **options, out=other)[1])
 
 
 @backend
@@ -434,7 +434,7 @@ def test_gradient_in_place_of_the_logits(kernels, dtype, layout, channels, gamma
     _, expected = run(kernels, x, y, gamma=gamma)
     _, grad = run(kernels, x, y, gamma=gamma, out=x)
     assert grad is x
-    assert_same_bits(np.ascontiguousarray(x), np.ascontiguousarray(expected))
+    assert_bitwise_equal(np.ascontiguousarray(x), np.ascontiguousarray(expected))
 
 
 @backend
@@ -443,19 +443,19 @@ def test_gradient_in_place_of_the_logits(kernels, dtype, layout, channels, gamma
     "shape", [(2, 3, 40_001), (1, 1, 70_000), (3, 20, 9000), (1, 150, 5000)], ids=str
 )
 @pytest.mark.parametrize("gamma", [None, 1.5])
-def test_same_bits_for_any_number_of_threads(kernels, dtype, shape, gamma):
+def test_bitwise_reproducible_for_any_number_of_threads(kernels, dtype, shape, gamma):
     x, y = example(shape, dtype)
     sums, grad = run(kernels, x, y, gamma=gamma, threads=1)
     for threads in (1, 2, 3, 7):
         other_sums, other_grad = run(kernels, x, y, gamma=gamma, threads=threads)
-        assert_same_bits(other_sums, sums, what=f"sums with {threads} threads")
-        assert_same_bits(other_grad, grad, what=f"gradient with {threads} threads")
+        assert_bitwise_equal(other_sums, sums, what=f"sums with {threads} threads")
+        assert_bitwise_equal(other_grad, grad, what=f"gradient with {threads} threads")
 
 
 @backend
 @floats
 @pytest.mark.parametrize("activation", ["sigmoid", "none"])
-def test_ignored_targets_leak_nothing(kernels, dtype, activation):
+def test_ignored_targets_have_no_effect(kernels, dtype, activation):
     x, _ = example((2, 3, 500), dtype)
     rng = np.random.default_rng(2)
     y = rng.random(x.shape).astype(np.float32)
@@ -465,8 +465,8 @@ def test_ignored_targets_leak_nothing(kernels, dtype, activation):
     clean, clean_grad = run(kernels, x, y, **options)
     x[ignored] = np.nan
     sums, grad = run(kernels, x, y, **options)
-    assert_same_bits(sums, clean)
-    assert_same_bits(grad, clean_grad)
+    assert_bitwise_equal(sums, clean)
+    assert_bitwise_equal(grad, clean_grad)
     assert not grad[ignored].any()
 
 
@@ -474,7 +474,7 @@ def test_ignored_targets_leak_nothing(kernels, dtype, activation):
 @floats
 @pytest.mark.parametrize("channels", [1, 4])
 @pytest.mark.parametrize("gamma", [None, 0, 2])
-def test_ignored_voxels_leak_nothing(kernels, dtype, channels, gamma):
+def test_ignored_voxels_have_no_effect(kernels, dtype, channels, gamma):
     x, y = example((2, channels, 500), dtype)
     ignored = np.random.default_rng(2).random(y.shape) < 0.3
     y[ignored] = 99
@@ -482,7 +482,7 @@ def test_ignored_voxels_leak_nothing(kernels, dtype, channels, gamma):
     for poison in (np.nan, np.inf, -np.inf, 6e4):
         x[np.broadcast_to(ignored[:, None], x.shape)] = poison
         sums, grad = run(kernels, x, y, ignore_label=99, gamma=gamma)
-        assert_same_bits(sums, clean)
+        assert_bitwise_equal(sums, clean)
         assert_close(grad, clean_grad, rtol=0)
         assert not grad[np.broadcast_to(ignored[:, None], x.shape)].any()
 
@@ -584,7 +584,7 @@ def test_a_label_of_a_masked_class_has_an_infinite_nll(kernels, dtype, channels)
 @backend_or_oracle
 @floats
 def test_infinite_logits_of_a_single_channel(kernels, dtype):
-    """Two classes, -x and x: the limit of the softmax, and of the cross-entropy."""
+    """Two classes with logits 0 and x: the limits of the softmax and of the cross-entropy."""
     x = np.array([np.inf, -np.inf, np.inf, -np.inf]).astype(FLOATS[dtype]).reshape(4, 1, 1)
     y = np.array([0, 0, 1, 1]).reshape(4, 1)
     x = x.astype(np.float64) if kernels is _reference else x
@@ -607,8 +607,8 @@ def test_infinite_logits_of_a_sigmoid(kernels, dtype, kind):
     finite = np.where(np.isinf(x), np.copysign(x.dtype.type(6e4), x), x)  # saturated
     sums, grad = run(kernels, x, y, activation="sigmoid", p=2)
     expected_sums, expected_grad = run(kernels, finite, y, activation="sigmoid", p=2)
-    assert_same_bits(sums, expected_sums)
-    assert_same_bits(grad, expected_grad)
+    assert_bitwise_equal(sums, expected_sums)
+    assert_bitwise_equal(grad, expected_grad)
     assert not grad[np.isinf(x)].any()
     assert np.isfinite(sums).all()
 
@@ -616,7 +616,7 @@ def test_infinite_logits_of_a_sigmoid(kernels, dtype, kind):
 @backend_or_oracle
 @floats
 def test_softmax_of_a_single_infinite_logit(kernels, dtype):
-    """One class of soft targets: torch's softmax over a single channel is NaN there, else 1."""
+    """One class of soft targets: torch's softmax over a single channel is NaN or 1."""
     x = np.array([np.inf, -np.inf, 3]).astype(FLOATS[dtype]).reshape(3, 1, 1)
     x = x.astype(np.float64) if kernels is _reference else x
     sums, _ = run(kernels, x, np.ones((3, 1, 1)), activation="sigmoid", gamma=0, nll=True)
@@ -628,7 +628,7 @@ def test_softmax_of_a_single_infinite_logit(kernels, dtype):
 @pytest.mark.parametrize("binary_gamma", [0, 2, 0.5])
 @pytest.mark.parametrize("kind", ["labels", "soft", "binary"])
 def test_infinite_logits_of_a_binary_cross_entropy(kernels, dtype, binary_gamma, kind):
-    """One voxel a sample, for every pair of a logit and a target."""
+    """One voxel per sample, for every pair of a logit and a target."""
     values = [np.inf, -np.inf, 0.0, 2.5, -2.5, 500.0]
     amounts = [0.0, 1.0] if kind != "soft" else [0.0, 1.0, 0.25]
     pairs = np.array(list(itertools.product(values, amounts)))
@@ -778,8 +778,8 @@ def test_probabilities_underflow_to_zero(kernels, dtype):
 
 
 @backend
-def test_counts_beyond_float32(kernels):
-    """A float32 counter stops at 2^24; a broadcast array has more voxels in no memory."""
+def test_counts_that_float32_cannot_represent(kernels):
+    """A float32 counter stops at 2^24; a broadcast array has more voxels without using memory."""
     voxels = 2**25 + 3
     x = np.broadcast_to(np.zeros((1, 2, 1), np.float32), (1, 2, voxels))
     y = np.broadcast_to(np.zeros((1, 1), np.uint8), (1, voxels))
@@ -801,7 +801,7 @@ def test_a_thousand_classes(kernels):
     others=([8.0, 25.0], [2], [1, 2, 5, 20]),
 )
 def test_cross_entropy_near_zero_is_exact(kernels, dtype, margin, gamma, channels):
-    """Of a network that is nearly sure and right 1 - s is tiny, and lost where s is rounded."""
+    """For a confident, correct prediction 1 - s is tiny, and lost if s is rounded."""
     x, y = example((1, channels, 1000), dtype)
     if channels == 1:
         x[:, 0] += margin * (2 * y - 1).astype(x.dtype)
@@ -836,14 +836,14 @@ def test_labels_out_of_range_are_counted_and_skipped(kernels, threads):
     sums, found = sums_of(kernels, x, marked, threads=threads)
     assert found == wrong.sum()
     y[wrong] = 99
-    assert_same_bits(sums, run(kernels, x, y, ignore_label=99)[0])
+    assert_bitwise_equal(sums, run(kernels, x, y, ignore_label=99)[0])
 
 
 @backend
 @pytest.mark.parametrize("dtype", ["int8", "int16"])
 def test_a_negative_label_is_no_class_of_many(kernels, dtype):
     lowest = np.iinfo(dtype).min
-    classes = 5 - 2 * lowest  # its bits, read as a positive number, would be one
+    classes = 5 - 2 * lowest  # its bits, read as an unsigned number, would be a class
     x = np.zeros((1, classes, 6), np.float32)
     y = np.array([[0, -1, 5, lowest, -lowest - 1, -2]], dtype)
     sums, found = sums_of(kernels, x, y, ignore_label=-2)
@@ -860,11 +860,11 @@ def test_levels_agree_in_float64():
         assert_close(other_grad, grad, rtol=1e-15, atol=1e-15)
 
 
-# ---- the checks bite ------------------------------------------------------------------------
+# ---- the checks detect faults ----------------------------------------------------------------
 
 
 class Broken:
-    """The first backend with one fault."""
+    """The first backend, with one fault."""
 
     def __init__(self, fault):
         self.kernels, self.fault = LEVELS[0], fault
@@ -914,7 +914,7 @@ FAULTS = (
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_wrong_kernel_is_found(fault):
+def test_a_wrong_kernel_is_detected(fault):
     x, y = example((2, 3, 300), "float32")
     check(Broken("none"), x, y)
     with pytest.raises(AssertionError, match="differ"):
@@ -925,8 +925,8 @@ def test_a_wrong_kernel_is_found(fault):
     ("actual", "expected"),
     [([1.0], [1.1]), ([np.nan], [1.0]), ([1.0], [np.nan]), ([np.inf], [1.0]), ([1.0], [1.0, 1.0])],
 )
-def test_comparisons_bite(actual, expected):
+def test_comparisons_detect_differences(actual, expected):
     with pytest.raises(AssertionError):
         assert_close(actual, expected, rtol=1e-3)
     with pytest.raises(AssertionError):
-        assert_same_bits(actual, expected)
+        assert_bitwise_equal(actual, expected)

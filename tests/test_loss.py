@@ -1,4 +1,4 @@
-"""`dice_core.loss` and its like, and the torch adapter, against the naive code in float64."""
+"""The functions of `dice_core` and `dice_core.torch` against the naive code in float64."""
 
 import math
 import pickle
@@ -8,7 +8,7 @@ import naive
 import numpy as np
 import pytest
 import torch
-from compare import assert_close, assert_same_bits, kernel_rows
+from compare import assert_bitwise_equal, assert_close, kernel_rows
 from hypothesis import given, settings
 from layouts import LAYOUTS
 
@@ -68,7 +68,7 @@ def check(value, grad, x, y, options, upstream=None):
     tolerance = 2e-6 if x.dtype == np.float32 else 1e-13
     assert np.asarray(value).dtype == x.dtype
     assert_close(value, expected, rtol=4 * tolerance, atol=4 * tolerance, what="loss")
-    # A score times a difference of cotangents, which cancel: the error is that of the product.
+    # Cotangents cancel in the gradient: its error is that of a probability times a cotangent.
     assert_close(grad, expected_grad, rtol=tolerance, atol=tolerance * size, what="gradient")
 
 
@@ -79,7 +79,7 @@ def test_arrays(problem, backend, num_threads):
     use = {"backend": backend, "num_threads": num_threads}
     value = dice_core.loss(x, y, **options, **use)
     again, grad = dice_core.loss_and_grad(x, y, **options, **use)
-    assert_same_bits(value, again)
+    assert_bitwise_equal(value, again)
     assert (grad.shape, grad.dtype) == (x.shape, x.dtype)
     check(value, grad, x, y, options)
 
@@ -133,7 +133,7 @@ def test_finite_differences(reduction, channels):
 
 
 def naive_loss(term, x, y, ignore_label=-1):
-    """A term of the naive code's sums, with autograd."""
+    """A term evaluated on the sums of the naive code, with autograd."""
     sums = torch.stack(naive.statistics(x, y, ignore_label=ignore_label, **dict(term.needs)))
     term = term.with_weights([*map(torch.as_tensor, term.weights)])
     return term.value(dice_core.Statistics(sums, term.spec("softmax", ignore_label)))
@@ -163,7 +163,7 @@ def test_terms_of_voxels(term, backend, dtype):
     (expected_grad,) = torch.autograd.grad(expected, exact, torch.tensor(upstream))
     use = {"term": term, "backend": backend}
     value, grad = dice_core.loss_and_grad(x, y, grad_loss=upstream, **use)
-    assert_same_bits(dice_core.loss(x, y, **use), value)
+    assert_bitwise_equal(dice_core.loss(x, y, **use), value)
     tolerance = 2e-5 if dtype == "float32" else 1e-10
     assert_close(value, expected.detach(), rtol=tolerance / 10)
     size = float(expected_grad.abs().max())
@@ -212,7 +212,7 @@ def test_terms_of_tiles(term):
 @pytest.mark.parametrize("ignore_label", [-1, 1])
 def test_score(backend, channels, activation, ignore_label):
     rng = np.random.default_rng(0)
-    x = np.round(rng.standard_normal((3, channels, 9, 13)), 1).astype("float32")  # with equals
+    x = np.round(rng.standard_normal((3, channels, 9, 13)), 1).astype("float32")  # with ties
     y = rng.integers(0, max(2, channels), (3, 9, 13))
     if activation == "sigmoid":
         y = rng.integers(0, 2, x.shape)
@@ -234,7 +234,7 @@ def test_score(backend, channels, activation, ignore_label):
 
 
 @pytest.mark.parametrize("decide", [dice_core.score, dice_core.torch.DiceScore], ids=["", "torch"])
-def test_scores_that_are_given_have_no_threshold(decide):
+def test_scores_need_logits(decide):
     arrays = (np.zeros((1, 2, 3)), np.zeros((1, 3), int)) if decide is dice_core.score else ()
     with pytest.raises(ValueError, match="activation must be one of 'softmax', 'sigmoid', got"):
         decide(*arrays, activation="none")
@@ -282,7 +282,7 @@ def test_incoming_gradient(reduction):
 
 
 def test_known_values():
-    x = np.zeros((1, 2, 4))  # every score is 1/2
+    x = np.zeros((1, 2, 4))  # every probability is 1/2
     y = np.array([[0, 0, 0, 1]])
     # class 0: 1 - 2 * 1.5 / (2 + 3), class 1: 1 - 2 * 0.5 / (2 + 1)
     assert dice_core.loss(x, y) == pytest.approx((0.4 + 2 / 3) / 2)
@@ -321,6 +321,11 @@ def test_no_samples():
     assert math.isnan(values["mean"])
 
 
+def test_no_samples_of_a_batch():
+    x, y, term = np.zeros((0, 3, 5)), np.zeros((0, 5), int), Dice(pool="batch", smooth=(0, 1))
+    assert dice_core.loss(x, y, term) == term(dice_core.statistics(x, y)) == 1
+
+
 def test_no_voxels():
     x, y = np.zeros((2, 3, 0, 4)), np.zeros((2, 0, 4), int)
     value, grad = dice_core.loss_and_grad(x, y)
@@ -353,12 +358,12 @@ def test_out(layout):
     out = LAYOUTS[layout](np.zeros_like(x))
     value_out, returned = dice_core.loss_and_grad(x, y, out=out)
     assert returned is out
-    assert_same_bits(value_out, value)
-    assert_same_bits(np.ascontiguousarray(out), grad)
+    assert_bitwise_equal(value_out, value)
+    assert_bitwise_equal(np.ascontiguousarray(out), grad)
     value_over, over = dice_core.loss_and_grad(x, y, out=x)
     assert over is x
-    assert_same_bits(value_over, value)
-    assert_same_bits(x, grad)
+    assert_bitwise_equal(value_over, value)
+    assert_bitwise_equal(x, grad)
 
 
 def test_torch_tensors_are_read_like_any_array():
@@ -385,7 +390,7 @@ def test_statistics_object():
     )
     out = np.empty_like(x)
     assert dice_core.gradient(x, y, stats, out=out) is out
-    assert_same_bits(out, dice_core.loss_and_grad(x, y, p=2)[1])
+    assert_bitwise_equal(out, dice_core.loss_and_grad(x, y, p=2)[1])
     with pytest.raises(TypeError):
         stats + 1
 
@@ -405,9 +410,9 @@ def test_statistics_pickle_and_add_up(as_torch):
     for name in stats.spec.fields:
         assert_close(getattr(again, name), getattr(stats, name), rtol=0)
     assert_close(stats.voxel_count, np.full((2, 3), 8), rtol=0)
-    with pytest.raises(ValueError, match="statistics of different sums do not add up"):
+    with pytest.raises(ValueError, match="cannot add statistics with different sums"):
         stats + take(x, y)
-    with pytest.raises(AttributeError, match=r"have no nll_sum .* take them with nll=True"):
+    with pytest.raises(AttributeError, match=r"have no nll_sum .* compute them with nll=True"):
         take(x, y).nll_sum  # noqa: B018
 
 

@@ -1,11 +1,11 @@
-"""The losses on (K, N, C): values by hand, derivatives by two other ways, theory."""
+"""The losses on (K, N, C) sums: values by hand, derivatives in two other ways, identities."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from compare import assert_close, assert_same_bits
+from compare import assert_bitwise_equal, assert_close
 from pairwise import pairwise
 from torch.nn import functional as F
 
@@ -17,7 +17,7 @@ from dice_core.sums import Statistics
 
 EVERY_SUM = Spec(gamma=0.0, nll=True, binary_gamma=0.0)  # I, P, Y, H, L, B+, B-
 WEIGHT = (0.2, 1.5, 0.7)
-# Of every term, its own settings beside the shared ones.
+# The settings of each term, besides the shared ones.
 OWN = {
     "Tversky": [{}, {"alpha": 0.3, "beta": 1.2}],
     "FocalTversky": [{}, {"gamma": 2}, {"of_mean": True}, {"of_mean": True, "gamma": 1.5}],
@@ -97,14 +97,14 @@ def upstream_for(value, seed=1):
     return np.random.default_rng(seed).standard_normal(np.shape(value))
 
 
-DIFFERENTIATED = [0, 1, 3, 4, 5, 6]  # by the logits; the number of labels is what it is
+DIFFERENTIATED = [0, 1, 3, 4, 5, 6]  # Y does not depend on the logits
 
 
 @pytest.mark.parametrize("term", SETTINGS, ids=repr)
 def test_derivative_is_torch_autograd(term):
     sums = random_sums()
     value, derivative = with_derivative(term, sums)
-    assert_same_bits(value, value_of(term, sums))
+    assert_bitwise_equal(value, value_of(term, sums))
     assert np.shape(value) == term.shape(4, 3)
     upstream = upstream_for(value)
     tensor = torch.tensor(sums, requires_grad=True)
@@ -207,7 +207,7 @@ def test_absent_classes():
     assert value_of(Dice(absent="skip", reduction="none"), nothing).tolist() == [0, 0]
 
 
-def test_perfect_is_zero():
+def test_a_perfect_prediction_has_loss_zero():
     sums = np.array([[[5.0, 0.0]]] * 3 + [[[0.0, 0.0]]] * 4)
     sums = np.concatenate([sums, sums[..., ::-1]], axis=1)
     for entry in TERMS:
@@ -277,14 +277,14 @@ def test_nan_stays_in_its_sample():
 
 
 @pytest.mark.parametrize("entry", TERMS, ids=lambda entry: entry.term.__name__)
-def test_nothing(entry):
-    """Of no voxels nothing is wrong; the mean of no samples is NaN."""
+def test_empty_input(entry):
+    """Without voxels the loss is 0; the mean over no samples is NaN."""
     assert value_of(entry.term(), np.zeros((7, 2, 3))) == 0
     value = value_of(entry.term(), np.zeros((7, 0, 3)))
     assert value == 0 if entry.term().pool == "batch" else math.isnan(value)
 
 
-# ---- what does not fit ---------------------------------------------------------------------------
+# ---- invalid settings ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -379,7 +379,9 @@ def test_soft_targets_squared():
 
 def test_a_term_says_which_statistics_it_lacks():
     sums = Statistics(random_sums()[:3], Spec())
-    with pytest.raises(ValueError, match=r"Dice needs statistics with p = 2.*take them with p=2"):
+    with pytest.raises(
+        ValueError, match=r"Dice needs statistics with p = 2.*compute them with p=2"
+    ):
         Dice(p=2)(sums)
     with pytest.raises(ValueError, match=r"CrossEntropy needs .* gamma = 0.0.*have gamma = None"):
         CrossEntropy()(sums)

@@ -1,4 +1,4 @@
-"""`python -m dice_core`: what a user sends along with a bug report."""
+"""`python -m dice_core`: the report that users attach to bug reports."""
 
 import json
 import os
@@ -102,7 +102,7 @@ def test_json_reports_versions(facts):
 def test_text_has_every_backend_with_its_state(lines, row):
     state = "; ".join(row.unavailable()) or "usable"
     if row.name == "reference":
-        state = "usable, when asked for by name"
+        state = "usable, only if requested by name"
     (line,) = [line for line in lines if line.split()[:1] == [row.name] and state in line]
     assert line.split(maxsplit=1)[1].startswith(row.description)
     assert line.endswith(f" {state}")
@@ -119,7 +119,7 @@ def test_text_has_level_openmp_and_threads(lines, facts):
     assert line.endswith(f"OMP_NUM_THREADS = {omp})" if omp else "OMP_NUM_THREADS is not set)")
 
 
-def test_text_has_the_backend_asked_for(lines, environment):
+def test_text_has_the_requested_backend(lines, environment):
     asked = environment.get("DICE_CORE_BACKEND")
     text = f"DICE_CORE_BACKEND = {asked}" if asked else "DICE_CORE_BACKEND is not set"
     assert f"  {text}" in lines
@@ -133,7 +133,7 @@ def test_text_has_versions(lines, facts):
     }
 
 
-# ---- what this machine cannot show -------------------------------------------------------------
+# ---- reports of other machines -----------------------------------------------------------------
 
 
 def report(**changes):

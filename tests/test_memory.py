@@ -1,4 +1,4 @@
-"""Peak memory: the gradient and nothing else of image size."""
+"""Peak memory: the gradient, and nothing else of the size of the logits."""
 
 import mmap
 import subprocess
@@ -43,7 +43,7 @@ def test_arrays_allocate_one_gradient(volume, backend):
     assert peak_of(lambda: dice_core.loss_and_grad(x, y, backend=backend, out=x)) < SMALL
 
 
-def test_the_naive_way_would_be_found(volume):
+def test_the_naive_code_exceeds_the_limit(volume):
     x, y = volume
     assert peak_of(lambda: dice_core.loss(x, y, backend="reference")) > x.nbytes
 

@@ -1,4 +1,4 @@
-"""What a user reads when an argument does not fit."""
+"""The messages for invalid arguments."""
 
 from types import SimpleNamespace
 
@@ -225,7 +225,7 @@ def test_soft_targets_outside_their_range(function, dtype):
     ids=["class", "name", "p", "weight"],
 )
 @named(dice_core.loss, dice_core.loss_and_grad)
-def test_what_is_no_term(function, term, options, text):
+def test_values_that_are_not_terms(function, term, options, text):
     assert message(TypeError, function, X, Y, term, **options) == text
 
 
@@ -234,12 +234,12 @@ def test_what_is_no_term(function, term, options, text):
     [
         (
             losses.Dice(p=2),
-            "Dice needs statistics with p = 2, and these have p = 1; take them with p=2",
+            "Dice needs statistics with p = 2, but these have p = 1; compute them with p=2",
         ),
         (
             losses.Dice() + losses.Focal(gamma=2),
-            "Dice + Focal needs statistics with gamma = 2.0, and these have gamma = None; "
-            "take them with gamma=2.0",
+            "Dice + Focal needs statistics with gamma = 2.0, but these have gamma = None; "
+            "compute them with gamma=2.0",
         ),
         (
             losses.Dice(weight=[1, 2]),
@@ -258,13 +258,13 @@ def test_statistics_that_were_not_summed():
         _ = dice_core.statistics(X, Y).cross_entropy_sum
     assert str(caught.value) == (
         "these statistics have no cross_entropy_sum (they have intersection, pred_sum, "
-        "target_sum); take them with gamma=0"
+        "target_sum); compute them with gamma=0"
     )
 
 
 @named(dice_core.loss, dice_core.loss_and_grad, dice_core.statistics)
 @pytest.mark.parametrize("name", ["x", "y"])
-def test_a_list_is_no_array(function, name):
+def test_lists_are_not_arrays(function, name):
     arrays = {"x": X, "y": Y} | {name: [0, 1]}
     assert message(TypeError, function, **arrays) == (
         f"{name} must be an array (NumPy, torch, CuPy, DLPack), got list; "
@@ -274,7 +274,7 @@ def test_a_list_is_no_array(function, name):
 
 @named(dice_core.torch.loss, dice_core.torch.statistics, dice_core.torch.DiceLoss().forward)
 @pytest.mark.parametrize("name", ["x", "y"])
-def test_torch_wants_tensors(function, name):
+def test_torch_functions_require_tensors(function, name):
     arrays = {"x": torch.as_tensor(X), "y": torch.as_tensor(Y)} | {name: X}
     assert message(TypeError, function, **arrays) == (
         f"{name} must be a torch tensor, got ndarray; dice_core.loss takes other arrays"
@@ -476,6 +476,52 @@ def test_torch_has_no_larger_integers(function, label):
     assert text == f"ignore_label must fit in torch's int64, got {label}"
 
 
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (
+            lambda: dice_core.loss(X, Y, backend=["cpu"]),
+            "backend must be a name or None, got list",
+        ),
+        (
+            lambda: dice_core.loss(X, Y, smooth=np.array([1.0, 2])),
+            "smooth must be a number, got array([1., 2.])",
+        ),
+        (
+            lambda: dice_core.gradient(X, Y, "sums"),
+            "statistics must be those of dice_core.statistics, got str",
+        ),
+        (
+            lambda: losses.Dice()(X),
+            "statistics must be those of dice_core.statistics, got ndarray",
+        ),
+        (
+            lambda: dice_core.torch.DeepSupervision(losses.Dice()),
+            "loss must be a module such as DiceLoss(), got Dice",
+        ),
+        (
+            lambda: dice_core.torch.DeepSupervision(dice_core.torch.DiceLoss(), "12"),
+            "weights must be numbers, one for each output, got str",
+        ),
+        (
+            lambda: dice_core.torch.Loss(None),
+            "term must be a loss such as dice_core.losses.Dice(), got None",
+        ),
+        (
+            lambda: torch_loss(X, Y, weight=torch.ones(3, dtype=torch.complex64)),
+            "weight must be numbers, one per class, got torch.complex64",
+        ),
+        (
+            lambda: dice_core.loss(X, Y, weight=torch.ones(3, requires_grad=True)),
+            "weight requires grad, and no gradient would reach it: pass weight.detach(), or "
+            "compute with it in torch, outside the loss",
+        ),
+    ],
+)
+def test_arguments_of_a_wrong_kind(call, text):
+    assert message(TypeError, call) == text
+
+
 # ---- out and grad_loss -------------------------------------------------------------------------
 
 MEMORY = np.zeros(2 * X.size + 1, np.float32)
@@ -489,7 +535,7 @@ def readonly(a):
 
 
 def cuda_array(a):
-    """On another device, at an address that is never read."""
+    """An array on another device, whose memory is never accessed."""
     interface = {"shape": a.shape, "typestr": a.dtype.str, "data": (4096, False), "version": 3}
     return SimpleNamespace(__cuda_array_interface__=interface)
 
@@ -525,25 +571,25 @@ OUT = {
         IN_MEMORY,
         MEMORY[1 : X.size + 1].reshape(X.shape),
         ValueError,
-        "out overlaps x; it must be x itself or lie apart from it",
+        "out overlaps x; it must be x itself or share no memory with it",
     ),
     "x_reversed": (
         IN_MEMORY,
         IN_MEMORY[::-1],
         ValueError,
-        "out overlaps x; it must be x itself or lie apart from it",
+        "out overlaps x; it must be x itself or share no memory with it",
     ),
     "x_in_another_order": (
         IN_MEMORY,
         MEMORY[: X.size].reshape(X.shape, order="F"),
         ValueError,
-        "out overlaps x; it must be x itself or lie apart from it",
+        "out overlaps x; it must be x itself or share no memory with it",
     ),
     "itself": (
         X,
         np.lib.stride_tricks.as_strided(MEMORY, X.shape, (0, 80, 20, 4)),
         ValueError,
-        "out must not share memory between its own elements (strides (0, 80, 20, 4))",
+        "out must not have elements that share memory (strides (0, 80, 20, 4))",
     ),
 }
 
@@ -558,7 +604,7 @@ def test_out_that_does_not_fit(function, x, out, error, text):
 
 @named(dice_core.loss_and_grad, gradient_of_statistics)
 @pytest.mark.parametrize("start", [0, 40, X.size - 1])
-def test_out_over_y(function, start):
+def test_out_that_overlaps_y(function, start):
     out = np.zeros(X.size + Y.size, np.float32)
     y = out.view(np.int32)[start : start + 40].reshape(Y.shape)
     text = message(ValueError, function, X, y, out=out[: X.size].reshape(X.shape))
@@ -611,10 +657,10 @@ def test_arrays_on_different_devices(function, x, y, text):
 
 
 @named(dice_core.loss, dice_core.loss_and_grad, dice_core.statistics)
-def test_plain_values_of_tensors_that_require_grad(function):
+def test_tensors_that_require_grad_are_refused(function):
     x = torch.from_numpy(X.copy()).requires_grad_()
     assert message(TypeError, function, x, Y) == (
-        "x requires grad, and dice_core.loss and its like give plain values: "
+        "x requires grad, but the functions of dice_core do not record gradients: "
         "use dice_core.torch.loss, or pass x.detach()"
     )
     function(x.detach(), Y)
@@ -625,7 +671,7 @@ def test_second_derivative():
     loss = dice_core.torch.loss(x, torch.zeros(1, 3, dtype=torch.uint8))
     (grad,) = torch.autograd.grad(loss, x, create_graph=True)
     text = message(RuntimeError, grad.sum().backward)
-    assert text == "dice_core computes first derivatives only: it cannot be differentiated twice"
+    assert text == "dice_core computes first derivatives only and cannot be differentiated twice"
 
 
 # ---- statistics of several tiles ---------------------------------------------------------------
@@ -638,30 +684,30 @@ SUMS = "softmax, p = {}, ignore_label = {}"
     [
         (
             dice_core.statistics(X, Y, p=2),
-            f"sums do not add up: {SUMS.format(1, -1)} and {SUMS.format(2, -1)}",
+            f"sums: {SUMS.format(1, -1)} and {SUMS.format(2, -1)}",
         ),
         (
             dice_core.statistics(X, Y, ignore_label=None),
-            f"sums do not add up: {SUMS.format(1, -1)} and {SUMS.format(1, None)}",
+            f"sums: {SUMS.format(1, -1)} and {SUMS.format(1, None)}",
         ),
         (
             dice_core.statistics(X.astype("f8"), Y),
-            "logits' dtypes do not add up: float32 and float64",
+            "logits' dtypes: float32 and float64",
         ),
         (
             dice_core.statistics(X[:1], Y[:1]),
-            "shapes (K, N, C) do not add up: (3, 2, 3) and (3, 1, 3)",
+            "shapes (K, N, C): (3, 2, 3) and (3, 1, 3)",
         ),
         (
             dice_core.statistics(X[:, :2], Y % 2),
-            "shapes (K, N, C) do not add up: (3, 2, 3) and (3, 2, 2)",
+            "shapes (K, N, C): (3, 2, 3) and (3, 2, 2)",
         ),
     ],
     ids=["p", "ignore_label", "dtype", "samples", "classes"],
 )
-def test_statistics_that_do_not_add(other, text):
+def test_statistics_that_cannot_be_added(other, text):
     given = message(ValueError, dice_core.statistics(X, Y).__add__, other)
-    assert given == f"statistics of different {text}"
+    assert given == f"cannot add statistics with different {text}"
 
 
 def test_statistics_add_to_nothing_else():
@@ -682,7 +728,7 @@ def test_statistics_add_to_nothing_else():
 def test_a_tile_that_does_not_fit(x, y, parts):
     text = message(ValueError, dice_core.gradient, x, y, dice_core.statistics(X, Y))
     found, expected = text.split(", not ")
-    assert found.startswith("x is not part of what these statistics sum: ")
+    assert found.startswith("x and y do not match these statistics: ")
     assert parts[0] in found
     assert parts[1] in expected
     assert "Spec(" not in text

@@ -1,4 +1,4 @@
-"""threads: how many threads a call uses."""
+"""threads: the number of threads that a call uses."""
 
 import os
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ import dice_core
 import dice_core.torch
 from dice_core import backends, threads
 
-CGROUP_QUOTA = threads._cgroup_quota  # which the fixture below replaces
+CGROUP_QUOTA = threads._cgroup_quota  # the fixture below replaces it
 
 
 @pytest.fixture(autouse=True)
@@ -156,12 +156,12 @@ def test_cgroup_quota(quota, membership, files, expected):
     assert quota(membership, files) == expected
 
 
-# ---- who gets the number -----------------------------------------------------------------------
+# ---- the number passed to backends -------------------------------------------------------------
 
 
 @pytest.fixture
 def passed(monkeypatch):
-    """The threads that backends were asked to use, in order."""
+    """The numbers of threads passed to backends, in order."""
     record = []
 
     def statistics(logits, labels, sums, spec, count):
@@ -179,7 +179,7 @@ def passed(monkeypatch):
 
 @pytest.fixture
 def torch_threads():
-    """A number of torch's own that is no other default."""
+    """A torch setting that differs from every other default."""
     before = torch.get_num_threads()
     torch.set_num_threads(before + 2)
     yield before + 2

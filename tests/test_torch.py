@@ -1,4 +1,4 @@
-"""The torch adapter: autograd, modules, operators, compilation, what is kept."""
+"""dice_core.torch: autograd, modules, operators, compilation, memory kept for backward."""
 
 import inspect
 import subprocess
@@ -115,7 +115,10 @@ FORWARD_MODE = pytest.mark.filterwarnings("ignore:.torch.jit.script. is:Deprecat
 def test_forward_mode_is_refused(function):
     x, y = example(1, 2, 5)
     x = x.detach()
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="reverse mode only"):
+    with (
+        forward_ad.dual_level(),
+        pytest.raises(NotImplementedError, match="reverse-mode differentiation only"),
+    ):
         function(forward_ad.make_dual(x, x), y)
 
 
@@ -133,7 +136,7 @@ def test_upstream_scale_reaches_small_gradients_before_rounding():
     assert_close(scaled, grad.double() * 1e30, rtol=1e-5, atol=1e20)
 
 
-def test_own_loss_of_the_statistics():
+def test_custom_loss_of_the_statistics():
     """A Tversky loss in a line, against autograd through softmax and one-hot."""
     x, y = example(2, 3, 50)
     i, p, t = statistics(x, y)
@@ -161,11 +164,11 @@ def test_weight_tangent():
     assert_close(value.tangent.detach(), value.primal.detach(), rtol=1e-6)
 
 
-# ---- one node where nothing looks on, operators and torch's arithmetic elsewhere ---------------
+# ---- one node for plain tensors, operators and torch's arithmetic otherwise ---------------
 
 
-class Onlooker(TorchDispatchMode):
-    """Sees every operator and changes nothing."""
+class PassThroughMode(TorchDispatchMode):
+    """Intercepts every operator without changing its result."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {}))
@@ -188,7 +191,9 @@ SETTINGS = pairwise(
 @pytest.mark.parametrize(
     ("weight", "ignore_channel", "smooth", "reduction", "dtype"), SETTINGS, ids=str
 )
-def test_both_ways_and_the_naive_code_agree(dtype, weight, ignore_channel, smooth, reduction):
+def test_fused_node_operators_and_naive_code_agree(
+    dtype, weight, ignore_channel, smooth, reduction
+):
     x, y = example(4, 3, 5, 6, dtype=dtype)
     y[2] = -1  # 0/0 in every class of a sample where smooth is 0
     options = {"weight": weight, "ignore_channel": ignore_channel}
@@ -197,7 +202,7 @@ def test_both_ways_and_the_naive_code_agree(dtype, weight, ignore_channel, smoot
     if reduction == "classes":
         upstream = torch.arange(12, dtype=dtype).reshape(4, 3)
     value, grad, node = loss_and_grad(x, y, upstream, **options)
-    with Onlooker():
+    with PassThroughMode():
         *general, general_node = loss_and_grad(x, y, upstream, **options)
     assert node != general_node
     single = dtype == torch.float32
@@ -236,7 +241,7 @@ def as_negated_view(x):
 
 
 class Subclass(torch.Tensor):
-    """Of no behaviour of its own."""
+    """A subclass that adds no behaviour."""
 
 
 @pytest.mark.parametrize(
@@ -260,7 +265,7 @@ def test_inference_mode():
     assert_close(value, loss(x, y).detach(), rtol=1e-15)
 
 
-def test_the_default_device_is_of_no_account():
+def test_the_default_device_has_no_effect():
     x, y = example(2, 3, 5)
     expected = loss_and_grad(x, y, None, weight=[1, 2, 3])
     with torch.device("meta"):
@@ -333,7 +338,7 @@ def test_named_modules(name):
 @pytest.mark.parametrize("weight", [None, [1.0, 2.0, 3.0]])
 @pytest.mark.parametrize("class_weight", [None, [3.0, 1.0, 2.0]])
 def test_compounds(weight, class_weight):
-    """`weight` is Dice's, not normalised; the other loss has weights of its own, as torch has."""
+    """`weight` applies to Dice, not normalised; the other loss has its own weights, as in torch."""
     x, y = example(2, 3, 40)
     y[0, :5] = -1
     log_s = torch.where(y[:, None] >= 0, x, torch.zeros_like(x)).log_softmax(1)
@@ -378,7 +383,7 @@ def test_reductions_of_compounds(kind, reduction):
     each = [kind()(x[n : n + 1], y[n : n + 1]).detach() for n in range(2)]
     flat, labels = x.movedim(0, 1).reshape(1, 3, 80), y.reshape(1, 80)
     expected = {
-        "mean": torch.stack(each).mean(),  # the samples have as many voxels
+        "mean": torch.stack(each).mean(),  # all samples have the same number of voxels
         "sum": torch.stack(each).sum(),
         "none": torch.stack(each),
         "batch": kind()(flat, labels).detach(),
@@ -448,6 +453,111 @@ def test_a_target_that_requires_grad_is_refused():
             function(x, y)
 
 
+def test_a_hook_may_unpack_other_strides():
+    """What saved-tensor hooks return is read as it lies, even at the address of what was saved."""
+    leaf, y = example(2, 3, 8, 8)
+    expected = torch.autograd.grad(loss(leaf * 1, y, p=2), leaf)[0]
+
+    def pack(tensor):
+        return tensor.contiguous().numpy().copy() if tensor.is_floating_point() else tensor
+
+    def unpack(packed):
+        return packed if isinstance(packed, torch.Tensor) else torch.from_numpy(packed).clone()
+
+    for _ in range(20):
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            x = (leaf * 1).contiguous(memory_format=torch.channels_last)
+            value = loss(x, y, p=2)
+            del x
+        assert_close(torch.autograd.grad(value, leaf)[0], expected, rtol=1e-12, atol=1e-16)
+
+
+def test_settings_that_are_tensors_are_read_at_every_call():
+    x, y = example(2, 3, 40)
+    smooth, label = torch.tensor(0.0), torch.tensor(-1)
+    before = loss(x, y, smooth=smooth, ignore_label=label)
+    smooth.fill_(100)
+    label.fill_(1)
+    assert_close(before.detach(), loss(x, y).detach(), rtol=0)
+    after = loss(x, y, smooth=smooth, ignore_label=label)
+    assert_close(after.detach(), loss(x, y, smooth=100, ignore_label=1).detach(), rtol=0)
+
+
+def test_settings_that_require_grad_are_refused():
+    x, y = example(2, 3, 40)
+    learned = torch.nn.Parameter(torch.tensor(2.0))
+    for make in (
+        lambda: loss(x, y, learned * losses.Dice() + losses.CrossEntropy()),
+        lambda: DiceCELoss(lambda_dice=learned),
+        lambda: DiceLoss(smooth=learned),
+        lambda: dice_core.torch.DeepSupervision(DiceLoss(), learned[None]),
+    ):
+        with pytest.raises(TypeError, match="requires grad, and no gradient would reach it"):
+            make()
+
+
+def test_weights_that_are_learned():
+    x, y = example(2, 3, 40)
+    weight = torch.nn.Parameter(torch.ones(3))
+    module = DiceCELoss(weight=weight, ce_weight=[1, 2, 3])
+    assert [name for name, _ in module.named_parameters()] == ["weight"]
+    module(x, y).backward()
+    expected = dice_core.torch.statistics(x.detach(), y)
+    i, p, t = expected
+    assert_close(weight.grad, (1 - 2 * i / (p + t)).mean(0), rtol=1e-6)
+
+
+def test_settings_of_a_module_cannot_change():
+    module = DiceLoss(weight=[1, 2, 3])
+    for name, value in (
+        ("term", losses.Dice(p=2)),
+        ("smooth", 1),
+        ("ignore_label", 2),
+        ("reduction", "none"),
+        ("weight", None),
+    ):
+        with pytest.raises(AttributeError):
+            setattr(module, name, value)
+    module.weight = torch.tensor([3.0, 2, 1])
+    assert "weight=[3.0, 2.0, 1.0]" in repr(module)
+
+
+def test_terms_with_weights_of_tensors_and_arrays():
+    """Whichever library the weights and the sums are of."""
+    x, y = example(2, 3, 40)
+    for weight in ([1, 2, 3], torch.tensor([1.0, 2, 3])):
+        for term in (
+            losses.Dice(weight=weight, divisor="weights"),
+            losses.CrossEntropy(weight=weight),
+            losses.BinaryCrossEntropy(pos_weight=weight),
+        ):
+            expected = loss(x, y, term)
+            sums = statistics(x, y, **dict(term.needs))
+            assert_close(term(sums).detach(), expected.detach(), rtol=1e-13)
+            assert term(sums).requires_grad
+            arrays = x.detach().numpy(), y.numpy()
+            assert_close(dice_core.loss(*arrays, term), expected.detach(), rtol=1e-13)
+            sums = dice_core.statistics(*arrays, **dict(term.needs))
+            assert_close(term(sums), expected.detach(), rtol=1e-13)
+            dx = dice_core.gradient(*arrays, sums, term)
+            assert_close(dx, torch.autograd.grad(expected, x)[0], rtol=1e-11, atol=1e-16)
+
+
+def test_the_weighted_cross_entropy_of_soft_targets_is_torch_s():
+    x, _ = example(2, 3, 40)
+    y = torch.rand(2, 3, 40, dtype=torch.float64).softmax(1)
+    weight = torch.tensor([1.0, 2, 3], dtype=torch.float64)
+    mine = loss(x, y, losses.CrossEntropy(weight=weight))
+    assert_close(mine.detach(), F.cross_entropy(x, y, weight).detach(), rtol=1e-13)
+
+
+def test_scores_of_different_numbers_of_classes_do_not_mix():
+    score = dice_core.torch.DiceScore()
+    score.update(*example(2, 3, 8))
+    with pytest.raises(ValueError, match=r"x has 2 classes, but .* 3; call reset\(\)"):
+        score.update(*example(2, 2, 8))
+
+
 def test_labels_on_another_device():
     x, y = example(2, 3, 10)
     with pytest.raises(ValueError, match="x is on cpu but y is on meta; move y to x's device"):
@@ -464,7 +574,7 @@ def test_deep_supervision():
         assert_close(value.detach(), (2 * parts[0] + parts[1]).detach() / 3, rtol=1e-14)
         value = dice_core.torch.DeepSupervision(criterion, [0.25, 4])([x, coarse], labels)
         assert_close(value.detach(), (0.25 * parts[0] + 4 * parts[1]).detach(), rtol=1e-14)
-    volumes = [y, y[:, ::2, ::4]]  # as nnU-Net gives them
+    volumes = [y, y[:, ::2, ::4]]  # as in nnU-Net
     value = dice_core.torch.DeepSupervision(criterion)([x, coarse], volumes)
     assert_close(value.detach(), (2 * parts[0] + parts[1]).detach() / 3, rtol=1e-14)
     with pytest.raises(ValueError, match="there are 1 label volumes for 2 outputs"):
@@ -476,7 +586,11 @@ def test_deep_supervision():
 @pytest.mark.parametrize(
     ("outputs", "weights", "message"),
     [
-        ([torch.zeros(1, 2, 8), torch.zeros(1, 2, 3)], None, "each side must be a whole multiple"),
+        (
+            [torch.zeros(1, 2, 8), torch.zeros(1, 2, 3)],
+            None,
+            "each side must be an integer multiple",
+        ),
         ([torch.zeros(1, 2, 8)], [1, 2], "there are 2 weights for 1 outputs"),
         ([], None, "outputs must be a sequence of logits"),
         (torch.zeros(1, 2, 8), None, "outputs must be a sequence of logits"),

@@ -30,23 +30,25 @@ def parser() -> argparse.ArgumentParser:
     text = f"names from the list below (default: all; {large} only on cuda)"
     add("cases", nargs="*", metavar="CASE", help=text)
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
-    add("--only", metavar="NAMES", help="implementations from the list below, commas between")
+    add("--only", metavar="NAMES", help="implementations from the list below, comma-separated")
     add("--labels", choices=("int64", "uint8"), default="int64", help="default: %(default)s")
     add("--threads", type=_count, metavar="N", help="default: OMP_NUM_THREADS, else all cores")
-    add("--rounds", type=_count, metavar="N", help="at most so many (default: 30)")
+    add("--rounds", type=_count, metavar="N", help="at most N rounds (default: 30)")
     add("--budget", type=float, metavar="S", help="seconds for the rounds of a case (default: 20)")
     add("--quick", action="store_true", help="cases a and d, small; 3 rounds; no torch.compile")
     add("--no-compile", action="store_true", help="leave torch.compile out")
-    add("--no-memory", action="store_true", help="measure time alone")
-    add("--json", type=_file, metavar="FILE", help="write everything, times in seconds")
-    add("--read", type=Path, metavar="FILE", help="measure nothing, show what --json wrote")
-    add("--markdown", type=_file, metavar="FILE", help="write what is printed")
-    add("--plot", type=_file, metavar="FILE", help="draw it (.png, .svg or .pdf)")
+    add("--no-memory", action="store_true", help="measure time only")
+    add("--json", type=_file, metavar="FILE", help="write all measurements, times in seconds")
+    add(
+        "--read", type=Path, metavar="FILE", help="measure nothing, show a report written by --json"
+    )
+    add("--markdown", type=_file, metavar="FILE", help="write the printed report")
+    add("--plot", type=_file, metavar="FILE", help="draw a bar chart (.png, .svg or .pdf)")
     return result
 
 
 def main() -> None:
-    """Runs what the command line asks for."""
+    """Runs the command line."""
     line = parser()
     options = line.parse_args()
     quick, cuda = options.quick, options.device == "cuda"
@@ -63,7 +65,7 @@ def main() -> None:
     if options.plot and options.plot.suffix not in (".png", ".svg", ".pdf"):
         line.error(f"--plot: {options.plot} does not end in .png, .svg or .pdf")
 
-    try:  # only now: these imports take seconds
+    try:  # imported late: these imports take seconds
         import torch
 
         from . import plot, run
@@ -100,7 +102,7 @@ def main() -> None:
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 up")
+        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
     return int(text)
 
 

@@ -1,4 +1,4 @@
-"""The inputs that are measured, by name."""
+"""The inputs of the benchmark, by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What depends on the device that is measured: its clock, its memory, its caches."""
+"""The measured device: its clock, its memory, its caches."""
 
 from __future__ import annotations
 
@@ -19,28 +19,30 @@ from torch import Tensor
 from .implementations import Inputs, Step
 
 CACHE_MULTIPLE = 4  # inputs this many times as large as the L2 cache are read from memory
-HEAD_START = 20_000_000  # clock cycles, about 10 ms, by which the host is ahead of the GPU
-HOST_STEPS = 10  # enqueued in a row; many more would fill the queue, and the host would wait
+HEAD_START = 20_000_000  # clock cycles, about 10 ms, that the host may enqueue work ahead
+HOST_STEPS = 10  # enqueued in a row; many more would fill the queue and block the host
 
 
 class Device:
-    """The CPU, and what other devices override."""
+    """The CPU; base class of other devices."""
 
     spawn = sys.platform != "linux"  # a fork, where it is safe, saves seconds of imports
-    memory_needs_fresh_process = True  # else freed memory, used again, would hide growth
+    memory_needs_fresh_process = True  # reused freed memory would hide growth
 
     def inputs(self, x: Tensor, y: Tensor) -> Inputs:
-        """What successive steps take."""
+        """The inputs of successive steps."""
         return [(x, y)]
 
     def seconds(self, step: Step, repeats: int) -> dict[str, float]:
-        """The mean time of a step, and of forward and backward if it has both, over some steps."""
+        """The mean time of a step, and of forward and backward if it has both, over `repeats`
+        steps.
+        """
         steps = [[time.perf_counter() for _ in step()] for _ in range(repeats)]
         return _means([[stop - start for start, stop in pairwise(times)] for times in steps])
 
     def reset_peak_memory(self) -> None:
-        """Starts `peak_memory` anew. Raises OSError where that cannot be done."""
-        with suppress(AttributeError):  # only glibc has it
+        """Resets `peak_memory`. Raises OSError if that is not possible."""
+        with suppress(AttributeError):  # only glibc has malloc_trim
             ctypes.CDLL(None).malloc_trim(0)  # returns freed memory, which would hide growth
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -55,7 +57,7 @@ class Device:
 
 
 class Cuda(Device):
-    """An NVIDIA GPU: events in its queue, and the memory that torch's allocator has handed out."""
+    """An NVIDIA GPU, timed by CUDA events; memory is what torch's allocator has allocated."""
 
     spawn = True  # CUDA does not survive a fork
     memory_needs_fresh_process = False  # the allocator's counts are exact
@@ -71,8 +73,8 @@ class Cuda(Device):
         return [(x, y)] + [(x.clone(), y.clone()) for _ in range(1, copies)]
 
     def seconds(self, step: Step, repeats: int) -> dict[str, float]:
-        """The same on the device, which does not wait for the host; and the host's time for a step:
-        how long it takes to enqueue.
+        """The same times on the device, which does not wait for the host, and the time that the
+        host needs to enqueue a step.
         """
         torch.cuda._sleep(HEAD_START)
         steps = [[_event() for _ in step()] for _ in range(repeats)]

@@ -1,10 +1,10 @@
-"""The floor: the time that this machine's memory takes, if arithmetic were free.
+"""The floor: the time that the memory traffic takes on this machine, if arithmetic were free.
 
 A loss must read the logits and the labels once; its gradient must read both again and be written.
 So forward reads both, and backward reads the labels and copies the logits into memory that is
-already mapped, with torch's own copy and a plain reduction over the bytes: the fastest of a few.
-Where a cache keeps the logits between the passes, or stores bypass the caches, a step can be faster
-than its floor.
+already mapped, with torch's own copy and a plain reduction over the bytes, the fastest of several.
+Where a cache keeps the logits between the passes, or non-temporal stores bypass the caches, a step
+can be faster than its floor.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ READERS: tuple[Callable[[Tensor], Any], ...] = (
 
 
 def step(read: Callable[[Tensor], Any], inputs: Inputs) -> Step:
-    """What is timed beside the implementations, for each of READERS."""
+    """The step that is timed beside the implementations, for each of READERS."""
     pairs = cycle([(_bytes(x), _bytes(y)) for x, y in inputs])
     dx = _bytes(inputs[0][0].clone())
 

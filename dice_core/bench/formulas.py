@@ -1,4 +1,4 @@
-"""Every measured loss in naive torch: the values that are expected, and peers themselves.
+"""Every measured loss in naive torch: expected values, and peers to be measured.
 
 Logits (N, C, *) and labels (N, *) give a scalar. One channel means sigmoid and the loss of the
 foreground alone, as in the peers.
@@ -40,15 +40,15 @@ def dice_and_cross_entropy(x: Tensor, y: Tensor) -> Tensor:
 
 def dice_and_focal(x: Tensor, y: Tensor) -> Tensor:
     """`dice` plus the focal loss of each channel's sigmoid, gamma 2: MONAI's DiceFocalLoss."""
-    entropy = F.binary_cross_entropy_with_logits(x, _one_hot(x, y), reduction="none")
-    return dice(x, y) + ((1 - (-entropy).exp()) ** 2 * entropy).mean()
+    nll = F.binary_cross_entropy_with_logits(x, _one_hot(x, y), reduction="none")
+    return dice(x, y) + ((1 - (-nll).exp()) ** 2 * nll).mean()
 
 
 def _dice(x: Tensor, target: Tensor, batch: bool = False) -> Tensor:
-    score = x.sigmoid() if x.shape[1] == 1 else x.softmax(1)
+    probability = x.sigmoid() if x.shape[1] == 1 else x.softmax(1)
     axes = [0, *range(2, x.ndim)] if batch else [*range(2, x.ndim)]
-    intersection = (score * target).sum(axes)
-    total = score.sum(axes) + target.sum(axes)
+    intersection = (probability * target).sum(axes)
+    total = probability.sum(axes) + target.sum(axes)
     return (1 - (2 * intersection + SMOOTH) / (total + SMOOTH)).mean()
 
 

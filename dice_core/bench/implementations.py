@@ -1,12 +1,12 @@
-"""What is measured: dice_core and its peers, each set up for the same loss where it has it.
+"""The measured implementations: dice_core and its peers, set up for the same loss if possible.
 
-That loss is Dice per sample and class with smooth = 1e-5, averaged; where an implementation
-computes another, its `formula` says which. With one channel the peers take the sigmoid and the
+That loss is the average over samples and classes of Dice with smooth = 1e-5; if an implementation
+computes another loss, its `formula` says which. With one channel the peers take the sigmoid and the
 Dice of the foreground alone, which for dice_core is weight (0, 1).
 
 A step is a generator function that yields once its input is ready and again after each phase,
-forward and backward or both at once, so that the same step serves to measure time and memory. What
-it yields last is the loss; then it cleans up. Successive steps take successive inputs.
+forward and backward or both at once, so that the same step measures time and memory. It yields the
+loss last, then cleans up. Successive steps use successive inputs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ..api import loss_and_grad
 from ..losses import CrossEntropy, Dice, SigmoidFocal
 
-if TYPE_CHECKING:  # torch and the peers are imported where they are used: --help needs none of them
+if TYPE_CHECKING:  # torch and the peers are imported on use: --help needs none of them
     from torch import Tensor
 
 Loss = Callable[["Tensor", "Tensor"], "Tensor"]
@@ -55,7 +55,7 @@ def _ours(term: Any, inputs: Inputs) -> Step:
 
 
 def _at_once(term: Any, inputs: Inputs, in_place: bool = False) -> Step:
-    """Loss and gradient in one call, the gradient into mapped memory or in place of the logits."""
+    """Loss and gradient in one call; the gradient goes to resident memory or over the logits."""
     import torch
 
     out = inputs[0][0].clone()
@@ -92,7 +92,7 @@ def _monai(name: str, channels: int) -> Loss:
 
     one = channels == 1
     loss = getattr(monai.losses, name)(sigmoid=one, softmax=not one, to_onehot_y=not one)
-    if one and name != "DiceLoss":  # its binary cross-entropy takes no integers
+    if one and name != "DiceLoss":  # its binary cross-entropy needs floating-point targets
         return lambda x, y: loss(x, y.unsqueeze(1).to(x.dtype))
     return lambda x, y: loss(x, y.unsqueeze(1))
 
@@ -126,7 +126,7 @@ def _kornia(channels: int) -> Loss:
 
     if channels == 1:
         raise ValueError("kornia's dice_loss has no sigmoid: softmax over one channel is 1")
-    # It takes images, so the slices of a volume are stacked into one: a view.
+    # It needs 2-D images: a view stacks the slices of a volume into one.
     return lambda x, y: dice_loss(x.flatten(2, -2), y.flatten(1, -2), average="macro")
 
 
@@ -146,8 +146,8 @@ class Implementation:
     title: str
     build: Callable[[int], Any]  # number of channels -> loss(x, y), or a term of dice_core
     formula: str = "dice"  # the function of `formulas` that it computes
-    offset: int = 0  # what it adds to that
-    start: Callable[[Any, Inputs], Step] = _autograd  # what `build` returns, inputs -> its step
+    offset: int = 0  # a constant added to the formula
+    start: Callable[[Any, Inputs], Step] = _autograd  # (what `build` returns, inputs) -> step
     compiled: bool = False  # by torch.compile, in the first step of a shape
 
     def step(self, inputs: Inputs) -> Step:
@@ -160,12 +160,12 @@ class Implementation:
         return self.start(loss, inputs)
 
     def unavailable(self) -> str | None:
-        """Why it cannot be measured here, None if it can."""
+        """Why it cannot be measured here; None if it can."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self.build(2)
-        except Exception as error:  # whatever is wrong with one peer, the others are measured
+        except Exception as error:  # a broken peer must not stop the others
             return str(error) or repr(error)
         return None
 

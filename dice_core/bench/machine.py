@@ -1,4 +1,4 @@
-"""Where and with what a run is made, in words."""
+"""The machine, settings and versions of a run, as text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .measure import Settings
 
 PACKAGES = ["dice_core", "numpy", "torch", "triton", "numba-cuda"]
 PACKAGES += ["monai", "nnunetv2", "segmentation-models-pytorch", "kornia"]
-# They decide what a fresh tensor costs, and where threads run.
+# They affect the cost of allocation and the placement of threads.
 VARIABLES = ("GLIBC_TUNABLES", "LD_PRELOAD", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY")
 
 
@@ -48,7 +48,7 @@ def facts(settings: Settings) -> dict[str, str]:
 
 
 def _processor() -> str:
-    """The model, where Linux tells it."""
+    """The model name, from Linux if available."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -1,4 +1,4 @@
-"""How time and memory of steps are measured, in the process that `run` starts for it."""
+"""Measurement of the time and memory of steps, in a process that `run` has started."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from .devices import DEVICES, Device
 from .implementations import IMPLEMENTATIONS, Step
 from .results import CaseResult, Measurement
 
-SAMPLE = 0.01  # seconds: where the slowest step is faster, all are repeated equally often
+SAMPLE = 0.01  # seconds: if the slowest step is faster, all are repeated equally often
 FEWEST_ROUNDS = 5
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How everything is measured."""
+    """The settings of a run."""
 
     device: str = "cpu"  # a key of DEVICES
     labels: str = "int64"  # their dtype
     threads: int = 1  # of torch, and so of every implementation
     rounds: int = 30  # at most
     budget: float = 20.0  # seconds after which no further round starts, if there are FEWEST_ROUNDS
-    memory: bool = True  # whether it is measured too
+    memory: bool = True  # whether memory is measured too
 
 
 def times(case: Case, names: Sequence[str], settings: Settings) -> CaseResult:
     """Medians of rounds, and memory unless that needs fresh processes.
 
-    Every step runs, and compiles, before the first round; what it refuses is a result.
+    Every step runs, and compiles, before the first round; an exception is noted as its result.
     """
     _set_up(settings)
     device = DEVICES[settings.device]
@@ -81,10 +81,10 @@ def times(case: Case, names: Sequence[str], settings: Settings) -> CaseResult:
 def _rounds(
     steps: Mapping[str, Step], device: Device, settings: Settings
 ) -> dict[str, list[dict[str, float]]]:
-    """Of each step, its times in each round.
+    """The times of each step in each round.
 
-    Every round has its own order, so that no step always follows the same other one, and whatever
-    input a cache still holds helps all alike, the floor included.
+    Every round has its own order, so that no step always follows the same other one, and input that
+    is still in a cache helps all of them equally, including the floor.
     """
     slowest = max(device.seconds(step, 1)["step"] for step in steps.values())
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
@@ -104,8 +104,8 @@ def _rounds(
 def memory(case: Case, name: str, settings: Settings) -> dict[str, float]:
     """`growth` over a step, in a fresh process.
 
-    A step on a tiny input comes first, so that neither libraries nor threads count; what is
-    compiled for a shape takes that step at full size.
+    A warm-up step on a tiny input comes first, so that libraries and threads are not included; an
+    implementation that is compiled for a shape is warmed up at full size.
     """
     _set_up(settings)
     row, device = IMPLEMENTATIONS[name], DEVICES[settings.device]
@@ -117,20 +117,20 @@ def memory(case: Case, name: str, settings: Settings) -> dict[str, float]:
 
 
 def growth(step: Step, device: Device, x: Tensor) -> dict[str, float]:
-    """Growth of memory over a step, at most and after its forward, in units of the logits."""
+    """Growth of memory over a step, its peak and after forward, in units of the logits."""
     phases = step()
     next(phases)
     gc.collect()
     device.reset_peak_memory()
     start = device.memory()
-    # (bytes in use, at most) after each phase, before the step cleans up
+    # (bytes in use, peak) after each phase, before the step cleans up
     found = [(device.memory() - start, device.peak_memory() - start) for _ in phases]
     peak, kept = found[-1][1], found[0][0]
     return {"peak": max(0, peak) / x.nbytes, "kept": max(0, kept) / x.nbytes}
 
 
 def wrong_value(value: float, expected: float, dtype: torch.dtype) -> list[str]:
-    """A note if a loss is not what its formula gives, within the precision of its dtype."""
+    """A note if a loss differs from its formula by more than the precision of its dtype."""
     tolerance = (1e-4 if dtype == torch.float32 else 1e-2) * max(1.0, abs(expected))
     if abs(value - expected) <= tolerance:
         return []
@@ -138,6 +138,6 @@ def wrong_value(value: float, expected: float, dtype: torch.dtype) -> list[str]:
 
 
 def _set_up(settings: Settings) -> None:
-    gc.freeze()  # collections then skip what is imported, whose pages a fork would have to copy
+    gc.freeze()  # so that collections do not touch imported objects, whose pages a fork would copy
     warnings.simplefilter("ignore")
     torch.set_num_threads(settings.threads)

@@ -1,4 +1,4 @@
-"""A report as bars: the time of a step and its peak memory."""
+"""A report as a bar chart: the time of a step and its peak memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .results import Report
 
 
 def save(report: Report, path: Path) -> None:
-    """Writes the picture in the format that the suffix of `path` names."""
+    """Writes the chart in the format given by the suffix of `path`."""
     results = list(report.cases.values())
     names = [name for name in IMPLEMENTATIONS if any(name in r.measurements for r in results)]
     figure = Figure(figsize=(max(8, 1.6 * len(results) + 3), 8), layout="constrained")

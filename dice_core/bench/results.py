@@ -1,9 +1,9 @@
-"""What a run finds out, in memory and in JSON.
+"""The results of a run, in memory and as JSON.
 
-A measurement is a dictionary of what was measured of an implementation on a case:
+A measurement is a dictionary of the results of one implementation on one case:
 
-- forward, backward, step (both together), host (the host's time for a step, where a GPU does the
-  work): medians, in seconds;
+- forward, backward, step (both together), host (on a GPU, the host's time for a step): medians, in
+  seconds;
 - peak, the growth of memory over a step, and kept, the part of it that forward leaves for backward:
   in units of the logits' bytes;
 - value, of the loss, and expected, the naive formula's value in float32;
@@ -33,7 +33,7 @@ class CaseResult:
 
     def get(self, name: str, what: str) -> float | None:
         """An entry of a measurement, None if it is missing; the name "compile" stands for the
-        fastest compiled implementation, in forward if that is asked for, else in a step.
+        fastest compiled implementation, by forward time if `what` is forward, else by step time.
         """
         if name == "compile":
             time = "forward" if what == "forward" else "step"

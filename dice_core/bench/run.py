@@ -18,7 +18,7 @@ from .results import CaseResult, Report
 
 
 def report(cases: Sequence[Case], names: Sequence[str], settings: Settings) -> Report:
-    """Measures every case that it can; interrupted, returns what there is."""
+    """Measures every case that it can; if interrupted, returns the results so far."""
     reasons = {name: IMPLEMENTATIONS[name].unavailable() for name in names}
     missing = [f"{IMPLEMENTATIONS[name].title} ({why})" for name, why in reasons.items() if why]
     usable = [name for name in names if not reasons[name]]
@@ -40,11 +40,11 @@ def report(cases: Sequence[Case], names: Sequence[str], settings: Settings) -> R
 
 
 def measured(case: Case, names: Sequence[str], settings: Settings) -> CaseResult:
-    """Times of all implementations together, then the memory of each in a process of its own."""
+    """Times of all implementations together, then the memory of each in its own process."""
     device = DEVICES[settings.device]
     try:
         result = in_fresh_process(device.spawn, measure.times, case, names, settings)
-    except Exception as error:  # the process died, for want of memory perhaps
+    except Exception as error:  # the process may have died, for lack of memory for example
         return CaseResult(str(case), {name: {"notes": [_reason(error)]} for name in names})
     for name in names if settings.memory and device.memory_needs_fresh_process else ():
         found = result.measurements[name]
@@ -57,7 +57,7 @@ def measured(case: Case, names: Sequence[str], settings: Settings) -> CaseResult
 
 
 def in_fresh_process(spawn: bool, work: Callable[..., Any], *arguments: Any) -> Any:
-    """What `work` returns in a new process, a fork unless `spawn`."""
+    """The result of `work` in a new process, a fork unless `spawn`."""
     context = multiprocessing.get_context("spawn" if spawn else "fork")
     with ProcessPoolExecutor(1, context) as pool:
         return pool.submit(work, *arguments).result()

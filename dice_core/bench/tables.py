@@ -1,4 +1,4 @@
-"""A report as Markdown, which a terminal shows well too."""
+"""A report as Markdown that is also readable in a terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .results import CaseResult, Report
 
 Row = TypeVar("Row")
 
-# title: what of it is timed; ours, our Dice alone, MONAI's, nnU-Net's, torch.compile's
+# title: (the phase, ours, our Dice alone, MONAI, nnU-Net, torch.compile)
 _DICE = ("", "monai", "nnunet", "compile")
 _CE, _FOCAL = ("monai-ce", "nnunet-ce", ""), ("monai-focal", "", "")
 COMPARISONS = {
@@ -31,26 +31,26 @@ case. A step is forward and backward. 'vs' is their time divided by ours, 'compi
 torch.compile, 'of Dice' our time divided by that of our Dice alone. The floor of forward is the
 time to read logits and labels; that of a step adds the time to read the labels again and to copy
 the logits. 'peak' is the growth of memory over a step, 'kept' what forward leaves for backward, in
-units of the logits: of a fresh process or, on a GPU, of what torch's allocator hands out.
+units of the logits: of a fresh process or, on a GPU, as counted by torch's allocator.
 
 All compute the same Dice loss, except that nnU-Net's is without the 1 and SMP's is of the whole
 batch; with one channel it is the Dice of the foreground alone. Compounds add the mean cross-entropy
 (CE) or the focal loss of each channel's sigmoid.
 
-On a GPU times are the device's, which does not wait for the host; 'host' is the time it takes to
-enqueue a step. A step by itself takes the longer of the two."""
+On a GPU times are the device's, which does not wait for the host; 'host' is the time that the host
+takes to enqueue a step. A single step takes the longer of the two."""
 NOTE_LENGTH = 700  # characters; JSON has notes in full
 
 
 def text(report: Report) -> str:
-    """Facts, all measurements of each case, comparisons, how to read them, notes."""
+    """Facts, all measurements of each case, comparisons, the legend, notes."""
     parts = [heading(report), *(details(name, found) for name, found in report.cases.items())]
     parts += [comparison(title, report.cases, *names) for title, names in COMPARISONS.items()]
     return "\n\n".join(filter(None, [*parts, LEGEND, notes(report)])) + "\n"
 
 
 def heading(report: Report) -> str:
-    """A line for each fact."""
+    """One line per fact."""
     return "  \n".join(f"{name}: {fact}" for name, fact in report.facts.items())
 
 
@@ -72,7 +72,7 @@ def details(case: str, result: CaseResult) -> str:
 
 
 def comparison(title: str, results: Mapping[str, CaseResult], time: str, *names: str) -> str:
-    """The table of one of COMPARISONS, a line for each case; empty if ours was not measured."""
+    """The table of one of COMPARISONS, a row per case; empty if ours was not measured."""
     ours, dice, monai, nnunet, compiled = names
     if all(result.get(ours, time) is None for result in results.values()):
         return ""
@@ -93,7 +93,7 @@ def comparison(title: str, results: Mapping[str, CaseResult], time: str, *names:
 
 
 def notes(report: Report) -> str:
-    """Refusals and wrong values, each with the cases and implementations that it is about."""
+    """Refusals and wrong values, each with the cases and implementations concerned."""
     about: dict[str, list[str]] = {}
     for case, result in report.cases.items():
         for name, found in result.measurements.items():
@@ -104,7 +104,7 @@ def notes(report: Report) -> str:
 
 
 def table(title: str, rows: Mapping[str, Row], columns: Mapping[str, Callable[[Row], str]]) -> str:
-    """A line for each of the rows, without the columns in which nothing was measured."""
+    """A Markdown table, without the columns in which nothing was measured."""
     cells = {header: [cell(row) for row in rows.values()] for header, cell in columns.items()}
     cells = {header: column for header, column in cells.items() if set(column) != {"-"}}
     lines = [

@@ -1,5 +1,5 @@
-"""Losses of MONAI, nnU-Net and segmentation_models_pytorch by their names and arguments, each in
-one pass over the voxels. They import none of these libraries.
+"""Drop-in replacements for losses of MONAI, nnU-Net and segmentation_models_pytorch, with their
+names and arguments, each in one pass over the voxels. None of these libraries is imported.
 """
 
 import importlib

@@ -1,6 +1,4 @@
-"""What the modules of `compat` share: class labels as integers, and masks as a label that is
-ignored.
-"""
+"""Helpers of the modules of `compat`: class labels as integers, and masks as an ignored label."""
 
 from __future__ import annotations
 
@@ -13,12 +11,12 @@ from .. import checks, threads
 
 
 def options(backend: Any, num_threads: Any, check_labels: Any) -> tuple[Any, Any, Any]:
-    """How to call dice_core, with a checked number of threads."""
+    """The options of a call, with a checked number of threads."""
     return backend, None if num_threads is None else threads.resolve(num_threads), check_labels
 
 
 def number(value: Any, name: str, signed: bool = False) -> float:
-    """A finite number, at least 0 unless `signed`; no tensor, which would be read only once."""
+    """A finite number, at least 0 unless `signed`. Refuses tensors, which might change later."""
     if isinstance(value, Tensor):
         raise TypeError(f"{name} must be a number, got a tensor")
     if signed and value < 0:
@@ -30,33 +28,33 @@ def refuse_gradient(target: Tensor, name: str) -> None:
     """Raises NotImplementedError for a target, or a mask, that requires grad."""
     if target.requires_grad:
         raise NotImplementedError(
-            f"{name} requires grad, and dice_core computes no gradient for it: pass {name}.detach()"
+            f"{name} requires grad, but dice_core computes no gradient for it: pass {name}.detach()"
         )
 
 
 def class_labels(target: Tensor) -> Tensor:
-    """The class labels as integers, truncated copies where they are floating-point numbers."""
+    """The class labels as integers; floating-point labels are copied and truncated."""
     return target.int() if target.is_floating_point() else target
 
 
-# What `masked` marks ignored voxels with: one for uint8 copies of bool targets, one for the rest.
+# The ignored labels of `masked`: one for uint8 copies of bool targets, one for all other targets.
 MASK_LABELS = (254, -32768)
 
 
-def masked(y: Tensor, counted: Tensor, classes: int = 1) -> tuple[Tensor, int]:
-    """A copy of class labels below `classes`, or of soft targets, in which an ignored label stands
-    wherever `counted` is 0; and that label.
+def masked(y: Tensor, valid: Tensor, classes: int = 1) -> tuple[Tensor, int]:
+    """A copy of class labels below `classes`, or of soft targets, with an ignored label wherever
+    `valid` is 0; and that label.
 
-    Where `counted` is neither 0 nor 1 stands an out-of-range label, which a call refuses.
+    Where `valid` is neither 0 nor 1 the copy has an out-of-range label, which a call refuses.
     """
     label, refused = MASK_LABELS[1], -1
     if y.dtype == torch.bool and classes < MASK_LABELS[0]:
         y, (label, refused) = y.to(torch.uint8), (MASK_LABELS[0], 255)
-    elif y.dtype in (torch.bool, torch.uint8, torch.int8):  # whose every number may be in the data
+    elif y.dtype in (torch.bool, torch.uint8, torch.int8):  # any value may occur in the data
         y = y.to(torch.int16)
     elif y.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which have no negative numbers
         y = y.to(torch.int64)
-    if counted.dtype == torch.bool:
-        return torch.where(counted, y, label), label
+    if valid.dtype == torch.bool:
+        return torch.where(valid, y, label), label
     ignored = torch.full((), label, dtype=y.dtype, device=y.device)
-    return torch.where(counted == 1, y, torch.where(counted == 0, ignored, refused)), label
+    return torch.where(valid == 1, y, torch.where(valid == 0, ignored, refused)), label

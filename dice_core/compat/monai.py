@@ -1,34 +1,35 @@
-"""MONAI's Dice losses, `monai.losses`, by their names and arguments, each in one pass.
+"""Drop-in replacements for MONAI's Dice losses, `monai.losses`, each in one pass.
 
     from dice_core.compat.monai import DiceCELoss  # in place of monai.losses
 
-Constructor arguments, defaults, values, gradients, shapes, warnings and keys of the state_dict are
-those of MONAI 1.6, its NaN where smooth_nr = smooth_dr = 0 gives 0/0 included. `input` is (B, C, *)
-with at least one spatial axis; `target` is (B, 1, *) with `to_onehot_y`, labels of any dtype (of
-floating-point ones an integer copy is made), else (B, C, *), values in [0, 1] of any dtype. Neither
-a softmax nor a one-hot encoding is made: beside the gradient nothing is of input's size, except a
-copy of a target (B, C, *) where a mask or `ignore_index` leaves out some of it, and what
-`other_act` returns.
+Constructor arguments, defaults, values, gradients, shapes, warnings and state_dict keys are those
+of MONAI 1.6, including NaN where smooth_nr = smooth_dr = 0 gives 0/0. `input` is (B, C, *) with at
+least one spatial axis; `target` is (B, 1, *) with `to_onehot_y`, labels of any dtype
+(floating-point labels are copied to integers), else (B, C, *), values in [0, 1] of any dtype. No
+softmax or one-hot encoding is stored: apart from the gradient nothing has input's size, except the
+copy of a target (B, C, *) of which a mask or `ignore_index` excludes a part, and what `other_act`
+returns.
 
-What differs from MONAI, and nothing else:
+The only differences from MONAI:
 
 - Sums are added in float64 and half input is computed in float32: the loss is float32 for half and
   float32 input, float64 for float64. MONAI rounds the generalized Dice loss's class weights, the
   focal loss and one-hot encodings to float32, whatever the input.
 - Labels outside [0, C) and other targets outside [0, 1] raise ValueError; on a GPU they make the
-  loss NaN, unless `check_labels` asks to look.
-- MONAI multiplies by 0 what does not count, which gives NaN where it is infinite or NaN. Here
-  ignored and masked voxels count nothing and have gradient 0 whatever input and loss are, and
-  neither does the infinite loss of a class with target 0 count. The other way round, a NaN of a
-  background that is left out may have gradient NaN and not 0.
+  loss NaN, unless `check_labels` requests the check.
+- MONAI excludes voxels by multiplying with 0, which gives NaN where they are infinite or NaN. Here
+  ignored and masked voxels contribute nothing and have gradient 0 whatever their input and loss,
+  and the infinite loss of a class with target 0 contributes nothing either. Conversely, a NaN in an
+  excluded background may have gradient NaN instead of 0.
 - Second derivatives raise RuntimeError, and torch.jit.script does not take these modules.
 - The keyword-only arguments `backend`, `num_threads` and `check_labels` are those of
-  `dice_core.torch.loss`. Integer and bool targets are taken everywhere.
+  `dice_core.torch.loss`. Integer and bool targets are accepted everywhere.
 
-What is not a function of the sums that one pass takes is refused: NotImplementedError naming the
-argument, or ValueError where only the targets' values tell, see each loss. All losses refuse
-targets that require grad, and input without spatial axes, with NotImplementedError; and negative or
-infinite settings (smooth_nr, weight, gamma and so on) with ValueError when they are made.
+Anything that is not a function of the sums computed in one pass is refused, with a
+NotImplementedError naming the argument, or with ValueError where it depends on the values of the
+targets; see each loss. All losses refuse targets that require grad, and input without spatial axes,
+with NotImplementedError; and negative or infinite settings (smooth_nr, weight, gamma and so on)
+with ValueError on construction.
 """
 
 from __future__ import annotations
@@ -60,24 +61,24 @@ __all__ = [
 Activation = Callable[[Tensor], Tensor]
 Weight = Sequence[float] | float | Tensor
 
-# Where a copy of a target is made anyway: a voxel to ignore, and one to refuse.
+# Labels for copies of targets: of a voxel to ignore, and of one to refuse as out of range.
 _IGNORED, _REFUSED = -(2**15), -1
-_SOFT_LABEL = "soft_label=True takes targets of 0 and 1 alone"
+_SOFT_LABEL = "soft_label=True requires targets of 0 or 1"
 
 
 class _Read(NamedTuple):
-    """A checked call."""
+    """Checked input and target of a call."""
 
-    x: Tensor  # what other_act gave
+    x: Tensor  # input, or what other_act made of it
     y: Tensor
     labels: bool  # (B, 1, *) class labels, or targets of x's shape
-    dropped: bool  # whether the background is left out
-    seen: tuple[str, int | None, str]  # activation, ignore_label, targets
+    dropped: bool  # whether the background is excluded
+    spec_arguments: tuple[str, int | None, str]  # activation, ignore_label, targets
     reason: str  # why values other than 0 and 1 are refused, if they are
 
 
 class _Overlap(torch.nn.Module):
-    """The arguments that all have, and how targets are read."""
+    """The arguments common to all losses, and the checks of input and target."""
 
     def __init__(
         self,
@@ -113,8 +114,8 @@ class _Overlap(torch.nn.Module):
         if ignore_index is not None:
             ignore_index = checks.integer(ignore_index, "ignore_index")
         self.ignore_index = ignore_index
-        threads_asked = None if num_threads is None else threads.resolve(num_threads)
-        self._options = backend, threads_asked, check_labels
+        thread_count = None if num_threads is None else threads.resolve(num_threads)
+        self._options = backend, thread_count, check_labels
         _check_activation(sigmoid, softmax, other_act)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -125,7 +126,7 @@ class _Overlap(torch.nn.Module):
         raise NotImplementedError
 
     def _read(self, input: Tensor, target: Tensor, to_onehot_y: bool | None = None) -> _Read:
-        """The checked call; `to_onehot_y` is the loss's own if not given."""
+        """The checked call; `to_onehot_y` defaults to that of the loss."""
         to_onehot_y = self.to_onehot_y if to_onehot_y is None else to_onehot_y
         sigmoid, softmax, other_act = self.sigmoid, self.softmax, self.other_act
         single = input.shape[1] == 1
@@ -141,7 +142,7 @@ class _Overlap(torch.nn.Module):
         if target.requires_grad:
             raise _refusal("a target that requires grad", "detach it")
         activation = "sigmoid" if sigmoid else "softmax" if softmax and not single else "none"
-        # That of squares is the same with and without.
+        # With squared_pred, soft_label changes nothing.
         minimum = self.soft_label and not getattr(self, "squared_pred", False)
         reason = _SOFT_LABEL if minimum else ""
         if reason and activation == "none":
@@ -150,7 +151,7 @@ class _Overlap(torch.nn.Module):
         if reason and not labels and target.is_floating_point():
             targets = "binary"
         if index is not None:
-            y, index, of_class = _without_index(target, index, labels)
+            y, index, of_class = _with_ignored_index(target, index, labels)
             reason = reason or of_class
         elif labels and target.is_floating_point():
             y = target.int()
@@ -161,31 +162,31 @@ class _Overlap(torch.nn.Module):
 class DiceLoss(_Overlap):
     """The Dice loss, monai.losses.DiceLoss.
 
-    With I = sum s t, P = sum s and Y = sum t over a class's voxels, s being the probabilities, or
-    input itself, and t the targets::
+    With I = sum s t, P = sum s and Y = sum t for a class, where s are the probabilities, or input
+    itself, and t the targets::
 
         1 - (2 I + smooth_nr) / (P + Y + smooth_dr)
         1 - (2 I + smooth_nr) / (2 (P + Y - I) + smooth_dr)   # jaccard=True
 
-    for each sample and class, with `batch` for each class of all samples. `squared_pred` has
-    P = sum s^2 and Y = sum t^2. `weight` multiplies the classes' losses, and "mean" is their plain
-    mean; a scalar is expanded to one number for each class at the first call. `include_background`
-    set to False leaves out class 0.
+    for each sample and class, or with `batch` for each class over all samples. With `squared_pred`,
+    P = sum s^2 and Y = sum t^2. `weight` multiplies the classes' losses, of which "mean" takes the
+    unweighted mean; a scalar is expanded to one number per class at the first call.
+    include_background=False excludes class 0.
 
-    `ignore_index` leaves out voxels: those with this label; of targets (B, C, *), those with this
-    class, or if it is none, without any class. A class that is ignored stays in the mean, as one
-    that no voxel has. Of a single channel it is a value of the target.
+    `ignore_index` excludes voxels: those with this label; for targets (B, C, *), those of this
+    class or, if it is not a class, those without any class. An ignored class stays in the mean, as
+    an absent one. For a single channel it is a value of the target.
 
     Shapes: input (B, C, *), target (B, 1, *) with `to_onehot_y`, else (B, C, *). The loss is a
-    scalar, or with reduction "none" (B, K, 1, ...), with `batch` (K, 1, ...) of one axis less, K
-    being the number of classes that count.
+    scalar, or with reduction "none" (B, K, 1, ...), with `batch` (K, 1, ...) of one axis less,
+    where K is the number of included classes.
 
     Raises AssertionError for a target of another shape, ValueError for targets out of range and for
     a `weight` of another length than K, NotImplementedError for `soft_label` of input that is
-    neither a sigmoid nor a softmax. Targets between 0 and 1 are refused as out of range with
-    `soft_label`, unless `squared_pred` is set, and in the channel of an `ignore_index`.
+    neither a sigmoid nor a softmax. Targets strictly between 0 and 1 are refused as out of range
+    with `soft_label`, unless `squared_pred` is set, and in the channel of an `ignore_index`.
 
-    Differences from MONAI: those that the module lists.
+    Differences from MONAI: those listed in the module's docstring.
     """
 
     class_weight: Tensor | None
@@ -236,12 +237,12 @@ class DiceLoss(_Overlap):
         return self._shaped(_evaluate(call, (part,), weights, self._options), call)
 
     def _part(self, call: _Read, factor: float = 1.0) -> tuple[Any, list[Tensor]]:
-        """Factor times this loss, as a part of what `_evaluate` takes, and its weights."""
+        """Factor times this loss, as a part for `_evaluate`, and its weights."""
         weight, weights = self.class_weight, []
         if weight is not None and call.x.shape[1] - call.dropped != 1:
-            if weight.ndim == 0:  # which the state_dict shows from now on, as in MONAI
+            if weight.ndim == 0:  # visible in the state_dict from now on, as in MONAI
                 weight = self.class_weight = weight.repeat(call.x.shape[1] - call.dropped)
-            weights = [_of_all(weight, call.x.shape[1], call.dropped)]
+            weights = [_per_class(weight, call.x.shape[1], call.dropped)]
         square = self.squared_pred and not call.labels and call.y.is_floating_point()
         settings = (
             self.jaccard,
@@ -259,15 +260,15 @@ class DiceLoss(_Overlap):
     def _shaped(self, value: Tensor, call: _Read) -> Tensor:
         if self.reduction != "none":
             return value
-        return _of_classes(value, call.dropped, self.batch, call.x.ndim - 2)
+        return _class_losses(value, call.dropped, self.batch, call.x.ndim - 2)
 
     def _plus(self, call: _Read, input: Tensor, factor: float, more: Any, weights: Any) -> Tensor:
-        """Factor times this loss plus another part, of the logits."""
+        """Factor times this loss, plus another part that is computed from the logits."""
         part, own = self._part(call, factor)
         if self.other_act is None:
             return _evaluate(call, (part, more), [*own, *weights], self._options)
         activation = "softmax" if input.shape[1] > 1 else "sigmoid"
-        of_logits = call._replace(x=input, seen=(activation, *call.seen[1:]))
+        of_logits = call._replace(x=input, spec_arguments=(activation, *call.spec_arguments[1:]))
         value = _evaluate(call, (part,), own, self._options)
         return value + _evaluate(of_logits, (more,), weights, self._options)
 
@@ -287,7 +288,7 @@ class MaskedDiceLoss(DiceLoss):
     Raises what `DiceLoss` does; ValueError for masks that do not fit, and for values other than 0
     and 1, which count as targets out of range; NotImplementedError for a mask that requires grad.
 
-    Differences from MONAI: those that the module lists.
+    Differences from MONAI: those listed in the module's docstring.
     """
 
     def __init__(
@@ -341,8 +342,8 @@ class MaskedDiceLoss(DiceLoss):
         if not call.labels or call.dropped:
             return self._loss(call)
         part, weights = self._part(call)
-        term, asked = _built((part,), call.seen)
-        sums = _with_background(call, mask, asked, self._options)
+        term, request = _built((part,), call.spec_arguments)
+        sums = _with_background(call, mask, request, self._options)
         if weights:
             weights = [weight.to(sums.array) for weight in weights]
             term = term.with_weights(weights)
@@ -355,17 +356,17 @@ class GeneralizedDiceLoss(_Overlap):
 
         1 - (2 sum_c w_c I_c + smooth_nr) / (sum_c w_c (P_c + Y_c) + smooth_dr)
 
-    for each sample, with `batch` for all samples together, where w is 1 / Y^2, 1 / Y or 1 (`w_type`
-    "square", "simple", "uniform"); a class that no label has takes the largest w of its sample's
-    others. With "square" and large structures w is so small that smooth_nr and smooth_dr outweigh
-    the sums, and the loss tends to 0 whatever is predicted.
+    for each sample, or with `batch` for all samples together, where w is 1 / Y^2, 1 / Y or 1
+    (`w_type` "square", "simple", "uniform"); a class without labels gets the largest w of the other
+    classes of its sample. With "square" and large structures w is so small that smooth_nr and
+    smooth_dr outweigh the sums, and the loss tends to 0 whatever is predicted.
 
     Shapes: as `DiceLoss`; the loss is a scalar, or with reduction "none" (B, 1, 1, ...), with
     `batch` (1, 1, ...) of one axis less.
 
     Raises what `DiceLoss` does.
 
-    Differences from MONAI: those that the module lists.
+    Differences from MONAI: those listed in the module's docstring.
     """
 
     def __init__(
@@ -424,14 +425,14 @@ class TverskyLoss(_Overlap):
 
         1 - (I + smooth_nr) / (I + alpha (P - I) + beta (Y - I) + smooth_dr)
 
-    for each sample and class, with `batch` for each class of all samples: `alpha` weights false
-    positives, `beta` false negatives. The other arguments are those of `DiceLoss`.
+    for each sample and class, or with `batch` for each class over all samples: `alpha` weights
+    false positives, `beta` false negatives. The other arguments are those of `DiceLoss`.
 
     Shapes: as `DiceLoss`; the loss is a scalar, or with reduction "none" (B, K), with `batch` (K,).
 
     Raises what `DiceLoss` does.
 
-    Differences from MONAI: those that the module lists.
+    Differences from MONAI: those listed in the module's docstring.
     """
 
     def __init__(
@@ -485,7 +486,7 @@ class TverskyLoss(_Overlap):
         )
         value = _evaluate(call, ((1.0, _tversky, settings),), [], self._options)
         if self.reduction == "none":
-            return _of_classes(value, call.dropped, self.batch, 0)
+            return _class_losses(value, call.dropped, self.batch, 0)
         return value
 
 
@@ -494,19 +495,19 @@ class DiceCELoss(torch.nn.Module):
 
         lambda_dice * DiceLoss(input, target) + lambda_ce * CrossEntropyLoss(input, target)
 
-    The cross-entropy is torch's, of the logits and of all classes: its mean over labels is divided
-    by the sum of the voxels' weights, that over targets (B, C, *) by the number of voxels. Of a
-    single channel it is the binary one, with `weight`, one number, as pos_weight and without
-    `label_smoothing`. `weight`, a tensor of C numbers, is for both losses; without background the
-    Dice loss has its last C - 1.
+    The cross-entropy is torch's, of the logits and of all classes: for labels its mean is divided
+    by the sum of the voxels' weights, for targets (B, C, *) by the number of voxels. For a single
+    channel it is the binary cross-entropy, with `weight`, one number, as pos_weight, and without
+    `label_smoothing`. `weight`, a tensor of C numbers, applies to both losses; without background
+    the Dice loss uses its last C - 1.
 
     Shapes: as `DiceLoss`; the loss is a scalar. With `other_act` the Dice loss and the
     cross-entropy take a pass each.
 
-    Raises what `DiceLoss` does; ValueError where target has neither 1 channel nor C;
+    Raises what `DiceLoss` does; ValueError if target has neither 1 nor C channels;
     NotImplementedError for several weights of a single channel.
 
-    Differences from MONAI: those that the module lists.
+    Differences from MONAI: those listed in the module's docstring.
     """
 
     def __init__(
@@ -552,7 +553,7 @@ class DiceCELoss(torch.nn.Module):
             num_threads=num_threads,
             check_labels=check_labels,
         )
-        # These hold their settings, under MONAI's names, and are not called.
+        # These only hold settings, under MONAI's names, and are never called.
         smoothing = checks.number(label_smoothing, "label_smoothing", largest=1)
         self.cross_entropy = torch.nn.CrossEntropyLoss(
             _weight(weight), reduction=reduction, label_smoothing=smoothing
@@ -560,7 +561,7 @@ class DiceCELoss(torch.nn.Module):
         self.binary_cross_entropy = torch.nn.BCEWithLogitsLoss(
             reduction=reduction, pos_weight=weight
         )
-        self.reduction = "mean"  # whatever it is, as in MONAI
+        self.reduction = "mean"  # for any reduction, as in MONAI
         self.lambda_dice = _factor(lambda_dice, "lambda_dice")
         self.lambda_ce = _factor(lambda_ce, "lambda_ce")
 
@@ -601,18 +602,18 @@ class DiceFocalLoss(torch.nn.Module):
         lambda_dice * DiceLoss(input, target) + lambda_focal * FocalLoss(input, target)
 
     The focal loss is the mean over voxels, samples and classes of (1 - s)^gamma (-log s) for a
-    class's voxels and s^gamma (-log(1 - s)) for the others, s being the sigmoid of input even with
-    `softmax`. A number `alpha` multiplies the former, 1 - alpha the latter; of several, one for
-    each class, the former alone. `weight` multiplies the classes' losses. With reduction "sum" it
-    is summed over samples and classes, and still the mean over voxels.
+    class's voxels and s^gamma (-log(1 - s)) for the others, where s is the sigmoid of input even
+    with `softmax`. A scalar `alpha` multiplies the former and 1 - alpha the latter; one number per
+    class multiplies the former only. `weight` multiplies the classes' losses. With reduction "sum"
+    it is summed over samples and classes, and still the mean over voxels.
 
     Shapes: as `DiceLoss`; the loss is a scalar. With `other_act` both losses take a pass each.
 
-    Raises what `DiceLoss` does; ValueError where target has neither 1 channel nor C;
-    NotImplementedError for reduction "none", a loss of each voxel. Targets between 0 and 1 are
-    refused as out of range unless gamma is 0 and alpha None.
+    Raises what `DiceLoss` does; ValueError if target has neither 1 nor C channels;
+    NotImplementedError for reduction "none", a loss of each voxel. Targets strictly between 0 and 1
+    are refused as out of range unless gamma is 0 and alpha None.
 
-    Differences from MONAI: those that the module lists.
+    Differences from MONAI: those listed in the module's docstring.
     """
 
     def __init__(
@@ -663,7 +664,7 @@ class DiceFocalLoss(torch.nn.Module):
             alpha=alpha,
             reduction=self.dice.reduction,
         )
-        self.reduction = "mean"  # whatever it is, as in MONAI
+        self.reduction = "mean"  # for any reduction, as in MONAI
         self.to_onehot_y = to_onehot_y
         self.lambda_dice = _factor(lambda_dice, "lambda_dice")
         self.lambda_focal = _factor(lambda_focal, "lambda_focal")
@@ -676,17 +677,17 @@ class DiceFocalLoss(torch.nn.Module):
         call = dice._read(input, target, self.to_onehot_y)
         gamma, alpha = focal.gamma, focal.alpha
         if not call.labels and (gamma or alpha is not None) and call.y.is_floating_point():
-            activation, ignore_label, _ = call.seen
-            reason = f"{'gamma' if gamma else 'alpha'} takes targets of 0 and 1 alone"
-            call = call._replace(seen=(activation, ignore_label, "binary"), reason=reason)
+            activation, ignore_label, _ = call.spec_arguments
+            reason = f"{'gamma' if gamma else 'alpha'} requires targets of 0 or 1"
+            call = call._replace(spec_arguments=(activation, ignore_label, "binary"), reason=reason)
         classes = input.shape[1]
         dropped = classes > 1 and not focal.include_background
         weight, weights = focal.class_weight, []
         if weight is not None:
-            weights.append(_of_all(weight, classes, dropped, single=False))
+            weights.append(_per_class(weight, classes, dropped, single=False))
         several = isinstance(alpha, Tensor) and alpha.ndim > 0
         if several:
-            weights.append(_of_all(alpha, classes, dropped, "alpha"))
+            weights.append(_per_class(alpha, classes, dropped, "alpha"))
         settings = (
             gamma,
             None if several else alpha,
@@ -701,7 +702,7 @@ class DiceFocalLoss(torch.nn.Module):
 
 
 class _FocalSettings(torch.nn.Module):
-    """What the focal loss is given, under MONAI's names."""
+    """The settings of the focal loss, under MONAI's names."""
 
     class_weight: Tensor | None
 
@@ -724,14 +725,14 @@ class _FocalSettings(torch.nn.Module):
         self.weight = weight
         self.register_buffer("class_weight", _weight(weight))
         self.reduction = reduction
-        _sigmoid_focal(self.gamma, None, reduction, 1, False, False, False)  # which checks it
+        _sigmoid_focal(self.gamma, None, reduction, 1, False, False, False)  # checks the settings
 
 
 # ---- the losses as terms ------------------------------------------------------------------------
 
 
-def _built(parts: tuple[Any, ...], seen: tuple[Any, ...]) -> tuple[losses.Term, Spec]:
-    """The sum of factor * make(*settings), and what it needs summed; built once.
+def _built(parts: tuple[Any, ...], spec_arguments: tuple[Any, ...]) -> tuple[losses.Term, Spec]:
+    """The sum of factor * make(*settings), and the Spec of its sums. Cached.
 
     Class weights are placeholders: `Term.with_weights` replaces them.
     """
@@ -740,30 +741,28 @@ def _built(parts: tuple[Any, ...], seen: tuple[Any, ...]) -> tuple[losses.Term, 
             (_constant(factor), make, tuple(_constant(value) for value in settings))
             for factor, make, settings in parts
         )
-        built: tuple[losses.Term, Spec] = getattr(_traced, _name_traced(parts, seen))
+        built: tuple[losses.Term, Spec] = getattr(_traced, _name_traced(parts, spec_arguments))
         return built
-    return _build(parts, seen)
+    return _build(parts, spec_arguments)
 
 
 def _constant(value: Any) -> Any:
-    """A number as a constant of the graph: hashing tells dynamo to compile anew if it changes."""
+    """A number as a constant of the graph: hashing it makes dynamo recompile when it changes."""
     return next(iter({value}))
 
 
 class _Traced:
-    """What compiled graphs have been built of: dynamo, which would trace through a cache, finds it
-    here as attributes.
-    """
+    """The terms of compiled graphs as attributes; dynamo would trace through a cache."""
 
 
 _traced = _Traced()
 
 
-def _name_traced(parts: tuple[Any, ...], seen: tuple[Any, ...]) -> str:
-    """Called while dynamo traces, by Python."""
-    built = _build(parts, seen)
+def _name_traced(parts: tuple[Any, ...], spec_arguments: tuple[Any, ...]) -> str:
+    """Builds a term outside the trace and returns its attribute name."""
+    built = _build(parts, spec_arguments)
     name = f"term{id(built)}"
-    setattr(_traced, name, built)  # which keeps the id its own
+    setattr(_traced, name, built)  # keeps the object alive, so its id stays unique
     return name
 
 
@@ -771,16 +770,16 @@ torch.compiler.assume_constant_result(_name_traced)
 
 
 @functools.lru_cache(1024)
-def _build(parts: tuple[Any, ...], seen: tuple[Any, ...]) -> tuple[losses.Term, Spec]:
+def _build(parts: tuple[Any, ...], spec_arguments: tuple[Any, ...]) -> tuple[losses.Term, Spec]:
     terms: list[losses.Term] = []
     for factor, make, settings in parts:
         for value in (factor, *settings):
-            if isinstance(value, Tensor):  # which hashes by its identity, and may change
+            if isinstance(value, Tensor):  # hashed by identity, although its value may change
                 raise TypeError(f"settings of a loss must be numbers, got the tensor {value}")
         term = make(*settings)
         terms.append(term if factor == 1 else factor * term)
     term = functools.reduce(lambda a, b: a + b, terms)
-    return term, term.spec(*seen)
+    return term, term.spec(*spec_arguments)
 
 
 def _dice(
@@ -819,7 +818,7 @@ def _tversky(
 
 
 def _average(reduction: str, batch: bool, dropped: bool) -> dict[str, Any]:
-    """Of (B, K) losses, or (K,) of a batch."""
+    """The settings that average (B, K) losses, or with `batch` (K,)."""
     checks.one_of(reduction, "reduction", ("none", "mean", "sum"))
     return {
         "reduction": "classes" if reduction == "none" else reduction,
@@ -901,22 +900,22 @@ def _evaluate(
     call: _Read, parts: tuple[Any, ...], weights: list[Tensor], options: tuple[Any, ...]
 ) -> Tensor:
     """The sum of these parts, see `_built`."""
-    term, asked = _built(parts, call.seen)
+    term, request = _built(parts, call.spec_arguments)
     if weights:
         term = term.with_weights(weights)
     try:
-        return evaluate(call.x, call.y, term, asked, *options)
+        return evaluate(call.x, call.y, term, request, *options)
     except ValueError as error:
         raise _explained(error, call.reason) from None
 
 
 def _with_background(
-    call: _Read, mask: Tensor, asked: Spec, options: tuple[Any, ...]
+    call: _Read, mask: Tensor, request: Spec, options: tuple[Any, ...]
 ) -> Statistics:
-    """The sums of what the mask leaves, with the number of the other voxels in class 0."""
-    operators.check(call.x, call.y, asked)
+    """The sums of unmasked voxels, with the number of masked voxels added to Y of class 0."""
+    operators.check(call.x, call.y, request)
     try:
-        sums = operators.statistics(call.x, call.y, asked, *options)
+        sums = operators.statistics(call.x, call.y, request, *options)
     except ValueError as error:
         raise _explained(error, call.reason) from None
     more = torch.zeros_like(sums.array)
@@ -924,47 +923,47 @@ def _with_background(
     return Statistics(sums.array + more, sums.spec, sums.dtype)
 
 
-def _without_index(y: Tensor, index: int, labels: bool) -> tuple[Tensor, int, str]:
-    """A target in which a label stands where `ignore_index` leaves out voxels, that label, and what
-    else it needs of the target.
+def _with_ignored_index(y: Tensor, index: int, labels: bool) -> tuple[Tensor, int, str]:
+    """A target with an ignored label where `ignore_index` excludes voxels; that label; and the
+    reason why other values of the target are refused, if they are.
     """
     if labels or y.shape[1] == 1:
         if y.dtype == torch.uint8:
-            index %= 256  # as torch compares them: -1 is 255
+            index %= 256  # as in torch's comparison, where -1 equals 255
         if labels and y.is_floating_point():
             return torch.where(y == index, _IGNORED, y.int()), _IGNORED, ""
         return y, index, ""
-    copy = _with_room(y)
+    copy = _widened(y)
     if not 0 <= index < y.shape[1]:
         return torch.where(y.any(1, keepdim=True).bool(), copy, _IGNORED), _IGNORED, ""
     of_index = y[:, index : index + 1]
     marks = torch.where(of_index == 1, copy.new_full((), _IGNORED), copy.new_full((), _REFUSED))
-    reason = f"ignore_index={index} takes zeros and ones alone in that channel"
+    reason = f"ignore_index={index} requires zeros and ones in that channel"
     return torch.where(of_index == 0, copy, marks), _IGNORED, reason
 
 
 def _masked(call: _Read, mask: Tensor) -> _Read:
-    """The call without the voxels where the mask is 0."""
-    y, reason = _with_room(call.y), call.reason
+    """The call with the voxels ignored where the mask is 0."""
+    y, reason = _widened(call.y), call.reason
     if mask.dtype == torch.bool:
         y = torch.where(mask, y, _IGNORED)
     else:
         marks = torch.where(mask == 0, y.new_full((), _IGNORED), y.new_full((), _REFUSED))
         y = torch.where(mask == 1, y, marks)
-        reason = "; ".join(filter(None, (reason, "mask takes zeros and ones alone")))
-    activation, _, targets = call.seen
-    return call._replace(y=y, seen=(activation, _IGNORED, targets), reason=reason)
+        reason = "; ".join(filter(None, (reason, "mask must hold only zeros and ones")))
+    activation, _, targets = call.spec_arguments
+    return call._replace(y=y, spec_arguments=(activation, _IGNORED, targets), reason=reason)
 
 
-def _with_room(y: Tensor) -> Tensor:
-    """A target in a dtype that holds _IGNORED, which data of its own dtype do not."""
+def _widened(y: Tensor) -> Tensor:
+    """The target in a dtype that can hold _IGNORED."""
     if y.dtype in (torch.bool, torch.uint8, torch.int8):
         return y.to(torch.int16)
     return y.to(torch.int64) if y.dtype in (torch.uint16, torch.uint32, torch.uint64) else y
 
 
-def _of_classes(value: Tensor, dropped: bool, batch: bool, axes: int) -> Tensor:
-    """(B, K) losses, or (K,) of a batch, without the background and with so many axes of 1."""
+def _class_losses(value: Tensor, dropped: bool, batch: bool, axes: int) -> Tensor:
+    """(B, K) losses, or (K,) of a batch, without an excluded background, with `axes` axes of 1."""
     value = value[:, int(dropped) :]
     value = value[0] if batch else value
     return value.reshape(*value.shape, *[1] * axes)
@@ -974,14 +973,14 @@ def _of_classes(value: Tensor, dropped: bool, batch: bool, axes: int) -> Tensor:
 
 
 def _one_of(value: Any, name: str, allowed: Sequence[str]) -> str:
-    """A string, or the one that an enumeration's member stands for."""
+    """A string, or the value of a member of an enumeration."""
     value = getattr(value, "value", value)
     checks.one_of(value, name, allowed)
     return str(value)
 
 
 def _number(value: Any, name: str) -> float:
-    """A finite number >= 0; of a tensor its only element, unless that requires grad."""
+    """A finite number >= 0, or the only element of a tensor that does not require grad."""
     if isinstance(value, Tensor):
         if value.requires_grad or value.numel() != 1:
             raise _refusal(f"{name} that is a tensor", "give a number")
@@ -996,7 +995,7 @@ def _factor(value: Any, name: str) -> float:
 
 
 def _weight(weight: Any, name: str = "weight") -> Tensor | None:
-    """As a tensor of numbers >= 0."""
+    """The class weights as a tensor of numbers >= 0."""
     if weight is None:
         return None
     weight = torch.as_tensor(weight)
@@ -1009,10 +1008,10 @@ def _weight(weight: Any, name: str = "weight") -> Tensor | None:
     return weight
 
 
-def _of_all(
+def _per_class(
     weight: Tensor, classes: int, dropped: bool, name: str = "weight", single: bool = True
 ) -> Tensor:
-    """(C,) of one number, or of one for each class that counts: 0 for the background else."""
+    """(C,) numbers from one, or from one per included class; 0 for an excluded background."""
     kept = classes - dropped
     if weight.ndim == 0:
         weight = weight.expand(kept)
@@ -1044,8 +1043,8 @@ def _check_activation(sigmoid: bool, softmax: bool, other_act: Activation | None
 
 
 def _refuse_shapes(input: Tensor, x: Tensor, target: Tensor, labels: bool) -> None:
-    """Raises AssertionError, as MONAI does, for a target that does not fit; NotImplementedError for
-    what is computed there and not here.
+    """Raises AssertionError, as MONAI does, for a target of a wrong shape; NotImplementedError for
+    shapes that MONAI supports and this module does not.
     """
     if input.ndim < 3:
         what = f"input of shape {tuple(input.shape)}, without spatial axes,"
@@ -1067,7 +1066,7 @@ def _refuse_shapes(input: Tensor, x: Tensor, target: Tensor, labels: bool) -> No
 
 
 def _refuse_channels(input: Tensor, target: Tensor) -> None:
-    """Raises ValueError, as MONAI's compounds do, where the target has neither 1 channel nor C."""
+    """Raises ValueError, as MONAI's compounds do, if target has neither 1 nor C channels."""
     raise ValueError(
         f"the number of dimensions of input and target should be the same, and the number of "
         f"channels for target 1 or that of input: got shape {tuple(input.shape)} and "
@@ -1096,11 +1095,11 @@ def _check_mask(input: Tensor, mask: Tensor) -> None:
 
 
 def _explained(error: ValueError, reason: str) -> ValueError:
-    """The error of targets out of range, with what asks for zeros and ones."""
+    """The error of out-of-range targets, with the reason why only zeros and ones are valid."""
     return ValueError(f"{error}; {reason}") if reason and "outside" in str(error) else error
 
 
 def _refusal(what: str, instead: str) -> NotImplementedError:
     return NotImplementedError(
-        f"{what} is not computed in one pass over the voxels: {instead}, or use monai.losses"
+        f"{what} cannot be computed in one pass over the voxels: {instead}, or use monai.losses"
     )

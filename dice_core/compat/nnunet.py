@@ -1,35 +1,36 @@
-"""nnU-Net's losses by its names and arguments, one pass over the logits and one for their gradient,
-which is all that has their size.
+"""Drop-in replacements for nnU-Net's losses: one pass over the logits and one for their gradient,
+which is the only array of their size.
 
-In place of `nnunetv2.training.loss.dice` and `.compound_losses`; for training with them there is
-`nnUNetTrainerDiceCore`, which needs nnunetv2 and is made when it is asked for. A .py file holding
+They replace those of `nnunetv2.training.loss.dice` and `.compound_losses`. For training with them
+there is `nnUNetTrainerDiceCore`, which needs nnunetv2 and is created on first access. A .py file
+holding
 
     from dice_core.compat.nnunet import nnUNetTrainerDiceCore
 
 in a folder of nnUNet_extTrainer lets `nnUNetv2_train ... -tr nnUNetTrainerDiceCore` find it.
 
-Values and gradients are those of nnU-Net 2.8, its 0/0 included. What differs:
+Values and gradients are those of nnU-Net 2.8, including its 0/0. The differences:
 
 - Sums are added in float64, not float32, and half-precision logits are computed in float32. The
   loss is float64 for float64 logits, else float32.
 - Out-of-range labels, and soft targets outside [0, 1], raise ValueError; on a GPU they make the
-  loss NaN. So do, as if labelled -1, voxels whose loss_mask is neither 0 nor 1. Floating-point
-  labels are truncated before they are compared with ignore_label.
-- Logits of ignored voxels have no influence, even NaN, which nnU-Net multiplies by 0.
-- There are no second derivatives, and none for targets and masks: those that require grad raise
-  NotImplementedError.
-- DC_and_CE_loss without a Dice part, of voxels that are all ignored, is a tensor 0, not the int.
+  loss NaN. So do voxels whose loss_mask is neither 0 nor 1, which are treated as labelled -1.
+  Floating-point labels are truncated before they are compared with ignore_label.
+- Logits of ignored voxels have no effect, not even NaN, which nnU-Net multiplies by 0.
+- There are no second derivatives, and no gradients for targets and masks: if they require grad they
+  raise NotImplementedError.
+- DC_and_CE_loss without a Dice part returns a tensor 0, not the int 0, if all voxels are ignored.
 - backend, num_threads and check_labels, all by keyword, are those of `dice_core.torch.loss`.
 
-An error naming the argument stands for what is no function of sums over voxels: maps of losses
-(reduction="none"), masks of several channels, weights of single voxels, other Dice classes. So it
-does for a target of another spatial shape than the logits', for a one-hot target of DC_and_CE_loss,
-of which nnU-Net's cross-entropy reads the first channel as labels, for do_bg=False of a single
-channel, whose loss is NaN, and for a negative smooth.
+An error naming the argument is raised for anything that is not a function of sums over voxels: loss
+maps (reduction="none"), masks of several channels, weights of individual voxels, other Dice
+classes. The same holds for a target whose spatial shape differs from the logits', for a one-hot
+target of DC_and_CE_loss, whose first channel nnU-Net's cross-entropy would read as labels, for
+do_bg=False with a single channel, whose loss would be NaN, and for a negative smooth.
 
 `apply_nonlin` is part of the pass if it is None, torch.sigmoid, nn.Sigmoid(), nn.Softmax(1),
-partial(torch.softmax, dim=1) or softmax_helper_dim1, nnU-Net's or this module's. What another
-callable returns, and the softmax of a single channel, has the size of the logits.
+partial(torch.softmax, dim=1) or softmax_helper_dim1, nnU-Net's or this module's. The output of any
+other callable, and the softmax of a single channel, take memory of the size of the logits.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def softmax_helper_dim1(x: Tensor) -> Tensor:
 
 
 class _DiceLoss(nn.Module):
-    """-q of settings that are looked at once, and again when one was changed."""
+    """-q; settings are prepared on construction, and again after one was changed."""
 
     def __init__(
         self,
@@ -97,7 +98,7 @@ class _DiceLoss(nn.Module):
         Parameters
         ----------
         x : (N, C, *) floating-point tensor
-            What apply_nonlin makes probabilities of.
+            The input of apply_nonlin, which makes it probabilities.
         y : tensor
             Labels (N, *) or (N, 1, *) of any dtype, or one-hot or soft targets of x's shape.
         loss_mask : (N, 1, *) tensor, optional
@@ -117,7 +118,7 @@ class _DiceLoss(nn.Module):
         return _evaluate(x, y, term, requests[activation, ignored, targets], pooled, self._options)
 
     def _settings(self) -> tuple[Any, ...]:
-        """What the term follows from."""
+        """The settings from which the term is derived."""
         return self.batch_dice, self.do_bg, self.smooth, self.clip_tp
 
     def _prepare(self, settings: tuple[Any, ...]) -> None:
@@ -127,8 +128,8 @@ class _DiceLoss(nn.Module):
 
 
 class MemoryEfficientSoftDiceLoss(_DiceLoss):
-    """-mean (2 I + smooth) / max(P + Y + smooth, 1e-8) over samples and classes, I = sum s t,
-    P = sum s and Y = sum t being sums over voxels of probabilities s and targets t.
+    """-mean (2 I + smooth) / max(P + Y + smooth, 1e-8) over samples and classes, where I = sum s t,
+    P = sum s and Y = sum t are sums over voxels of probabilities s and targets t.
 
     Parameters
     ----------
@@ -137,7 +138,7 @@ class MemoryEfficientSoftDiceLoss(_DiceLoss):
     batch_dice : bool
         The sums of all samples are added first.
     do_bg : bool
-        False leaves out class 0.
+        False excludes class 0.
     smooth : float
         Added to numerator and denominator, >= 0.
     ddp : bool
@@ -148,7 +149,7 @@ class MemoryEfficientSoftDiceLoss(_DiceLoss):
     Raises
     ------
     TypeError, ValueError, NotImplementedError
-        For what does not fit; the module's documentation lists what differs from nnU-Net.
+        For invalid arguments; the module's docstring lists the differences from nnU-Net.
     """
 
     def __init__(
@@ -173,8 +174,8 @@ class SoftDiceLoss(_DiceLoss):
     Parameters
     ----------
     clip_tp : float, optional
-        The smallest I, in numerator and denominator; P - I and Y - I stay what they are. Where it
-        is taken I has no derivative.
+        The lower bound of I, in numerator and denominator; P - I and Y - I are unchanged. Where I
+        is clipped it has no derivative.
 
     The other parameters, and the errors, are those of `MemoryEfficientSoftDiceLoss`.
     """
@@ -207,23 +208,23 @@ class DC_and_CE_loss(nn.Module):
         The arguments of dice_class but apply_nonlin, which is the softmax.
     ce_kwargs : dict
         The arguments of torch.nn.CrossEntropyLoss; reduction is "mean" or "sum". ignore_label is
-        written into it as its ignore_index, as nnU-Net does. An ignore_index of its own is ignored
-        by CE alone; if that is one of the classes, CE is computed in a second pass.
+        written into it as its ignore_index, as nnU-Net does. An ignore_index given here applies to
+        CE only; if it is one of the classes, CE is computed in a second pass.
     weight_ce, weight_dice : float
-        The factors. What has the factor 0 is not computed; of two factors 0 the loss is that
-        number, not a tensor.
+        The factors. A part with factor 0 is not computed; if both are 0 the loss is the number 0,
+        not a tensor.
     ignore_label : int, optional
         Voxels with this label are ignored in both parts. If no voxel is valid, CE is 0; without
         an ignore_label a mean over no voxels is NaN.
     dice_class : class
-        SoftDiceLoss or MemoryEfficientSoftDiceLoss, nnU-Net's standing for this module's.
+        SoftDiceLoss or MemoryEfficientSoftDiceLoss; nnU-Net's are replaced by this module's.
     backend, num_threads, check_labels : optional
         As in `dice_core.torch.loss`.
 
     Raises
     ------
     AssertionError, TypeError, ValueError, NotImplementedError
-        For what does not fit; the module's documentation lists what differs from nnU-Net.
+        For invalid arguments; the module's docstring lists the differences from nnU-Net.
     """
 
     def __init__(
@@ -258,7 +259,7 @@ class DC_and_CE_loss(nn.Module):
         net_output : (N, C, *) floating-point tensor
             Logits.
         target : (N, 1, *) tensor
-            Labels of any dtype. With weight_ce = 0 whatever dice_class takes.
+            Labels of any dtype. With weight_ce = 0, any target that dice_class accepts.
         """
         if self.weight_ce == 0 and self.weight_dice == 0:
             return self.weight_ce * 0 + self.weight_dice * 0
@@ -272,7 +273,7 @@ class DC_and_CE_loss(nn.Module):
                 f"with an ignore_label target must be labels (N, 1, *), got {tuple(target.shape)}"
             )
         y, targets = _targets(x, target, "target")
-        # Passes: input, what to compute of it, activation, ignored label, whether ranks are pooled.
+        # One entry per pass: input, plan, activation, ignored label, whether ranks are pooled.
         parts: list[tuple[Tensor, _Plan, str, int | None, bool]] = []
         of_dice, of_entropy, of_both = self._plans
         if self.weight_dice != 0:
@@ -290,9 +291,9 @@ class DC_and_CE_loss(nn.Module):
                     f"target must be labels {(x.shape[0], 1, *x.shape[2:])}, "
                     f"got {tuple(target.shape)}"
                 )
-            # One pass does both, unless CE reads something else or ignores a class of Dice.
-            alike = index == ignored or (ignored is None and not 0 <= index < x.shape[1])
-            if parts and scores is x and alike:
+            # One pass computes both, unless CE has another input or ignores a class of Dice.
+            one_pass = index == ignored or (ignored is None and not 0 <= index < x.shape[1])
+            if parts and scores is x and one_pass:
                 parts[0] = x, of_both, activation, ignored, pooled
             else:
                 parts.append((x, of_entropy, "softmax", index, False))
@@ -300,12 +301,12 @@ class DC_and_CE_loss(nn.Module):
         for x, (term, requests), activation, ignored, pooled in parts:
             if term.weights and term.weights[0] is not weight:  # moved to a device, for example
                 term = term.with_weights([weight])
-            asked = requests[activation, ignored, targets]
-            values.append(_evaluate(x, y, term, asked, pooled, self._options))
+            request = requests[activation, ignored, targets]
+            values.append(_evaluate(x, y, term, request, pooled, self._options))
         return values[0] if len(values) == 1 else values[0] + values[1]
 
     def _settings(self, dice: Any, entropy: nn.CrossEntropyLoss) -> tuple[Any, ...]:
-        """What the terms and the requests follow from."""
+        """The settings from which terms and requests are derived."""
         return (
             dice._settings(),
             self.weight_dice,
@@ -338,18 +339,18 @@ class DC_and_BCE_loss(nn.Module):
     weight_ce, weight_dice : float
         The factors.
     use_ignore_label : bool
-        The target has a last channel more, 1 for voxels that both parts ignore. BCE is then the sum
-        over classes of the mean over voxels, C times what it is without, and 0 if no voxel is
+        The target has an extra last channel, 1 for voxels that both parts ignore. BCE is then the
+        sum over classes of the mean over voxels, C times its value without, and 0 if no voxel is
         valid; "none" is written into bce_kwargs as its reduction, as nnU-Net does.
     dice_class : class
-        SoftDiceLoss or MemoryEfficientSoftDiceLoss, nnU-Net's standing for this module's.
+        SoftDiceLoss or MemoryEfficientSoftDiceLoss; nnU-Net's are replaced by this module's.
     backend, num_threads, check_labels : optional
         As in `dice_core.torch.loss`.
 
     Raises
     ------
     TypeError, ValueError, NotImplementedError
-        For what does not fit; the module's documentation lists what differs from nnU-Net.
+        For invalid arguments; the module's docstring lists the differences from nnU-Net.
     """
 
     def __init__(
@@ -411,16 +412,16 @@ class DC_and_BCE_loss(nn.Module):
                 weights.append(_per_class(weight, x, name))
         both, alone = (of_both if scores is x else of_dice), of_entropy
         term = both.term.with_weights(weights) if both.term.weights else both.term
-        asked = both.requests[activation, ignored, "soft"]
-        value = _evaluate(scores, y, term, asked, pooled, self._options)
+        request = both.requests[activation, ignored, "soft"]
+        value = _evaluate(scores, y, term, request, pooled, self._options)
         if scores is x:
             return value
         term = alone.term.with_weights(weights)
-        asked = alone.requests["sigmoid", ignored, "soft"]
-        return value + _evaluate(x, y, term, asked, False, self._options)
+        request = alone.requests["sigmoid", ignored, "soft"]
+        return value + _evaluate(x, y, term, request, False, self._options)
 
     def _settings(self, dice: Any, entropy: nn.BCEWithLogitsLoss) -> tuple[Any, ...]:
-        """What the terms and the requests follow from."""
+        """The settings from which terms and requests are derived."""
         return (
             dice._settings(),
             self.weight_dice,
@@ -439,11 +440,11 @@ class DC_and_BCE_loss(nn.Module):
 
 @functools.cache
 def trainer() -> type:
-    """nnUNetTrainerDiceCore: nnUNetTrainer with the losses of this module, never compiled.
+    """The class nnUNetTrainerDiceCore: nnUNetTrainer with the losses of this module, never
+    compiled.
 
-    Its settings, and deep supervision's weights, are what nnU-Net chooses; the weight of a single
-    scale, which nnU-Net divides by itself, 0, is 1. Raises ImportError if nnunetv2 cannot be
-    imported.
+    Its settings and the weights of deep supervision are nnU-Net's; the weight of a single scale,
+    for which nnU-Net computes 0/0, is 1. Raises ImportError if nnunetv2 cannot be imported.
     """
     try:
         from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
@@ -496,7 +497,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _dice_class(dice_class: Any) -> Any:
-    """One of this module's; nnU-Net's own stand for them."""
+    """A Dice class of this module, also for nnU-Net's class of the same name."""
     ours = {each.__name__: each for each in (MemoryEfficientSoftDiceLoss, SoftDiceLoss)}
     name = getattr(dice_class, "__name__", "")
     if getattr(dice_class, "__module__", None) == "nnunetv2.training.loss.dice":
@@ -513,7 +514,7 @@ _SOFTMAXES = (torch.softmax, torch.special.softmax, nn.functional.softmax, Tenso
 
 
 def _probabilities(x: Tensor, nonlin: Any) -> tuple[Tensor, str]:
-    """What to read, and the activation that makes probabilities of it."""
+    """The input of the pass, and the activation that the pass applies."""
     if nonlin is None:
         return x, "none"
     if nonlin is torch.sigmoid or nonlin in _SIGMOIDS or type(nonlin) is nn.Sigmoid:
@@ -567,7 +568,7 @@ def _masked(y: Tensor, mask: Tensor, classes: int) -> tuple[Tensor, int]:
 
 
 def _per_class(weight: Tensor, x: Tensor, name: str) -> Tensor:
-    """(C,) of what broadcasts to x, if it has one number per class."""
+    """(C,) numbers of a weight that broadcasts to x with one number per class."""
     shape = (1,) * (x.ndim - weight.ndim) + tuple(weight.shape)
     if len(shape) != x.ndim or shape != (1, shape[1]) + (1,) * (x.ndim - 2):
         raise NotImplementedError(
@@ -582,7 +583,7 @@ def _per_class(weight: Tensor, x: Tensor, name: str) -> Tensor:
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class _SoftDice(losses.Dice):
-    """-q of the Dice score q, with I raised to `clip_tp`, P - I and Y - I being as they are."""
+    """-q of the Dice score q, with I clipped at `clip_tp`; P - I and Y - I are unchanged."""
 
     clip_tp: float | None = None
 
@@ -608,7 +609,7 @@ class _SoftDice(losses.Dice):
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class _MaskedCrossEntropy(losses.CrossEntropy):
-    """CrossEntropy, 0 if no voxel is valid, and NaN if all that are have the weight 0."""
+    """CrossEntropy; 0 if no voxel is valid, NaN if all valid voxels have weight 0."""
 
     def count(self, sums: Statistics) -> Any:
         count, where = super().count(sums), namespace(sums.array).where
@@ -624,8 +625,8 @@ class _SummedBinaryCrossEntropy(losses.BinaryCrossEntropy):
 
 
 class _Plan(NamedTuple):
-    """A term, whose weights may be stand-ins, and what to sum for it, by activation, ignored label
-    and whether targets are "labels" or "soft".
+    """A term, whose weights may be placeholders, and the Spec of its sums by activation, ignored
+    label and targets ("labels" or "soft").
     """
 
     term: losses.Term
@@ -633,7 +634,7 @@ class _Plan(NamedTuple):
 
 
 def _planned(term: losses.Term, ignored: Iterable[int | None]) -> _Plan:
-    """All requests of a term, since a call that torch.compile traces cannot make one."""
+    """All requests of a term in advance, since none can be built while torch.compile traces."""
     requests = {
         (activation, label, targets): term.spec(activation, label, targets)
         for activation in ACTIVATIONS
@@ -725,19 +726,19 @@ def _plans(
 
 
 def _evaluate(
-    x: Tensor, y: Tensor, term: losses.Term, asked: Spec, pooled: bool, options: tuple[Any, ...]
+    x: Tensor, y: Tensor, term: losses.Term, request: Spec, pooled: bool, options: tuple[Any, ...]
 ) -> Tensor:
-    """The loss; if `pooled`, of the sums of all ranks what is Dice, which pools the batch."""
+    """The loss; if `pooled`, its Dice part is that of the sums over the batch and all ranks."""
     if not pooled:
-        return evaluate(x, y, term, asked, *options)
-    operators.check(x, y, asked)
+        return evaluate(x, y, term, request, *options)
+    operators.check(x, y, request)
     if term.weights:
         weights = [weight.to(x.device, torch.float64) for weight in term.weights]
         term = term.with_weights(weights)
         term.check(x.shape[1])
-    sums = operators.statistics(x, y, asked, *options)
+    sums = operators.statistics(x, y, request, *options)
     added = _SumOfRanks.apply(sums.array[:3].sum(1, keepdim=True))  # type: ignore[no-untyped-call]
-    of_ranks = Statistics(added, asked, sums.dtype)
+    of_ranks = Statistics(added, request, sums.dtype)
     parts = term.parts if isinstance(term, losses.Sum) else ((1.0, term),)
     values = [
         factor * part.value(of_ranks if isinstance(part, _SoftDice) else sums)
@@ -748,7 +749,7 @@ def _evaluate(
 
 
 class _SumOfRanks(torch.autograd.Function):
-    """Added over the processes of the default group; so is the gradient, of every rank's loss."""
+    """The sum over all processes of the default group, in forward and in backward."""
 
     @staticmethod
     def forward(ctx: Any, sums: Tensor) -> Tensor:

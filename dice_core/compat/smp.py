@@ -1,7 +1,8 @@
-"""Losses of segmentation_models_pytorch by its names and arguments, one pass over the logits and
-one for their gradient, which is all that has their size.
+"""Drop-in replacements for losses of segmentation_models_pytorch: one pass over the logits and one
+for their gradient, which is the only array of their size.
 
-In place of `segmentation_models_pytorch.losses`. Each loss is a function of the Tversky score
+They replace those of `segmentation_models_pytorch.losses`. Each loss is a function of the Tversky
+score
 
     q = (I + smooth) / max(I + alpha (P - I) + beta (Y - I) + smooth, eps)
 
@@ -11,26 +12,28 @@ log_loss=True, and 0 where Y is 0. The result is the mean over classes, or over 
 weighted by class_weights and divided by their sum. Voxels labelled ignore_index are ignored, in
 mode "multilabel" for that channel alone.
 
-Values and gradients are those of segmentation_models_pytorch 0.6, its 0/0 included. What differs:
+Values and gradients are those of segmentation_models_pytorch 0.6, including its 0/0. The
+differences:
 
 - Sums are added in float64, class weights included, and half-precision logits are computed in
   float32: probabilities are not rounded to the logits' dtype first. The loss is float64 for float64
   logits, else float32.
-- Out-of-range labels raise ValueError; on a GPU they make the loss NaN. So does a soft target of
-  the modes "binary" and "multilabel", anything but 0 and 1: sum min(s, t) is a sum of products only
-  for those.
-- Logits of ignored voxels have no influence, even NaN, which SMP multiplies by 0.
-- There are no second derivatives, and none for targets: one that requires grad raises
+- Out-of-range labels raise ValueError; on a GPU they make the loss NaN. So do soft targets, other
+  than 0 and 1, in the modes "binary" and "multilabel": sum min(s, t) is a sum of products only for
+  0 and 1.
+- Logits of ignored voxels have no effect, not even NaN, which SMP multiplies by 0.
+- There are no second derivatives, and no gradients for targets: one that requires grad raises
   NotImplementedError.
 - Labels of mode "multiclass" may have any integer dtype, or be floating-point numbers, which are
-  truncated before they are compared with ignore_index; without one SMP takes int64 alone.
-- backend, num_threads and check_labels, all by keyword, are those of `dice_core.torch.loss`.
+  truncated before they are compared with ignore_index; without ignore_index SMP accepts int64 only.
+- The keyword-only arguments backend, num_threads and check_labels are those of
+  `dice_core.torch.loss`.
 
-An error naming the argument stands for the rest: from_logits=False (the derivative of min(s, t) at
-a probability of exactly 0 or 1 is no function of the sums), a negative smooth, eps, alpha or beta,
-eps = 0 with log_loss (whether -log of a score of 0 is infinite there depends on how SMP's sums are
-rounded), class weights that sum to 0 or are not one per class, no classes at all, and numbers for
-classes or class_weights, which SMP takes for None.
+An error naming the argument is raised for everything else: from_logits=False (the derivative of
+min(s, t) at a probability of exactly 0 or 1 is not a function of the sums), a negative smooth, eps,
+alpha or beta, eps = 0 with log_loss (whether -log of a score of 0 is infinite there depends on how
+SMP's sums are rounded), class weights that sum to 0 or are not one per class, an empty list of
+classes, and scalars for classes or class_weights, which SMP treats as None.
 """
 
 from __future__ import annotations
@@ -65,7 +68,7 @@ MULTILABEL_MODE = "multilabel"
 
 
 class _OverlapLoss(nn.Module):
-    """The module's loss of settings that are looked at once, and again when one was changed."""
+    """The loss; settings are prepared on construction, and again after one was changed."""
 
     alpha: float
     beta: float
@@ -143,10 +146,10 @@ class _OverlapLoss(nn.Module):
             weight = self._weight(x.shape[1])
             if weight is not term.weights[0]:
                 term = term.with_weights([weight])
-        return evaluate(x, y, term, self._asked, *self._options)
+        return evaluate(x, y, term, self._request, *self._options)
 
     def _settings(self) -> tuple[Any, ...]:
-        """What the term and the request follow from."""
+        """The settings from which the term and the request are derived."""
         return (
             self.mode,
             self.from_logits,
@@ -162,13 +165,13 @@ class _OverlapLoss(nn.Module):
 
     def _prepare(self, settings: tuple[Any, ...]) -> None:
         self._prepared: tuple[Any, ...] = ()
-        self._term, self._asked = _term_and_request(*settings)
+        self._term, self._request = _term_and_request(*settings)
         self._prepared, self._weighted = settings, settings[-1]
         if self.class_weights is not None:
             self._term = self._term.with_weights([self.class_weights])
 
     def _weight(self, channels: int) -> Tensor:
-        """(C,): how much each class counts in the mean."""
+        """(C,): the weight of each class in the mean."""
         classes, weights = self.classes, self.class_weights
         if classes is None:
             if weights is None or weights.shape != (channels,):
@@ -197,7 +200,7 @@ class DiceLoss(_OverlapLoss):
     classes : sequence of int, optional
         The classes that are averaged; None for all. Not in mode "binary".
     log_loss : bool
-        -log max(q, eps) in place of 1 - q.
+        Whether to use -log max(q, eps) instead of 1 - q.
     from_logits : bool
         Must be True.
     smooth : float
@@ -215,7 +218,7 @@ class DiceLoss(_OverlapLoss):
     Raises
     ------
     AssertionError, TypeError, ValueError, NotImplementedError
-        For what does not fit; the module's documentation lists what differs from SMP.
+        For invalid arguments; the module's docstring lists the differences from SMP.
     """
 
     alpha = beta = 0.5
@@ -234,7 +237,7 @@ class JaccardLoss(_OverlapLoss):
 class TverskyLoss(DiceLoss):
     """The module's loss to the power of gamma: alpha weights false positives, beta false negatives.
 
-    The power is taken of the mean over classes. Its derivative is NaN where that mean is 0 and
+    The power is applied to the mean over classes. Its derivative is NaN where that mean is 0 and
     gamma < 1, as SMP's is.
 
     Parameters
@@ -296,7 +299,7 @@ def _term_and_request(
     log_loss: bool,
     weighted: bool,
 ) -> tuple[losses.Term, Spec]:
-    """The loss of these settings, with stand-ins for its class weights, and the sums it needs."""
+    """The term for these settings, with placeholders for class weights, and its request."""
     if not from_logits:
         raise NotImplementedError(
             "from_logits=False is not supported: pass logits, whose probabilities are then part "

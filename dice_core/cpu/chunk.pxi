@@ -1,4 +1,4 @@
-"""One chunk: its tiles and blocks, in place or by way of scratch."""
+"""One chunk: its tiles and blocks, processed in place or through scratch; and the sum of all chunks."""
 
 
 cdef void run_lines(
@@ -16,7 +16,7 @@ cdef void run_staged(
     const Problem *q, const Scratch *t, Py_ssize_t sample, Py_ssize_t first, Py_ssize_t n, bint ignored,
     const real *label, word *words, logit *staged, vec *e,
 ) noexcept nogil:
-    """`run_lines` by way of scratch: for any strides, any number of voxels, and where some are ignored.
+    """`run_lines` through scratch: for any strides, any number of voxels, and if some are ignored.
 
     `words` and `staged` are the same memory.
     """
@@ -67,7 +67,7 @@ cdef Py_ssize_t run_chunk(
 ) noexcept nogil:
     """Adds the sums of one chunk to its part of sums, or writes its gradient for the cotangent, (K, samples, classes).
 
-    `dtype`, NULL, has the logits' type. Returns how many labels are out of range.
+    `dtype` is NULL and selects the logits' type. Returns the number of out-of-range labels.
     """
     cdef Py_ssize_t sample = index // q.chunks
     cdef Py_ssize_t first = index % q.chunks * q.chunk
@@ -139,3 +139,22 @@ cdef Py_ssize_t run_chunk(
         first += n
     NON_TEMPORAL_FENCE()
     return out_of_range
+
+
+cdef void add_chunks(const Problem *q, const double *partial, double *out) noexcept nogil:
+    """Adds (samples, chunks, K, classes) up to (K, samples, classes), in the order of the chunks."""
+    cdef Py_ssize_t j, k, n, c, width = q.sums * q.classes, all_classes = q.samples * q.classes
+    cdef double total
+    for k in range(q.sums):
+        for n in range(q.samples):
+            for c in range(q.classes):
+                total = 0
+                for j in range(q.chunks):
+                    total += partial[(n * q.chunks + j) * width + k * q.classes + c]
+                out[k * all_classes + n * q.classes + c] = total
+    if q.plain:
+        # I and H are masked by the label, but where the probabilities are NaN, s [y=c] must be NaN for every class.
+        for c in range(all_classes):
+            out[c] += 0 * out[PRED_SUM * all_classes + c]
+            if q.cross_entropy:
+                out[CROSS_ENTROPY * all_classes + c] += 0 * out[PRED_SUM * all_classes + c]

@@ -1,8 +1,8 @@
-"""All other activations, targets and sums, in one loop over the classes. Slower, and open to any combination."""
+"""All other activations, targets and sums, in one loop over the classes. Slower, but supports any combination."""
 
 
 cdef inline vec logit_of(const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t c, vec like) noexcept nogil:
-    """The logit of class c. Of the two classes of a single channel the first has the logit 0."""
+    """The logit of class c. Of the two classes of a single channel, the first has logit 0."""
     cdef vec v
     if q.classes != q.channels:
         set_zero(&v)
@@ -38,7 +38,7 @@ cdef inline vec softplus(vec v, vec e) noexcept nogil:
 cdef inline vec target_of(
     const Problem *q, const vec *target, vec label, vec which, vec *ignored
 ) noexcept nogil:
-    """The targets of class `which`, 0 where they are ignored; `ignored` is the mask of those."""
+    """The targets of class `which`, 0 where ignored; sets `ignored` to the mask of ignored targets."""
     cdef vec zero
     set_zero(&zero)
     if q.soft_targets:
@@ -49,7 +49,7 @@ cdef inline vec target_of(
 
 
 cdef inline vec probability_of(const Problem *q, vec v, vec softmax, vec *slope) noexcept nogil:
-    """What the activation makes of a logit v, and, unless that is a softmax, its derivative for v."""
+    """The activation of a logit v and, unless that is a softmax, its derivative with respect to v."""
     cdef vec zero, e
     set_zero(&zero)
     if q.activation == SOFTMAX or q.activation == ARGMAX:
@@ -95,8 +95,8 @@ cdef void find_top(
 
 
 cdef inline vec nll_by(const vec *top, Py_ssize_t e_row, vec v) noexcept nogil:
-    """-log of the probability of the class with logit v: that of the most probable class plus the distance to its
-    logit. Neither is negative, so nothing cancels.
+    """-log of the probability of the class with logit v: that of the most probable class plus the difference of the
+    logits. Neither is negative, so there is no cancellation.
     """
     return top[0] + andnot(equal(v, top[e_row]), top[e_row] - v)
 
@@ -105,7 +105,7 @@ cdef void sum_general(
     const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label, const vec *e,
     const vec *scale, const vec *target, const vec *top, vec *sums,
 ) noexcept nogil:
-    """Adds the sums asked for to sums, (K, classes)."""
+    """Adds the requested sums to sums, (K, classes)."""
     cdef vec total[ROWS]
     cdef vec zero, which, t, s, v, softmax, ignored, h, z, u, slope, half
     cdef Py_ssize_t c, i, k, at, e_row = q.block // lanes(scale)
@@ -132,12 +132,12 @@ cdef void sum_general(
                 total[NLL] = total[NLL] + andnot(ignored, h)
                 if q.cross_entropy:
                     h = t * modulation(maximum(zero, zero + 1 - softmax), q.gamma, q.integer_gamma) * h
-                    # Masked, as h may be infinite where t is 0; but NaN is NaN in every class.
+                    # Masked, since h may be infinite where t is 0; but NaN must propagate to every class.
                     total[CROSS_ENTROPY] = total[CROSS_ENTROPY] + and_mask(less(zero, t), h)
                     total[CROSS_ENTROPY] = total[CROSS_ENTROPY] + andnot(ignored, softmax * 0)
             if q.binary_cross_entropy:
                 # torch computes (1 - t) z + log(1 + exp(-z)), which is NaN for z = -inf, and for t = 1 and z = inf.
-                # Products with 0 make these sums NaN there, too, and leave all others as they are.
+                # Products with 0 make these sums NaN there too and leave all others unchanged.
                 z = zero - logit_of(q, x + i * lanes(scale), row, 1, t) if c < q.classes - q.channels else v
                 u = exp_minus_abs(z)
                 if not q.soft_targets:  # t is 0 or 1, and one of the halves is 0
@@ -189,10 +189,11 @@ cdef void grad_general(
     const Problem *q, const logit *x, Py_ssize_t x_row, Py_ssize_t lines, const vec *label, const vec *e,
     const vec *scale, const vec *target, const vec *top, const char *cotangent, logit *grad, Py_ssize_t row,
 ) noexcept nogil:
-    """Writes the gradient of all that `sum_general` sums; it may overwrite x.
+    """Writes the gradient of all sums of `sum_general`; it may overwrite x.
 
-    Of a softmax a first turn over the classes adds up what every class's gradient depends on: with d the derivatives
-    for the probabilities s and u those for the nll, the gradient is s (d - sum s d) + softmax sum u - u.
+    For a softmax, a first pass over the classes computes the sums that every class's gradient depends on: with d the
+    derivatives with respect to the probabilities s and u those with respect to the nll, the gradient is s (d - sum s d)
+    + softmax sum u - u.
     """
     cdef vec zero, which, t, s, v, softmax, ignored, h, z, slope, factor, d, u, dot, sum_u, before, valid
     cdef Py_ssize_t c, i, e_row = q.block // lanes(scale)
@@ -253,7 +254,7 @@ cdef void grad_general(
 cdef void decide(
     const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label, vec *e, vec *scale
 ) noexcept nogil:
-    """The argmax in place of the softmax: 1 for the largest logit, the first of equals, else 0. NaN ranks as +inf."""
+    """The argmax in place of the softmax: 1 for the largest logit (the first of several), else 0. NaN ranks as +inf."""
     cdef vec zero, infinity, top, found, which, larger, v
     cdef Py_ssize_t c, i, e_row = q.block // lanes(scale)
     set_zero(&zero)
@@ -281,7 +282,7 @@ cdef void run_general(
     const Problem *q, const Scratch *t, const logit *x, Py_ssize_t x_row, Py_ssize_t lines, const vec *label,
     vec *e, logit *grad, Py_ssize_t grad_row,
 ) noexcept nogil:
-    """`run_plain` for everything else."""
+    """`run_plain` for all other cases."""
     cdef vec *scale = <vec *>t.scale
     cdef vec *target = <vec *>t.targets
     cdef vec *top = <vec *>t.top

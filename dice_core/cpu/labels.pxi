@@ -6,7 +6,7 @@
 cdef inline bint load_classes(
     const label_t *y, Py_ssize_t step, Py_ssize_t n, const Problem *q, real *out
 ) noexcept nogil:
-    """Loads n labels. Returns whether all of them are classes and none is ignored, as is the rule."""
+    """Loads n labels. Returns whether all are classes and none is ignored, the usual case."""
     cdef Py_ssize_t v
     cdef uint32_t highest = 0
     cdef uint64_t rest = 0
@@ -23,8 +23,8 @@ cdef inline bint load_classes(
 cdef Py_ssize_t load_any_labels(
     const label_t *y, Py_ssize_t step, Py_ssize_t n, const Problem *q, real *out, bint *ignored
 ) noexcept nogil:
-    """Loads n labels, -1 if ignored and -2 if out of range; sets `ignored` if there are such. Returns how many are out
-    of range.
+    """Loads n labels, as -1 if ignored and -2 if out of range; sets `ignored` if there are any of these. Returns the
+    number of out-of-range labels.
     """
     cdef Py_ssize_t v
     cdef label_t k
@@ -107,7 +107,7 @@ cdef Py_ssize_t load_tile_labels(
 cdef Py_ssize_t load_target_row(
     const target_t *y, Py_ssize_t step, Py_ssize_t n, const Problem *q, real *out
 ) noexcept nogil:
-    """Loads n targets, -1 if ignored or out of range. Returns how many are out of range."""
+    """Loads n targets, as -1 if ignored or out of range. Returns the number of out-of-range targets."""
     cdef Py_ssize_t v, out_of_range = 0
     cdef double t
     for v in range(n):

@@ -1,4 +1,4 @@
-/* What the kernels ask of the processor and the operating system. */
+/* Queries of the processor and the operating system. */
 #ifndef DICE_LEVELS_H
 #define DICE_LEVELS_H
 
@@ -18,7 +18,7 @@
 #define DICE_LEVEL "generic"
 #endif
 
-/* Whether the processor and the operating system support x86-64-v3 or x86-64-v4. Older compilers cannot ask for all of
+/* Whether the processor and the operating system support x86-64-v3 or x86-64-v4. Older compilers cannot test all of
    x86-64-v3 by name; every processor with AVX2, FMA and BMI2 has F16C, LZCNT and MOVBE too. */
 static int processor_supports(int version) {
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
@@ -33,7 +33,7 @@ static int processor_supports(int version) {
 #endif
 }
 
-/* Whether the first and the last page of this memory are resident; 0 where that cannot be known. */
+/* Whether the first and the last page of this memory are resident; 0 if unknown. */
 #if defined(__linux__)
 #include <sys/mman.h>
 #include <unistd.h>

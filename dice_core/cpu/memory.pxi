@@ -1,4 +1,4 @@
-"""Memory: where a voxel lies, whatever the strides, and copies to and from scratch."""
+"""Memory: the address of a voxel for any strides, and copies to and from scratch."""
 
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------
@@ -9,7 +9,7 @@ cdef inline Py_ssize_t padded(Py_ssize_t n, Py_ssize_t multiple) noexcept nogil:
 
 
 cdef inline Py_ssize_t vector_size(const Problem *q) noexcept nogil:
-    """Bytes of the vectors that compute the problem. Where they are scalars, doubles are larger than floats."""
+    """Bytes of the vectors used for the problem. If they are scalars, doubles are larger than floats."""
     return sizeof(f64) if q.real_size == sizeof(double) else sizeof(f32)
 
 
@@ -32,7 +32,7 @@ cdef void add_axis(Axes *axes, Py_ssize_t size, Py_ssize_t logits, Py_ssize_t la
 
 
 cdef void merge_axes(Axes *axes) noexcept nogil:
-    """Merges neighbouring axes that one stride describes in every array. At least one axis remains."""
+    """Merges neighbouring axes that have a common stride in every array. At least one axis remains."""
     cdef int i, last = 0
     if axes.count == 0:
         add_axis(axes, 1, 0, 0, 0)
@@ -53,7 +53,7 @@ cdef void merge_axes(Axes *axes) noexcept nogil:
 
 
 cdef struct Place:
-    # Byte offsets of a voxel within its sample, and how many voxels from it on to the end of the innermost axis.
+    # Byte offsets of a voxel within its sample, and the number of voxels from it to the end of the innermost axis.
     Py_ssize_t logits, labels, grad, run
 
 
@@ -98,7 +98,7 @@ cdef inline void copy_words(
 cdef void transpose(
     const word *source, Py_ssize_t source_row, word *to, Py_ssize_t row, Py_ssize_t rows, Py_ssize_t columns
 ) noexcept nogil:
-    """to[j, i] = source[i, j], at least 4 x 4, in squares of 4 x 4 of which the last may overlap the one before."""
+    """to[j, i] = source[i, j], at least 4 x 4, in squares of 4 x 4, of which the last may overlap its predecessor."""
     cdef Py_ssize_t i, j
     for i in range(0, rows, 4):
         i = min(i, rows - 4)

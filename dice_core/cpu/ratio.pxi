@@ -25,7 +25,7 @@ cdef void run_ratio(
 ) noexcept nogil:
     """Replaces sums (sums, samples, classes) by the derivative, and fills value, one number or one per sample."""
     cdef Py_ssize_t row = samples * classes
-    cdef Py_ssize_t pooled = samples if r.pooled else 1, rows = min(samples, 1) if r.pooled else samples
+    cdef Py_ssize_t pooled = samples if r.pooled else 1, rows = 1 if r.pooled else samples
     cdef Py_ssize_t n, m, c, k, at
     cdef double[3] total
     cdef double num, den, quotient, slope, loss = r.start

@@ -1,5 +1,5 @@
 /* The SIMD vectors of the kernels: `floats` and `doubles`, GCC vector types of 64, 32 or 16 bytes, whichever the
-   instruction set compiled for has, or scalars where the compiler has no vector types. C applies + - * / to them lane
+   instruction set compiled for has, or scalars if the compiler has no vector types. C applies + - * / to them lane
    by lane; the functions here do the rest. A mask is a vector whose lanes have all bits set, or none. */
 #ifndef DICE_SIMD_H
 #define DICE_SIMD_H
@@ -161,7 +161,7 @@ DEFINE(32)
 DEFINE(64)
 #undef DEFINE
 
-/* Whether any lane is greater than x, or NaN; asked where that is rare. */
+/* Whether any lane is greater than x, or NaN; optimised for the case that none is. */
 #if BYTES == 64
 INLINE int any_greater_floats(floats v, float x) {
     return UNLIKELY(_mm512_cmp_ps_mask(v, broadcast_floats(x), _CMP_NLE_UQ) != 0);
@@ -249,8 +249,8 @@ INLINE floats load_f16(const void *p) {
     memcpy(&h, p, sizeof h);
     words w = CONVERT(h, words);
     words absolute = w & 0x7fff;
-    /* Read as a float32, the number is too small by 2^112, the difference of the exponents' biases; a product puts that
-       right for subnormal numbers too. Infinity and NaN get an exponent of all ones. */
+    /* Read as a float32, the number is too small by 2^112, the difference of the exponents' biases; a product corrects
+       that, for subnormal numbers too. Infinity and NaN get an exponent of all ones. */
     floats v = vec_of_ints((ints)(absolute << 13)) * 0x1p112f;
     words not_finite = (words)MASK(absolute > 0x7bff);
     return vec_of_ints(bits_of_floats(v) | (ints)((not_finite & 0x7f800000) | ((w & 0x8000) << 16)));

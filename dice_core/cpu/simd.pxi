@@ -1,4 +1,4 @@
-"""SIMD vectors: loads and stores, masks, exp and log. `simd.h` in Cython's terms.
+"""SIMD vectors: loads and stores, masks, exp and log; the Cython interface to `simd.h`.
 
 To Cython a vector is a number: it passes + - * / on to C, which applies them to every lane. A mask has all bits set in
 the lanes where a condition holds, and none in the others.
@@ -102,8 +102,8 @@ cdef inline void store(logit *p, vec v) noexcept nogil:
 
 
 cdef inline void store_non_temporal(logit *p, vec v) noexcept nogil:
-    """Stores around the caches: p is a multiple of the vector's size, NON_TEMPORAL_FENCE must follow. 16-bit numbers,
-    half a vector, are stored as usual.
+    """Non-temporal store: p must be a multiple of the vector's size, and NON_TEMPORAL_FENCE must follow. 16-bit
+    numbers, half a vector, are stored normally.
     """
     if logit is double and vec is f64:
         store_non_temporal_doubles(p, v)
@@ -144,7 +144,7 @@ cdef inline vec constant(const vec *like, double x) noexcept nogil:
 
 
 cdef inline vec maximum(vec a, vec b) noexcept nogil:
-    """The larger; b if either is NaN, as the instruction does."""
+    """The larger; b if either is NaN, like the instruction."""
     if vec is f64:
         return max_doubles(a, b)
     else:
@@ -152,7 +152,7 @@ cdef inline vec maximum(vec a, vec b) noexcept nogil:
 
 
 cdef inline vec minimum(vec a, vec b) noexcept nogil:
-    """The smaller; b if either is NaN, as the instruction does."""
+    """The smaller; b if either is NaN, like the instruction."""
     if vec is f64:
         return min_doubles(a, b)
     else:
@@ -254,9 +254,9 @@ cdef inline void set_lowest_exp(vec *v) noexcept nogil:
 cdef inline vec exp(vec x) noexcept nogil:
     """exp(x) for -88.03 <= x <= 88 (float64: -709.09 to 709); 0 where that is below the smallest normal number.
 
-    2^n e^r with n = round(x / ln 2), hence |r| <= ln(2)/2, and a minimax polynomial for e^r: within 5.5 ulp, 2.5 for
-    x > -10 (float64: 1.2). Adding 1.5 * 2^23 (2^52) plus the exponent's bias rounds to n and leaves n + bias in the
-    lowest bits, from where `exponent` makes 2^n of it.
+    2^n e^r with n = round(x / ln 2), hence |r| <= ln(2)/2, and a minimax polynomial for e^r: within 5.5 ulp, 2.5
+    for x > -10 (float64: 1.2). Adding 1.5 * 2^23 (2^52) plus the exponent's bias rounds to n and leaves n + bias in the
+    lowest bits, from which `exponent` makes 2^n.
     """
     cdef vec n, r, y
     if vec is f64:

@@ -1,8 +1,8 @@
 """The common case, `Spec.plain`: softmax, class labels, and no sums but I, P, Y and H.
 
 Each function works on whole lines of voxels of a block. The softmax is kept as `e`, (classes, block), the exponentials,
-and `scale`, (block,), one over their sum, which is 0 for ignored voxels. `row` and the like are the distances, in
-elements, between the channels of an array.
+and `scale`, (block,), one over their sum, which is 0 for ignored voxels. `row` and similar arguments are the distances,
+in elements, between the channels of an array.
 """
 
 
@@ -14,7 +14,7 @@ cdef inline vec softmax_shifted(
     """e = exp(x - max x) for every class of one vector of voxels; returns their sum. x may be e.
 
     If the maximum is infinite, inf - inf makes the sum NaN. A single channel is the logit of the second of two classes,
-    that of the first being 0; there an infinite logit gives the limit, 0 and 1.
+    with logit 0 for the first; an infinite logit then gives the limit, 0 and 1.
     """
     cdef vec top, total, v, zero, lowest, largest
     cdef Py_ssize_t c
@@ -45,7 +45,7 @@ cdef inline vec softmax_shifted(
 cdef vec softmax_rare(
     const logit *x, Py_ssize_t row, Py_ssize_t channels, vec *e, Py_ssize_t e_row
 ) noexcept nogil:
-    """`softmax_shifted`, out of line: for the few voxels whose logits lie more than MAX_SHIFT apart."""
+    """`softmax_shifted`, out of line: for the few voxels whose logits differ by more than MAX_SHIFT."""
     return softmax_shifted(x, row, channels, e, e_row)
 
 
@@ -55,7 +55,7 @@ cdef inline void softmax_few(
 ) noexcept nogil:
     """The softmax for a constant number of classes, with the first logit in place of the maximum.
 
-    That saves one exponential and the wait for the maximum.
+    That saves one exponential, and the exponentials need not wait for the maximum.
     """
     cdef vec first, total, v, shift, zero
     cdef Py_ssize_t e_row = q.block // lanes(scale)

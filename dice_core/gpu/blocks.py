@@ -1,5 +1,5 @@
-"""The two ends of a block of either kernel over voxels: the cotangent into shared memory, and the
-sums of its threads into its partial.
+"""The start and the end of a block, shared by both kernels over voxels: loads the cotangent into
+shared memory; stores the sums of the block's threads as its partial.
 
 numba inlines these functions whole (`ops.inlined`), since functions called from a kernel could not
 be compiled without a driver.
@@ -15,8 +15,8 @@ from .plan import COUNTER_BYTES, WARP, Plan
 
 def factor_loader(plan: Plan, width: int, rows: int, ops: Any) -> Any:
     """(factor, cotangent, scale, scale_n, scaled, samples, sample, thread): loads the cotangent of
-    a sample, times its scale, into the shared array `factor`: `rows` rows without target_sum's,
-    padded to `width` by zeros.
+    a sample, times its scale, into the shared array `factor`: `rows` rows, without that of
+    target_sum, padded to `width` with zeros.
     """
     cuda, real, int32, int64 = ops.cuda, ops.real, ops.int32, ops.int64
     load_double, load_real = ops.load_double, ops.load_real
@@ -33,7 +33,7 @@ def factor_loader(plan: Plan, width: int, rows: int, ops: Any) -> Any:
             factor[i] = real(0)
             if c < int32(CLASSES):
                 if k > int32(1):
-                    k += int32(1)  # past target_sum's
+                    k += int32(1)  # skip the row of target_sum
                 entry = (int64(k) * samples + sample) * int64(CLASSES) + int64(c)
                 number = load_double(cotangent, entry * int64(8))[0]
                 if scaled != int64(0):
@@ -46,8 +46,8 @@ def factor_loader(plan: Plan, width: int, rows: int, ops: Any) -> Any:
 
 
 def partial_writer(plan: Plan, part: int, ops: Any) -> Any:
-    """(out, sums, out_of_range, block, thread, first_class): adds up what a block's threads have,
-    (fields, part) sums each, and stores the partial. Block 0 zeroes the counter before them.
+    """(out, sums, out_of_range, block, thread, first_class): adds the sums of a block's threads,
+    (fields, part) each, and stores the partial. Block 0 zeroes the counter before them.
     """
     cuda, real, int32, int64, shuffle = ops.cuda, ops.real, ops.int32, ops.int64, ops.shuffle
     store_real, store_int, SIZE = ops.store_real, ops.store_int, ops.size

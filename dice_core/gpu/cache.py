@@ -1,7 +1,7 @@
 """Compiled kernels on disk, so that only the first process that needs one imports numba.
 
-A file is a digest and a cubin. Its name is a hash of everything that the cubin depends on, so
-that no file is ever out of date; the folder can be deleted at any time.
+A file holds a digest and a cubin. Its name is a hash of everything that the cubin depends on, so no
+file is ever out of date; the folder can be deleted at any time.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DIGEST_BYTES = 32
 def cubin(kind: str, plan: Plan, capability: tuple[int, int]) -> bytes:
     """The cubin of a kernel: from the disk if it is there and intact, else compiled and stored.
 
-    Without a folder that can be written to, it is compiled by every process.
+    Without a writable folder every process compiles it.
     """
     path, stored = None, b""
     with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: a user without a home
@@ -78,7 +78,7 @@ def _key(kind: str, plan: Plan, capability: tuple[int, int]) -> str:
 
 @functools.cache
 def _origin() -> tuple[str, ...]:
-    """What all kernels depend on: digests of the sources, and the compilers' versions."""
+    """The dependencies of all kernels: digests of the sources, and the compilers' versions."""
     here = Path(__file__).parent
     texts = [hashlib.sha256((here / name).read_bytes()).hexdigest() for name in SOURCES]
     return (*texts, *(str(version(package)) for package in COMPILERS))

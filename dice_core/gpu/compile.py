@@ -1,4 +1,4 @@
-"""Kernels to machine code: numba-cuda to PTX, NVIDIA's linker to a cubin. Needs no GPU.
+"""Compiles kernels: numba-cuda to PTX, NVIDIA's linker to a cubin. Needs no GPU.
 
 PTX is never given to the driver, which may be older than the compiler and refuse it; a cubin runs
 with any driver of the same major version of CUDA.
@@ -18,8 +18,8 @@ from . import intrinsics, kernels
 from . import plan as plans
 from .plan import ADDRESS, INTEGER, NUMBER, Plan
 
-# For later GPUs NVVM uses another compiler, which leaves loops rolled, and so arrays in local
-# memory. The linker takes the PTX of earlier GPUs.
+# For later GPUs NVVM uses another compiler, which does not unroll the loops and so puts arrays into
+# local memory. The linker accepts the PTX of earlier GPUs.
 NEWEST = (9, 0)
 LARGEST = {types.float32: 3.4028234663852886e38, types.float64: 1.7976931348623157e308}
 SMALLEST = {types.float32: 1.1754943508222875e-38, types.float64: 2.2250738585072014e-308}  # normal
@@ -29,7 +29,7 @@ TYPES = {ADDRESS: intrinsics.POINTER, INTEGER: int64, NUMBER: float64}  # of arg
 def compile(kind: str, plan: Plan, capability: tuple[int, int]) -> bytes:
     """The cubin of a kernel for GPUs of this compute capability.
 
-    Raises RuntimeError where `numba.cuda` is numba's own, deprecated one.
+    Raises RuntimeError if `numba.cuda` is numba's built-in, deprecated target.
     """
     return link(ptx(kind, plan, capability), capability)[0]
 
@@ -63,7 +63,7 @@ def signature(kind: str) -> Any:
 
 
 def link(text: str, capability: tuple[int, int]) -> tuple[bytes, str]:
-    """PTX to a cubin, and the assembler's report of registers and memory."""
+    """Links PTX to a cubin; also returns the assembler's report of registers and memory."""
     source = text.encode()
     handle = nvjitlink.create(3, [f"-arch=sm_{capability[0]}{capability[1]}", "-verbose", "-O3"])
     try:

@@ -1,8 +1,8 @@
 """NVIDIA's driver library: devices, loading a cubin, launching its kernel.
 
 Called through ctypes, since a launch through numba-cuda takes ten times as long. Nothing here
-allocates device memory, and nothing but `synchronize` synchronizes. Kernels run in a device's
-primary context, the one that torch, CuPy and numba share.
+allocates device memory, and only `synchronize` synchronizes. Kernels run in a device's primary
+context, the one that torch, CuPy and numba share.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def unavailable() -> list[str]:
         _call("cuDeviceGetCount", byref(count))
     except OSError:
         return [
-            f"there is no NVIDIA driver ({LIBRARY} does not load); "
-            f"it comes from your system or nvidia.com/drivers"
+            f"no NVIDIA driver was found (cannot load {LIBRARY}); "
+            f"install it from your system's packages or nvidia.com/drivers"
         ]
     except AttributeError as error:
         return [f"the NVIDIA driver is older than CUDA 12 ({error}); update it"]
@@ -101,7 +101,9 @@ class Kernel:
         self.handle = handle
 
     def load_on(self, device: int) -> None:
-        """Loads it now. Its first launch would, which a graph that is being captured forbids."""
+        """Loads it now. Otherwise its first launch would, which is not allowed during the capture
+        of a CUDA graph.
+        """
         with _Current(device):
             _call("cuKernelGetFunction", byref(c_void_p()), self.handle)
 
@@ -135,7 +137,7 @@ def synchronize(device: int, stream: int) -> None:
 
 
 def wait(device: int, stream: int, other: int) -> None:
-    """Makes `stream` wait, from now on, for what is queued on `other`. The host does not wait."""
+    """Makes `stream` wait for the work now queued on `other`. The host does not wait."""
     if {stream, other} <= DEFAULT_STREAMS or stream == other:
         return
     with _Current(device):
@@ -149,7 +151,7 @@ def wait(device: int, stream: int, other: int) -> None:
 
 
 class _Current:
-    """Makes the device's primary context the current one, and restores the one before."""
+    """Makes the device's primary context current, and restores the previous one."""
 
     def __init__(self, device: int) -> None:
         self.context = _context(device)

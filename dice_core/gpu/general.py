@@ -1,9 +1,9 @@
-"""The CUDA kernels for the sums that `kernels.plain_kernel` does not have: other activations than
-softmax, soft targets, label smoothing and binary cross-entropy.
+"""The CUDA kernels for the sums that `kernels.plain_kernel` does not compute: activations other
+than softmax, soft targets, label smoothing and binary cross-entropy.
 
-The design is that of `kernels`, except that logits stay in their registers until the gradient
-replaces them: what follows from a logit is computed where it is needed, and once more in the
-gradient's second pass.
+The design is that of `kernels`, except that logits stay in registers until the gradient replaces
+them: values derived from a logit are computed where needed, and again in the gradient's second
+pass.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .plan import Plan
 
 
 def general_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
-    """As `kernels.plain_kernel`, for every `Spec`."""
+    """Like `kernels.plain_kernel`, for any `Spec`."""
     cuda, real, int32, int64 = ops.cuda, ops.real, ops.int32, ops.int64
     load_logits, load_targets, store_grad = ops.load_logits, ops.load_targets, ops.store_grad
     power, power_slope = ops.power, ops.power_slope
@@ -32,10 +32,10 @@ def general_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
     SOFTMAX, SIGMOID = spec.activation == "softmax", spec.activation == "sigmoid"
     ARGMAX, THRESHOLD = spec.activation == "argmax", spec.activation == "threshold"
     NEEDS_SOFTMAX, NEEDS_NLL = spec.needs_softmax, CROSS_ENTROPY or NLL
-    FIRST_PASS = 0 if GRADIENT and NEEDS_SOFTMAX else 1  # 0 finds what depends on all classes
+    FIRST_PASS = 0 if GRADIENT and NEEDS_SOFTMAX else 1  # pass 0 reduces over the classes
     BACKGROUND = CLASSES - plan.channels  # 1: a single channel has a class 0 with logit 0 before it
     PART = plan.lane_channels + BACKGROUND  # classes per lane,
-    FULL = CLASSES - (LANES - 1) * PART  # and those that the last lane has too
+    FULL = CLASSES - (LANES - 1) * PART  # and those that even the last lane has
     VALUES, SUMS, STEP, FIELDS = PART * V, PART * plan.fields, plan.step, plan.fields
     ROWS = FIELDS - 1 - SOFT - SQUARE  # of the cotangent, without those of sums of targets only
     WIDTH = LANES * PART
@@ -142,7 +142,7 @@ def general_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
                     total = real(-0.0)  # the additive identity
                     for c in range(PART):
                         below = logit[c * V + j] - top
-                        if BACKGROUND and c > 0:  # +inf beside the logit 0 has probability 1
+                        if BACKGROUND and c > 0:  # a logit of +inf has probability 1
                             below = real(0) if logit[c * V + j] >= top else below
                         total += exp(below)
                     for k in range(SHUFFLES):
@@ -150,7 +150,7 @@ def general_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
                     inverse = reciprocal(total)
                 if NEEDS_NLL:
                     log_total = log(total)
-                if ARGMAX:  # the first of equals, NaN as +inf
+                if ARGMAX:  # the first of equal logits; NaN ranks as +inf
                     top = real(LOWEST)
                     winner = first_class
                     for c in range(PART):
@@ -222,7 +222,7 @@ def general_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
                                     sums[SQUARE_ROW * PART + c] += t * t
                                 if SOFT:
                                     sums[VOXELS_ROW * PART + c] += real(1)
-                                # NaN where torch's (1 - t) z + softplus(-z) is 0 inf or inf - inf
+                                # NaN where torch's (1 - t) z + softplus(-z) is 0 * inf or inf - inf
                                 if BINARY and t < real(1):
                                     negative += fmax(-z, real(0)) * real(0)
                                     sums[(BINARY_ROW + 1) * PART + c] += (real(1) - t) * (
@@ -289,7 +289,7 @@ def general_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
                                     * (b + bound)
                                     * negative_factor
                                 )
-                            if c < BACKGROUND:  # whose logit is the negative of the channel's
+                            if c < BACKGROUND:  # its logit is the negative of the channel's
                                 background_dx = binary_dx
                             elif BACKGROUND:
                                 dx += binary_dx - background_dx

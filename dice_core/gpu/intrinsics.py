@@ -27,7 +27,7 @@ REAL = {
 }
 LOG2_E = 1.4426950216293335  # rounded to float32
 LOG_2 = 0.6931471805599453
-# Of p in log(1 + f) = f + f**2 p(f) for |f| <= 1/3: fitted for the least relative error, 3e-8.
+# Of p in log(1 + f) = f + f**2 p(f), |f| <= 1/3: a minimax fit, with relative error 3e-8.
 LOG_COEFFICIENTS = (
     *(-0.49999937, 0.33333197, -0.25007820, 0.20011169),
     *(-0.16415960, 0.13995807, -0.15388547, 0.14026363),
@@ -47,7 +47,7 @@ def load_numbers(dtype: str, count: int) -> Callable[..., Any]:
     @intrinsic
     def load(typingctx: Any, pointer: Any, offset: Any) -> Any:
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            if _BITS[dtype] == 16 and count > 1:  # LLVM splits a vector of halves, not of words
+            if _BITS[dtype] == 16 and count > 1:  # LLVM would split a vector of 16-bit elements
                 pairs = _load(builder, args, _I32, 32, count // 2)
                 numbers = [half for pair in pairs for half in _halves(builder, pair, dtype)]
             else:
@@ -136,7 +136,7 @@ def store_number(dtype: Any) -> Callable[..., Any]:
 
 @intrinsic
 def load_relaxed(typingctx: Any, pointer: Any, offset: Any) -> Any:
-    """A float64 that another block may have written during this launch: not from the L1 cache."""
+    """Loads a float64 that another block may have written in this launch, bypassing L1."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         function = ir.FunctionType(_F64, [_I64])
@@ -202,7 +202,7 @@ def softplus(typingctx: Any, x: Any) -> Any:
         e, inverse = _exp_neg_abs(builder, x)
         one = ir.Constant(x.type, 1.0)
         total = builder.fadd(e, one)
-        lost = builder.fsub(e, builder.fsub(total, one))  # what rounding the sum dropped of e
+        lost = builder.fsub(e, builder.fsub(total, one))  # the rounding error of the sum
         log1p = builder.fma(lost, inverse, _log(builder, total))
         zero = ir.Constant(x.type, 0.0)
         positive = builder.select(builder.fcmp_ordered(">", x, zero), x, zero)
@@ -233,7 +233,7 @@ def reciprocal(typingctx: Any, x: Any) -> Any:
 
 @intrinsic
 def fmax(typingctx: Any, a: Any, b: Any) -> Any:
-    """C's fmax: the larger one, or the number where the other is NaN."""
+    """C's fmax: the larger number, or the other number if one is NaN."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         if signature.return_type == types.float64:
@@ -354,7 +354,7 @@ def _log(builder: ir.IRBuilder, x: Any) -> Any:
     """With x = 2**n (1 + f), 2/3 <= 1 + f < 4/3. lg2.approx is not accurate enough near 1."""
     if x.type == _F64:
         return _libdevice(builder, "__nv_log", x)
-    bits = builder.sub(builder.bitcast(x, _I32), _I32(0x3F2AAAAB))  # less the bits of 2/3
+    bits = builder.sub(builder.bitcast(x, _I32), _I32(0x3F2AAAAB))  # minus the bits of 2/3
     exponent = builder.and_(bits, _I32(0xFF800000))  # n 2**23
     scale = builder.bitcast(builder.sub(_I32(0x3F800000), exponent), _F32)  # 2**-n
     f = builder.fma(x, scale, ir.Constant(_F32, -1.0))

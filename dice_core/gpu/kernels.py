@@ -2,27 +2,28 @@
 
 Design
 ------
-1. A block processes one run of a sample's voxels, whose length depends on plan and shape alone.
+1. A block processes one run of a sample's voxels, whose length depends only on plan and shape.
 2. A thread processes `voxels` adjacent voxels and keeps their values for all classes in registers.
    With many classes, `lanes` adjacent lanes of a warp share the voxels, each with its part of the
    classes, and reduce over the classes by shuffles.
 3. Logits are read once, in words of up to 16 bytes. The softmax is shifted by each voxel's maximum
    and computed in float32 (float64 logits: float64).
 4. A thread adds up its sums in registers, a warp by shuffles, and a block in shared memory, in the
-   order of its warps, to one partial per block. A second launch adds up the partials in order, in
-   float64; its last block may go on to the loss. There are no floating-point atomics: results are
-   bitwise reproducible.
-5. Ignored voxels and labels out of range are excluded by selection, never by a factor of zero. The
-   labels out of range are counted beside the sums; if there are any, their sample's sums are NaN.
+   order of its warps, to one partial per block. A second launch adds the partials in order, in
+   float64; its last block may also compute the loss. There are no floating-point atomics: results
+   are bitwise reproducible.
+5. Ignored voxels and out-of-range labels are excluded by selection, never by a factor of zero.
+   Out-of-range labels are counted beside the sums; if there are any, the sums of their sample are
+   NaN.
 6. Offsets are in bytes, 64 bits wide.
 
-`plain_kernel` has the sums of a softmax and class labels (`Spec.plain`), `general` all others, with
-the same design and the same `blocks`; their loops over voxels differ, since only the former's can
-replace logits by exponentials in place. `totals` adds up the partials of either.
+`plain_kernel` computes the sums of a softmax and class labels (`Spec.plain`), `general` all others,
+with the same design and the same `blocks`; their loops over voxels differ, since only that of the
+former can replace logits by exponentials in place. `totals` adds the partials of either.
 
-`cuda` and the operations on numbers are parameters, so that a simulator can pass in its own. Loops
-over a thread's classes and voxels are unrolled, which keeps its arrays in registers. Statistics and
-gradient are one body with a constant GRADIENT.
+`cuda` and the operations on numbers are parameters, so that a simulator can substitute its own.
+Loops over a thread's classes and voxels are unrolled, which keeps its arrays in registers.
+Statistics and gradient share one body with a constant GRADIENT.
 """
 
 from __future__ import annotations
@@ -56,15 +57,15 @@ VOXEL_ARGUMENTS = Arguments(
     out_c=INTEGER,
     out_v=INTEGER,
     scaled=INTEGER,
-    # The ignored label, and the one that is not counted as out of range: ignore_label twice. With
-    # none, the sentinels -1, which is out of range anyway, and 0, which is in range.
+    # The ignored label, and the label that is never counted as out of range: both ignore_label.
+    # Without one, the sentinels -1, which is out of range anyway, and 0, which is in range.
     ignored=INTEGER,
     excused=INTEGER,
 )
 OF_VOXELS, OF_TOTALS = ("statistics", "gradient"), ("total", "loss")
 KINDS = OF_VOXELS + OF_TOTALS
 ARGUMENTS = dict.fromkeys(OF_VOXELS, VOXEL_ARGUMENTS) | dict.fromkeys(OF_TOTALS, TOTALS_ARGUMENTS)
-NO_LOSS = dict.fromkeys(LOSS_ARGUMENTS, 0)  # what "total" is launched with in their place
+NO_LOSS = dict.fromkeys(LOSS_ARGUMENTS, 0)  # the loss arguments of "total"
 ENTRY = "kernel"  # its name in the cubin
 
 
@@ -86,10 +87,10 @@ def plain_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
     modulation, modulation_slope = ops.modulation, ops.modulation_slope
     V, LANES, CLASSES, GRADIENT = plan.voxels, plan.lanes, plan.classes, gradient
     CROSS_ENTROPY, FOCAL = plan.spec.gamma is not None, bool(plan.spec.gamma)
-    NLL = FOCAL or (CROSS_ENTROPY and not GRADIENT)  # -log of the probability of a voxel's label
+    NLL = FOCAL or (CROSS_ENTROPY and not GRADIENT)  # needs -log of the label's probability
     BACKGROUND = CLASSES - plan.channels  # 1: a single channel has a class 0 with logit 0 before it
     PART = plan.lane_channels + BACKGROUND  # classes per lane,
-    FULL = CLASSES - (LANES - 1) * PART  # and those that the last lane has too
+    FULL = CLASSES - (LANES - 1) * PART  # and those that even the last lane has
     VALUES, SUMS, STEP = PART * V, PART * plan.fields, plan.step
     ROWS = plan.fields - 1  # of the cotangent, without target_sum's
     FACTORS = ROWS * CLASSES
@@ -164,7 +165,7 @@ def plain_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
                     for j in range(V):
                         value[c * V + j] = real(LOWEST)
 
-            if NLL:  # a loop of its own, or the compiler would not unroll the next
+            if NLL:  # a separate loop: the compiler would not unroll the next one otherwise
                 for j in range(V):
                     logit = real(0)
                     for c in range(PART):
@@ -182,7 +183,7 @@ def plain_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
                 total = real(-0.0)  # the additive identity, so that the first addition is elided
                 for c in range(PART):
                     below = value[c * V + j] - top
-                    if BACKGROUND and c > 0:  # +inf beside the logit 0 has probability 1
+                    if BACKGROUND and c > 0:  # a logit of +inf has probability 1 beside the logit 0
                         below = real(0) if value[c * V + j] >= top else below
                     e = exp(below)
                     value[c * V + j] = e
@@ -195,7 +196,7 @@ def plain_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
                     below = label_logit[j] - top
                     if BACKGROUND:
                         below = real(0) if label_logit[j] >= top else below
-                    nll = log(total) - below  # finite where the probability underflows
+                    nll = log(total) - below  # finite even if the probability underflows
                 if FOCAL:  # 1 - s, kept above 0, where every power of it is finite
                     e = exp(below)
                     complement = fmax((total - e) * inverse, real(SMALLEST))

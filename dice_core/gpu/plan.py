@@ -1,4 +1,4 @@
-"""What a kernel is compiled for: the Plan of a call. What it is launched with: its Arguments."""
+"""The Plan of a call, for which a kernel is compiled; the Arguments with which it is launched."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from ..spec import Spec
 THREADS = 256  # per block
 WARP = 32
 WARPS = THREADS // WARP
-# Loads per thread. The upper bound keeps a thread's float32 sums accurate; large inputs take
-# fewer as long as there are not BLOCKS blocks; MIN_RUN voxels keep a block's partial small beside
-# the logits it reads.
+# Loads per thread. The upper bound keeps a thread's float32 sums accurate; there are fewer until
+# the input is large enough for BLOCKS blocks; MIN_RUN voxels keep a block's partial small relative
+# to the logits it reads.
 MAX_ROUNDS, BLOCKS, MIN_RUN = 64, 1024, 256
 SHARED_BYTES = 49152  # of a block, without opting in to more
-TABLES_BYTES = 40960  # for several warps' tables of sums; a single table may take SHARED_BYTES
-COUNTER_BYTES = 16  # before the partials: how many blocks of the totals kernel are done
+TABLES_BYTES = 40960  # for tables of sums of several warps; a single table may use SHARED_BYTES
+COUNTER_BYTES = 16  # before the partials: the number of finished blocks of the totals kernel
 WORD_BYTES = 16  # of the widest load
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 MAX_CHANNELS = 1024
 
-# Registers. Beyond these budgets, found by compiling, the compiler leaves loops rolled and puts
-# the arrays they index into local memory.
+# Registers. Beyond these budgets, determined by compiling, the compiler does not unroll loops and
+# puts the arrays they index into local memory.
 LANE_CLASSES, LANE_CLASSES_OF_MANY, MANY_LANES = 16, 20, 8  # plain sums: classes per lane
 GENERAL_LANE_SUMS = 48  # other sums: classes per lane times sums
 REGISTER_BUDGET, GENERAL_REGISTER_BUDGET = 40, 16  # 32-bit values per thread
-FOCAL_VALUES = 2  # of that budget, what the focal modulation takes
+FOCAL_VALUES = 2  # the share of the focal modulation in that budget
 
 PLAIN = Spec()
 
@@ -69,7 +69,7 @@ class Plan:
 
     @property
     def columns(self) -> int:
-        """Numbers in a block's partial: the sums, and how many labels are out of range."""
+        """Numbers in a block's partial: the sums, and the number of out-of-range labels."""
         return self.fields * self.classes + 1
 
     @property
@@ -79,7 +79,7 @@ class Plan:
 
     @property
     def tables(self) -> int:
-        """Tables of sums in shared memory: one per warp, or fewer that warps take turns with."""
+        """Tables of sums in shared memory: one per warp, or fewer that warps use in turn."""
         tables, size = WARPS, self.columns * max(4, ITEMSIZE[self.logits])
         while tables > 1 and tables * size > TABLES_BYTES:
             tables //= 2
@@ -94,7 +94,7 @@ class Plan:
 def plan(logits: str, labels: str, channels: int, spec: Spec, adjacent: int) -> Plan:
     """The plan for logits and labels of these dtypes.
 
-    `adjacent`: this many voxels, a power of two, can be loaded and stored as whole words.
+    `adjacent`: the number of voxels, a power of two, that can be accessed as whole words.
     """
     lanes = 1
     while lanes < WARP and channels > lanes * _lane_classes(spec, lanes):
@@ -127,8 +127,9 @@ def _lane_classes(spec: Spec, lanes: int) -> int:
 class Arguments:
     """The arguments of a kernel by name, in order, 64 bits each.
 
-    Their kinds are ADDRESS, INTEGER (flags too) and NUMBER. What numba compiles and what a launch
-    packs both follow from here; a test compares the kernels' own parameter lists with it.
+    Their kinds are ADDRESS, INTEGER (flags too) and NUMBER. Both the compiled signature and the
+    packing of a launch are derived from this; a test compares it with the kernels' own parameter
+    lists.
     """
 
     def __init__(self, **kinds: str) -> None:

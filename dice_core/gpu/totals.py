@@ -1,4 +1,4 @@
-"""The CUDA kernel that adds up the partials of the others, and may go on to a loss."""
+"""The CUDA kernel that adds the partials of the others, and may compute a loss from the totals."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from . import plan as plans
 from .plan import ADDRESS, COUNTER_BYTES, INTEGER, NUMBER, WARP, Arguments
 
-LOSS_ARGUMENTS = {  # with the names of `losses.Ratio`, which says what they mean
+LOSS_ARGUMENTS = {  # named as in `losses.Ratio`, which explains them
     "value": ADDRESS,  # one number, or one per sample
     "derivative": ADDRESS,  # like sums
     "weights": ADDRESS,  # (classes,) float64, if `weighted`
@@ -40,12 +40,12 @@ TOTALS_ARGUMENTS = Arguments(
 
 
 def totals_kernel(loss: bool, ops: Any) -> Callable[..., None]:
-    """Adds the partials of each sample in the order of its runs, in float64: its sums, NaN where
-    labels were out of range. With `loss`, the block that is done last goes on to a loss of I, P and
-    Y and its derivative.
+    """Adds the partials of each sample in the order of its runs, in float64, to its sums, which are
+    NaN if labels were out of range. With `loss`, the last block to finish also computes a loss of
+    I, P and Y and its derivative.
 
-    A block has WARP columns of a sample's partials, a lane one of them; the warps take turns with
-    the runs.
+    A block processes WARP columns of a sample's partials, one per lane; the runs are distributed
+    over the warps.
     """
     cuda, int32, int64, float64 = ops.cuda, ops.int32, ops.int64, ops.float64
     load_real, load_double, load_relaxed = ops.load_real, ops.load_double, ops.load_relaxed
@@ -111,8 +111,8 @@ def totals_kernel(loss: bool, ops: Any) -> Callable[..., None]:
             store_double(sums, entry * int64(8), total)
 
         if LOSS:
-            # A block publishes its sums (fence), then counts itself; the last one reads all sums
-            # after a fence of its own: threadFenceReduction in NVIDIA's CUDA samples.
+            # A block publishes its sums (fence), then increments the counter; the last block reads
+            # all sums after its own fence, as threadFenceReduction in NVIDIA's CUDA samples does.
             cuda.threadfence()
             cuda.syncthreads()
             if thread == int32(0):
@@ -120,9 +120,10 @@ def totals_kernel(loss: bool, ops: Any) -> Callable[..., None]:
             cuda.syncthreads()
             if blocks_before[0] == int32(cuda.gridDim.x) - int32(1):
                 cuda.threadfence()
-                # Where each sample has a loss, a warp computes one at a time, its lanes taking
-                # turns with the classes. Else the block computes one: its threads take turns with
-                # the terms, (samples, classes) of them, or (classes,) where samples are pooled.
+                # If each sample has a loss, each warp computes one at a time, with the classes
+                # distributed over its lanes. Otherwise the block computes one loss, with the terms
+                # distributed over its threads: (samples, classes) of them, or (classes,) if samples
+                # are pooled.
                 size = samples * classes
                 rows, width, first, stride = int64(1), size, int64(thread), int64(THREADS)
                 if pooled != int64(0):
@@ -152,8 +153,8 @@ def totals_kernel(loss: bool, ops: Any) -> Callable[..., None]:
                         factor = share
                         if weighted != int64(0):
                             factor *= load_double(weights, c * int64(8))[0]
-                        if c == ignore_channel:
-                            factor = float64(0)
+                        if c == ignore_channel:  # whatever its sums, NaN included
+                            factor, quotient, den = float64(0), float64(0), float64(INFINITY)
                         sum_of_terms += quotient * factor
                         slope = divide(factor, den)
                         of_i = (num_i - quotient * den_i) * slope

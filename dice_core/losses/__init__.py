@@ -1,11 +1,11 @@
-"""The losses: small values that add and scale, computed from the sums over voxels.
+"""The losses: small objects that can be added and scaled, computed from the sums over voxels.
 
     Dice(smooth=1) + 0.5 * CrossEntropy()
 
-A loss here is a term: it sees `dice_core.Statistics`, the sums of each sample and class, as NumPy
-arrays or torch tensors, and never a voxel. Values are written once for both libraries; beside them
-stands their derivative, for NumPy, and torch finds its own. `TERMS` lists all with formula, source
-and what other libraries call them.
+A loss here is a term: a function of `dice_core.Statistics`, the sums of each sample and class as
+NumPy arrays or torch tensors. It never accesses voxels. Its value is written once for both
+libraries; its derivative is written for NumPy only, since torch has autograd. `TERMS` lists every
+loss with its formula, its source and its names in other libraries.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from __future__ import annotations
 import copy
 import functools
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from .. import checks
 from .cross_entropy import BinaryCrossEntropy, CrossEntropy, Focal, SigmoidFocal, VoxelLoss
@@ -30,7 +28,7 @@ from .overlap import (
     Overlap,
     Tversky,
 )
-from .terms import Ratio, Settings, Sum, Term, assign
+from .terms import PLAIN, Ratio, Settings, Sum, Term, assign
 
 __all__ = [
     "MCC",
@@ -61,16 +59,16 @@ def __dir__() -> list[str]:
 
 
 class Entry(NamedTuple):
-    """A loss of the table."""
+    """A row of the table of losses."""
 
     term: type[Term]
     formula: str
     source: str
-    peers: str  # what other libraries call it
+    peers: str  # its names in other libraries
 
     @property
     def statistics(self) -> str:
-        """The sums that it needs, by letter."""
+        """The sums that it needs, as letters."""
         letters = {"p": "I, P", "gamma": "H", "binary_gamma": "B+, B-"}
         return ", ".join([*(letters[option] for option, _ in self.term().needs), "Y"])
 
@@ -129,16 +127,17 @@ def of(
     p: Any = 1,
     reduction: Any = "mean",
 ) -> Term:
-    """`term`, or without one Dice with the options of `dice_core.loss`.
+    """`term`, or if that is None, Dice with these options of `dice_core.loss`.
 
-    Raises TypeError or ValueError naming what does not fit; a term has settings of its own, and
-    takes none of these.
+    Raises TypeError or ValueError for invalid options, and for options beside a term, which has its
+    own.
     """
     if term is None:
-        try:
-            dice = _dice(ignore_channel, smooth, p, reduction)
-        except TypeError:  # of what does not hash, and of what does not fit
-            dice = _dice.__wrapped__(ignore_channel, smooth, p, reduction)
+        options = ignore_channel, smooth, p, reduction
+        if type(smooth) in PLAIN and type(p) is int and type(ignore_channel) is int:
+            dice = _dice(*options)
+        else:  # a tensor is hashed by identity, and may change
+            dice = _dice.__wrapped__(*options)
         return dice if weight is None else _weighted(dice, weight)
     if not isinstance(term, Term):
         kind = f"the class {term.__name__}" if isinstance(term, type) else type(term).__name__
@@ -150,7 +149,7 @@ def of(
         ("p", p, 1),
         ("reduction", reduction, "mean"),
     ):
-        if value is not default and not (np.ndim(value) == 0 and value == default):
+        if value is not default and not (isinstance(value, PLAIN) and value == default):
             raise TypeError(
                 f"{name} cannot be combined with term=: give it to the term, "
                 f"{term.name}({name}=...)"
@@ -164,7 +163,7 @@ def _dice(ignore_channel: Any, smooth: Any, p: Any, reduction: Any) -> Dice:
 
 
 def _weighted(dice: Dice, weight: Any) -> Dice:
-    dice = copy.copy(dice)  # what else it has was checked
+    dice = copy.copy(dice)  # its other settings are checked already
     weight = weight if hasattr(weight, "requires_grad") else checks.weight(weight)
-    assign(dice, weight=weight, weights=(weight,))
+    assign(dice, weight=weight, weights=(weight,), _ratios={})
     return dice

@@ -15,15 +15,15 @@ from .terms import Array, Settings, assign, ignored_channels, namespace
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class VoxelLoss(Settings):
-    """A weighted sum of sums of voxels' losses, divided by the number of valid voxels or by another
-    count.
+    """A weighted sum over classes of the voxels' losses, divided by the number of valid voxels or
+    by another count.
 
     - weight: (C,) numbers that multiply the classes' sums; None for 1.
     - pool: "batch", one mean over all valid voxels of all samples; "none", one per sample.
     - reduction: of the samples' means, "mean", "sum", or "none" -> (N,); or "classes" -> (N, C),
-      each class's part of its sample's (pool "batch": of the) loss. "batch" is pool "batch" with
-      "mean".
-    - divisor: "voxels", how many are valid; "one".
+      each class's part of the loss of its sample (pool "batch": of the batch). "batch" is pool
+      "batch" with "mean".
+    - divisor: "voxels", the number of valid voxels; "one", no division.
     - empty: a mean over no voxels is "perfect", 0, or "nan".
     """
 
@@ -39,11 +39,11 @@ class VoxelLoss(Settings):
         checks.one_of(self.empty, "empty", ("perfect", "nan"))
 
     def factors(self, xp: Any, like: Array) -> dict[str, Any]:
-        """What each sum is multiplied by, (C,) or a number; `like` is a row (N, C)."""
+        """The factor of each sum, (C,) or a number; `like` is a row (N, C)."""
         raise NotImplementedError
 
     def count(self, sums: Statistics) -> Array:
-        """(N,): what the weighted sums are divided by."""
+        """(N,): the divisor of the weighted sums."""
         return sums.voxels
 
     def value(self, sums: Statistics) -> Array:
@@ -57,7 +57,7 @@ class VoxelLoss(Settings):
         return value, derivative
 
     def _evaluate(self, sums: Statistics) -> tuple[Array, dict[str, Array]]:
-        """The loss, and its derivative for the sums that have one."""
+        """The loss, and its derivatives with respect to the sums that it depends on."""
         xp = namespace(sums.array)
         if self.pool == "batch":
             sums = sums.pooled()
@@ -71,7 +71,7 @@ class VoxelLoss(Settings):
         factors = self.factors(xp, sums.target_sum)
         shares = {name: factor / count for name, factor in factors.items()}
         channels = getattr(self, "ignore_channel", -1)
-        if channels != -1:  # 0 times the NaN of a class that is left out would be NaN
+        if channels != -1:  # 0 times the NaN of an excluded class would be NaN
             kept = xp.ones_like(sums.target_sum[:1])
             kept[:, ignored_channels(channels, kept.shape[1])] = 0
             sums = Statistics(xp.where(kept > 0, sums.array, 0.0), sums.spec, sums.dtype)
@@ -79,7 +79,7 @@ class VoxelLoss(Settings):
         if self.reduction != "classes":
             value = value.sum(-1) if self.reduction == "none" else value.sum()
         if self.reduction == "mean" and not samples:
-            value = value + math.nan  # the mean of nothing
+            value = value + math.nan  # the mean of an empty batch
         return value, shares
 
 
@@ -90,7 +90,8 @@ class CrossEntropy(VoxelLoss):
     - label_smoothing: e from 0 to 1, how much of the target is distributed evenly over all C
       classes: (1 - e) w_c H_c + e w_c L_c / C in place of w_c H_c, L the sum of -log s over all
       valid voxels.
-    - divisor: "weights", sum_c w_c Y_c, as torch has it; "voxels", how many are valid; "one".
+    - divisor: "weights", as in torch: sum_c w_c Y_c for labels, the number of valid voxels for soft
+      targets; "voxels", that number always; "one", no division.
 
     Source: torch. Settings: `VoxelLoss`.
     """
@@ -117,7 +118,7 @@ class CrossEntropy(VoxelLoss):
         }
 
     def count(self, sums: Statistics) -> Array:
-        if self.divisor == "voxels":
+        if self.divisor == "voxels" or sums.spec.soft_targets:
             return sums.voxels
         target_sum = sums.target_sum
         return (target_sum if self.weight is None else target_sum * self.weight).sum(-1)
@@ -125,8 +126,8 @@ class CrossEntropy(VoxelLoss):
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Focal(VoxelLoss):
-    """sum_c w_c H_c / V, H the sum of (1 - s)^gamma (-log s) over a class's voxels, V how many are
-    valid.
+    """sum_c w_c H_c / V, H the sum of (1 - s)^gamma (-log s) over a class's voxels, V the number of
+    valid voxels.
 
     Source: Lin et al., 2017. Settings: `VoxelLoss`.
     """
@@ -147,12 +148,11 @@ class BinaryCrossEntropy(VoxelLoss):
     """sum_c w_c (u_c B+_c + B-_c) / (C V): each channel's sigmoid s against its own target, B+ the
     sum of -log s over a class's voxels, B- of -log(1 - s) over the others.
 
-    Of a single channel with class labels, which is two classes, that of the foreground is
-    ignore_channel=0.
+    A single channel with class labels is two classes; ignore_channel=0 leaves the foreground only.
 
     - pos_weight: (C,) numbers u; None for 1.
-    - ignore_channel: the class, or classes, left out, of C too; outside [0, C) without effect.
-    - divisor: "voxels", how many are valid times C; "one".
+    - ignore_channel: the class or classes excluded, from C too; no effect outside [0, C).
+    - divisor: "voxels", the number of valid voxels times C; "one", no division.
 
     Source: torch. Settings: `VoxelLoss`.
     """
@@ -178,7 +178,7 @@ class BinaryCrossEntropy(VoxelLoss):
         return {spec.POSITIVE: positive * weight, spec.NEGATIVE: negative * weight}
 
     def _halves(self) -> tuple[Any, Any]:
-        """What B+ and B- are multiplied by."""
+        """The factors of B+ and B-."""
         return 1.0 if self.pos_weight is None else self.pos_weight, 1.0
 
 

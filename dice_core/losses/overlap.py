@@ -1,8 +1,7 @@
-"""Losses of the overlap of prediction and target: pool, score, penalty, average."""
+"""Overlap losses: pool the sums, compute a score, apply a penalty, average."""
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -20,28 +19,28 @@ DIVISORS = ("one", "classes", "kept", "weights")
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Overlap(Settings):
-    """The average over classes and samples of 1 - q, or a penalty of it, q being a score of the
-    pooled sums I = sum s t, P = sum s^p and Y = sum t.
+    """The average over classes and samples of 1 - q, or of a penalty of it, where q is a score of
+    the pooled sums I = sum s t, P = sum s^p and Y = sum t.
 
     - p: exponent of the probabilities in P, an integer from 1.
     - smooth: added to the score's numerator and denominator, or the pair (numerator, denominator);
       >= 0.
-    - pool: what is added up before the score: "none"; "batch", over samples; "classes", over
-      classes, times their weights; "all", both.
-    - absent: what a class does that no label has: "count" as any other, "skip" be left out of the
-      mean, "zero" and "one" have this loss and no derivative.
+    - pool: which sums are added before the score is computed: "none"; "batch", over samples;
+      "classes", over classes, times their weights; "all", both.
+    - absent: how a class without labels is treated: "count", like any other; "skip", excluded from
+      the mean; "zero" and "one", as this loss, without a derivative.
     - weight: (C,) numbers that multiply the classes' losses: sum_c weight_c loss_c, not normalised.
       None: their mean.
-    - ignore_channel: the class, or classes, left out; outside [0, C) without effect.
-    - divisor: of the sum over classes: "classes", C or with absent="skip" as many as are left;
-      "kept", as many as are left in any case; "weights", the sum of their weights; "one". None:
-      "one" where there are weights, else "classes".
+    - ignore_channel: the class or classes excluded; no effect outside [0, C).
+    - divisor: of the sum over classes: "classes", C, or with absent="skip" the number of classes
+      left; "kept", always the number of classes left; "weights", the sum of their weights; "one",
+      no division. None: "one" if there are weights, else "classes".
     - reduction: over samples, "mean", "sum", or "none" -> (N,); or "classes" -> (N, C), times the
-      weights, 0 for those left out, and not divided. "batch" is pool "batch" with "mean".
+      weights, 0 for excluded classes, and not divided. "batch" is pool "batch" with "mean".
     - floor: the smallest denominator of the score.
     - target_square: soft targets enter the denominator as sum t^2, for p = 2.
-    - empty: a score of 0/0, with nothing predicted and nothing there, is "perfect" (loss and
-      derivative are 0) or "nan"; so is an average whose divisor is 0.
+    - empty: a score of 0/0, of a class neither predicted nor present, is "perfect" (loss and
+      derivative are 0) or "nan"; the same holds for an average whose divisor is 0.
     """
 
     p: int = 1
@@ -67,7 +66,7 @@ class Overlap(Settings):
         raise NotImplementedError
 
     def slopes(self, rows: tuple[Array, ...], loss: Array, den: Array, share: Array) -> Array:
-        """(3, N, C): share times the derivative of 1 - q for I, P and Y."""
+        """(3, N, C): share times the derivative of 1 - q with respect to I, P and Y."""
         raise NotImplementedError
 
     def __post_init__(self) -> None:
@@ -113,10 +112,10 @@ class Overlap(Settings):
         if entered is not None:
             share = share * entered
         if self.penalty is not None:
-            slope = self.penalty.slope(loss)  # where it is 0, it is so of an infinite share too
+            slope = self.penalty.slope(loss)  # 0 times an infinite share must be 0
             share = np.where(slope == 0, 0.0, share) * slope
         slopes = self.slopes(rows, loss, den, share)
-        if entered is not None and self.ignore_channel != -1:  # 0 times NaN again
+        if entered is not None and self.ignore_channel != -1:  # as in _evaluate
             kept = self._kept(np, sums.array)
             slopes = slopes if kept is None else np.where(kept > 0, slopes, 0.0)
         if slopes.shape == sums.array.shape:
@@ -126,15 +125,15 @@ class Overlap(Settings):
         return value, derivative
 
     def _evaluate(self, sums: Statistics) -> tuple[Any, ...]:
-        """The loss; what each class's 1 - q counts in it; the pooled sums, the factors with which
-        each class entered them, 1 - q and its denominator.
+        """The loss; the weight of each class's 1 - q in it; the pooled sums; the factors with which
+        each class entered them; 1 - q; and its denominator.
         """
         xp = namespace(sums.array)
         kept = None if self.ignore_channel == -1 else self._kept(xp, sums.array)
         if self.pool in ("batch", "all"):
             sums = sums.pooled()
         rows, entered = self._rows(sums), None
-        if kept is not None:  # 0 times the NaN of a class that is left out would be NaN
+        if kept is not None:  # 0 times the NaN of an excluded class would be NaN
             rows = tuple(xp.where(kept > 0, row, 1.0) for row in rows)
         if self._pools_classes:
             entered = self._class_weights(xp, rows[2], kept)
@@ -151,7 +150,7 @@ class Overlap(Settings):
     # pool
 
     def _kept(self, xp: Any, array: Array) -> Array | None:
-        """(C,): 0 for the classes left out, 1 for the others; None if all are kept."""
+        """(C,): 0 for excluded classes, 1 for the others; None if no class is excluded."""
         out = ignored_channels(self.ignore_channel, array.shape[2])
         if not out:
             return None
@@ -172,7 +171,7 @@ class Overlap(Settings):
     def _average(
         self, xp: Any, losses: Array, target_sum: Array, kept: Array | None
     ) -> tuple[Array, Array]:
-        """The loss, and what each class's loss, (N, C), counts in it."""
+        """The loss, and the weight of each class's loss in it, (N, C)."""
         weight, absent = self.weight, None
         if self._pools_classes:
             kept = weight = None  # they entered the pooled sums
@@ -181,7 +180,7 @@ class Overlap(Settings):
             if self.absent == "skip":
                 kept = xp.where(absent, 0.0, xp.ones_like(losses) if kept is None else kept)
             else:
-                # Times 0, so that NaN in a valid voxel stays NaN.
+                # Times 0, so that the NaN of a valid voxel propagates.
                 losses = xp.where(absent, losses * 0.0 + float(self.absent == "one"), losses)
         share: Any = 1.0 if weight is None else weight
         if kept is not None:
@@ -209,7 +208,7 @@ class Overlap(Settings):
         elif self.reduction in ("mean", "sum"):
             value = value.sum()
             if self.reduction == "mean" and not samples:
-                value = value + math.nan  # the mean of nothing
+                value = value + math.nan  # the mean of an empty batch
         return value, share
 
     def _divisor(self, xp: Any, losses: Array, weight: Array | None, kept: Array | None) -> Any:
@@ -220,12 +219,12 @@ class Overlap(Settings):
         if divisor == "classes" and (kept is None or kept.ndim == 1):
             return classes
         if divisor == "weights" and weight is not None:
-            counted = weight if kept is None else weight * kept
+            included = weight if kept is None else weight * kept
         elif kept is None:
             return classes
         else:
-            counted = kept
-        total = counted.sum(-1)
+            included = kept
+        total = included.sum(-1)
         if total.ndim:
             total = total[:, None]
         return xp.where(total == 0, math.inf if self.empty == "perfect" else math.nan, total)
@@ -240,6 +239,7 @@ class LinearOverlap(Overlap):
 
     # Coefficients of I, P and Y in numerator and denominator of 1 - q, (2, 3, 1, 1), from `linear`.
     _coefficients: Any = field(init=False, default=None)
+    _ratios: dict[tuple[int, int], Ratio | None] = field(init=False, default_factory=dict)
 
     def linear(self, i: Array, p: Array, y: Array) -> tuple[Array, Array]:
         """b - a and b, numerator and denominator of 1 - q."""
@@ -260,12 +260,12 @@ class LinearOverlap(Overlap):
             raised = xp.clip(den, self.floor, None)
             return (num + (raised - den)) / raised, raised
         if not below and self.empty == "perfect":
-            den = xp.where(den == 0, math.inf, den)  # which passes no derivative on
+            den = xp.where(den == 0, math.inf, den)  # whose derivative is 0
         return num / den, den
 
     def slopes(self, rows: tuple[Array, ...], loss: Array, den: Array, share: Array) -> Array:
         of_num, of_den = self._coefficients
-        if self.floor:  # below it the numerator of q alone counts
+        if self.floor:  # below the floor, only the numerator of q varies
             raised = self.linear(*rows)[1] + self._smoothing[1] < self.floor
             loss = np.where(raised, 1, loss)
         if self.empty == "nan":
@@ -273,10 +273,11 @@ class LinearOverlap(Overlap):
         return (of_num - loss * of_den) * (share / den)
 
     def ratio(self, samples: int, classes: int) -> Ratio | None:
-        return _ratio(self, samples, classes)
+        if (samples, classes) not in self._ratios:
+            self._ratios[samples, classes] = _ratio(self, samples, classes)
+        return self._ratios[samples, classes]
 
 
-@functools.lru_cache(1024)
 def _ratio(term: LinearOverlap, samples: int, classes: int) -> Ratio | None:
     """The term as a Ratio, if it is one."""
     above, below = term._smoothing
@@ -373,7 +374,7 @@ class FocalTversky(Tversky):
         gamma = checks.number(self.gamma, "gamma")
         assign(self, gamma=gamma, **{"mean_penalty" if self.of_mean else "penalty": Power(gamma)})
         if self.of_mean and self.reduction == "classes":
-            raise ValueError("of_mean=True leaves no loss per class: reduction 'classes'")
+            raise ValueError("of_mean=True leaves no loss per class for reduction='classes'")
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -408,8 +409,8 @@ class GeneralizedDice(Dice):
     """1 - 2 sum_c w_c I_c / sum_c w_c (P_c + Y_c), w_c = 1 / Y_c^2 ("square"), 1 / Y_c ("simple")
     or 1 ("uniform"), times the weights.
 
-    A class that no label has takes the largest w of its sample's others, 0 if there are none. pool:
-    "classes", or "all" over samples too.
+    A class without labels gets the largest w of the other classes of its sample, or 0 if there is
+    none. pool: "classes", or "all" over samples too.
 
     Source: Sudre et al., 2017. Settings: `Overlap`.
     """
@@ -430,15 +431,15 @@ class GeneralizedDice(Dice):
         empty = target_sum == 0
         weight = 1 / xp.where(empty, 1.0, target_sum) ** (1 + (self.weighting == "square"))
         weight = xp.where(empty, 0.0, weight)
-        # A class that is left out does not give its weight to others.
+        # An excluded class must not lend its weight to the others.
         largest = xp.amax(weight if kept is None else weight * kept, -1)
         return xp.where(empty, largest[:, None], weight) * factors
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class MCC(Overlap):
-    """1 - q of Matthews' correlation coefficient, q = (I V - P Y) / sqrt(P Y (V - P) (V - Y)) with
-    V = sum_c Y_c valid voxels.
+    """1 - q for the Matthews correlation coefficient q = (I V - P Y) / sqrt(P Y (V - P) (V - Y)),
+    with V = sum_c Y_c the number of valid voxels.
 
     Source: Abhishek & Hamarneh, 2021. Settings: `Overlap`, with p = 1.
     """

@@ -21,13 +21,13 @@ class Penalty(Protocol):
         ...
 
     def slope(self, loss: Array) -> Any:
-        """Its derivative, a number where it is constant."""
+        """Its derivative, a single number if it is constant."""
         ...
 
 
 @dataclass(frozen=True)
 class Power:
-    """(1 - q)^gamma; where there is no loss, 0 with derivative 0."""
+    """(1 - q)^gamma, with value and derivative 0 where 1 - q is 0."""
 
     gamma: float
 
@@ -44,8 +44,8 @@ class Power:
 
 @dataclass(frozen=True)
 class RawPower:
-    """(1 - q)^gamma as floating-point arithmetic has it: the derivative at 0 is infinite for gamma
-    below 1, and a negative 1 - q to a fraction is NaN.
+    """(1 - q)^gamma in plain floating-point arithmetic: the derivative at 0 is infinite for gamma <
+    1, and a negative 1 - q gives NaN for a fractional gamma.
     """
 
     gamma: float

@@ -1,4 +1,4 @@
-"""What every loss is: a term, a sum of terms, and the settings that terms share."""
+"""The base classes of all losses: a term, a sum of terms, and the settings that terms share."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from .. import checks, spec
 from ..spec import Spec
 from ..sums import Statistics
 
-Array = Any  # NumPy's or torch's
+Array = Any  # NumPy array or torch tensor
 Self = TypeVar("Self", bound="Term")
 
 REDUCTIONS = ("mean", "sum", "none", "classes", "batch")  # the last is pool "batch" with "mean"
+PLAIN = (int, float, str, type(None))  # settings that are found in a cache by their value
 _POOLED_BATCH = {"none": "batch", "batch": "batch", "classes": "all", "all": "all"}
 
 
@@ -27,8 +28,8 @@ class Ratio(NamedTuple):
     the sums, which a GPU computes in the launch that completes the sums.
     """
 
-    pooled: bool  # whether the samples' sums are added first
-    per_sample: bool  # else whether each sample has a loss
+    pooled: bool  # whether the sums of the samples are added first
+    per_sample: bool  # whether there is a loss for each sample
     ignore_channel: int  # -1 for none
     share: float
     start: float
@@ -39,13 +40,13 @@ class Ratio(NamedTuple):
 
 
 class Term:
-    """A loss of the sums over voxels, or a sum of such losses. It never sees a voxel.
+    """A loss computed from the sums over voxels, or a sum of such losses.
 
-    - needs: the sums that it is computed from, as options of `dice_core.statistics`: pairs such as
-      ("p", 2) or ("gamma", 0.0).
+    - needs: the sums that it needs, as options of `dice_core.statistics`: pairs such as ("p", 2) or
+      ("gamma", 0.0).
     - weights: its class weights, if any, (C,) arrays or tensors.
-    - reduction, pool: its value has the shape () for reduction "mean" and "sum", (N,) for "none"
-      and (N, C) for "classes", with 1 in place of N where samples are pooled.
+    - reduction, pool: its value has shape () for reduction "mean" and "sum", (N,) for "none" and
+      (N, C) for "classes", with 1 in place of N where samples are pooled.
     """
 
     needs: tuple[tuple[str, Any], ...]
@@ -55,7 +56,7 @@ class Term:
 
     @property
     def name(self) -> str:
-        """As messages call it."""
+        """Its name in messages."""
         return type(self).__name__
 
     def value(self, sums: Statistics) -> Array:
@@ -63,57 +64,76 @@ class Term:
         raise NotImplementedError
 
     def with_derivative(self, sums: Statistics) -> tuple[Array, Array]:
-        """The loss of NumPy arrays and, (K, N, C), the derivative of each sample's loss for its
-        sums: times an incoming gradient of the loss's shape, the cotangent of the sums.
+        """The loss of NumPy arrays, and the derivative of each sample's loss with respect to its
+        sums, (K, N, C). Times an incoming gradient of the loss's shape it is the cotangent of the
+        sums.
         """
         raise NotImplementedError
 
     def ratio(self, samples: int, classes: int) -> Ratio | None:
-        """This loss of so many samples and classes as a Ratio, if it is one."""
+        """This loss of this many samples and classes as a Ratio; None if it is not one."""
         return None
 
     def check(self, classes: int) -> None:
-        """Raises ValueError if it does not fit so many classes."""
+        """Raises ValueError if it cannot be computed for this many classes."""
 
     def with_weights(self: Self, weights: Sequence[Any]) -> Self:
-        """The same with these in place of `weights`."""
+        """A copy with these class weights."""
         return self
 
     def spec(self, activation: Any, ignore_label: Any, targets: str = "labels") -> Spec:
-        """The sums that it needs, of these probabilities and labels. With targets "binary" soft
-        targets must be 0 or 1.
-        """
-        try:
-            return _request(activation, ignore_label, targets, self.needs)
-        except TypeError:  # of what does not hash, and of what does not fit
-            return _request.__wrapped__(activation, ignore_label, targets, self.needs)
+        """The Spec of the sums that it needs. Targets "binary" must be 0 or 1."""
+        options = activation, ignore_label, targets, self.needs
+        if type(activation) is str and type(ignore_label) in PLAIN:
+            return _request(*options)
+        return _request.__wrapped__(*options)  # a tensor is hashed by identity
 
     def shape(self, samples: int, classes: int) -> tuple[int, ...]:
         """The shape of its value."""
         rows = samples if self.pool in ("none", "classes") else 1
         return {"none": (rows,), "classes": (rows, classes)}.get(self.reduction, ())
 
+    __array_ufunc__ = None  # so that an array times a term is an error, not an array of terms
+
     def __call__(self, statistics: Statistics) -> Array:
-        """The loss of statistics, in float64, differentiable if they are. Those of other libraries
-        than NumPy and torch are copied to the host.
+        """The loss of statistics, in float64, differentiable if they are. Statistics of libraries
+        other than NumPy and torch are copied to the host.
 
         Raises ValueError if they lack what it needs.
         """
         self.check_statistics(statistics)
         if namespace(statistics.array) is np and not isinstance(statistics.array, np.ndarray):
             statistics = statistics.to_host()
-        return self.value(statistics)
+        return self.like(statistics.array).value(statistics)
+
+    def like(self: Self, array: Array) -> Self:
+        """The same with its class weights as float64 arrays of the library of `array`, NumPy or
+        torch, and on its device.
+        """
+        if not self.weights:
+            return self
+        xp = namespace(array)
+        if xp is np:
+            return self.with_weights([to_numpy(weight) for weight in self.weights])
+        weights = [xp.as_tensor(weight).to(array.device, xp.float64) for weight in self.weights]
+        return self.with_weights(weights)
 
     def check_statistics(self, statistics: Statistics) -> None:
-        """Raises ValueError if these lack a sum that it needs, or it does not fit their classes."""
+        """Raises TypeError if these are not Statistics, ValueError if they lack a needed sum or
+        have the wrong number of classes.
+        """
+        if not isinstance(statistics, Statistics):
+            raise TypeError(
+                f"statistics must be those of dice_core.statistics, got {type(statistics).__name__}"
+            )
         for option, needed in self.needs:
-            there = getattr(statistics.spec, option)
-            if there != needed and not (
+            found = getattr(statistics.spec, option)
+            if found != needed and not (
                 option == "target_square" and not statistics.spec.soft_targets
             ):
                 raise ValueError(
-                    f"{self.name} needs statistics with {option} = {needed}, and these have "
-                    f"{option} = {there}; take them with {option}={needed}"
+                    f"{self.name} needs statistics with {option} = {needed}, but these have "
+                    f"{option} = {found}; compute them with {option}={needed}"
                 )
         self.check(statistics.array.shape[2])
 
@@ -146,7 +166,7 @@ def _request(activation: Any, ignore_label: Any, targets: Any, needs: Any) -> Sp
 
 
 class Sum(Term):
-    """Terms times their factors, of the same sums: one pass over the voxels for all.
+    """A weighted sum of terms, all computed from one pass over the voxels.
 
     - parts: pairs (factor, term).
     """
@@ -169,7 +189,7 @@ class Sum(Term):
                 if needs.setdefault(option, needed) != needed:
                     raise ValueError(
                         f"{needed_by[option]} needs {option} = {needs[option]} and {term.name} "
-                        f"needs {option} = {needed}; one pass over the voxels has one {option}"
+                        f"needs {option} = {needed}; one pass over the voxels has a single {option}"
                     )
                 needed_by.setdefault(option, term.name)
         self.needs = tuple(needs.items())
@@ -218,7 +238,7 @@ class Sum(Term):
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Settings(Term):
-    """A term with settings, all by keyword, that checks them when it is made."""
+    """A term with keyword-only settings, which are checked on construction."""
 
     weight: Any = None
     reduction: str = "mean"
@@ -229,16 +249,16 @@ class Settings(Term):
 
     def __post_init__(self) -> None:
         reduction, pool = self.reduction, self.pool
-        if reduction == "batch":  # that of the published C++ implementation
+        if reduction == "batch":  # as in the published C++ implementation
             checks.one_of(pool, "pool", self.pools)
             reduction, pool = "mean", _POOLED_BATCH[pool]
             assign(self, reduction=reduction, pool=pool)
         checks.one_of(reduction, "reduction", REDUCTIONS)
         checks.one_of(pool, "pool", self.pools)
         if reduction == "classes" and pool in ("classes", "all"):
-            raise ValueError(f"pool={pool!r} leaves no loss per class: reduction 'classes'")
+            raise ValueError(f"pool={pool!r} leaves no loss per class for reduction='classes'")
         if reduction == "none" and pool in ("batch", "all"):
-            raise ValueError(f"pool={pool!r} leaves no loss per sample: reduction 'none'")
+            raise ValueError(f"pool={pool!r} leaves no loss per sample for reduction='none'")
         for name in self.of_classes:
             value = getattr(self, name)
             if value is not None and not hasattr(value, "requires_grad"):
@@ -246,7 +266,7 @@ class Settings(Term):
         assign(self, weights=self._weights())
 
     def settle(self, needs: Mapping[str, Any], **values: Any) -> None:
-        """Sets what a constructor derives: the sums that are needed, and settings as checked."""
+        """Sets what a constructor derives: the needed sums and the checked settings."""
         assign(self, needs=tuple(needs.items()), **values)
 
     def check(self, classes: int) -> None:
@@ -258,7 +278,7 @@ class Settings(Term):
     def with_weights(self: Self, weights: Sequence[Any]) -> Self:
         if not self.weights:
             return self
-        other = copy.copy(self)  # what else it has was checked
+        other = copy.copy(self)  # its other settings are checked already
         given = [n for n in type(self).of_classes if getattr(self, n) is not None]  # type: ignore[attr-defined]
         assign(other, weights=tuple(weights), **dict(zip(given, weights, strict=True)))
         return other
@@ -282,15 +302,23 @@ class Settings(Term):
 
 
 def ignored_channels(channels: Any, classes: int) -> list[int]:
-    """Of the ignored channels, one or several, those that there are."""
+    """Those of the ignored channels, one or several, that are within [0, classes)."""
     several = channels if isinstance(channels, tuple) else (channels,)
     return [channel for channel in several if 0 <= channel < classes]
 
 
 def assign(term: Any, **values: Any) -> None:
-    """Sets attributes of a frozen dataclass while it is made."""
+    """Sets attributes of a frozen dataclass during its construction."""
     for name, value in values.items():
         object.__setattr__(term, name, value)
+
+
+def to_numpy(weight: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Class weights without autograd. Raises TypeError for a tensor that requires grad."""
+    if not hasattr(weight, "requires_grad"):
+        return checks.weight(weight)
+    checks.no_gradient(weight, "weight")
+    return checks.weight(weight.detach().cpu().numpy())
 
 
 def namespace(array: Array) -> Any:

@@ -1,9 +1,9 @@
 """The losses with autograd, on torch tensors.
 
-Two torch operators are all that touches voxels; a loss is ordinary torch arithmetic on (N, C) sums.
-For plain tensors that arithmetic would take longer than many images: there a loss is a single node
-of the graph, its arithmetic NumPy's or, on a GPU, part of the kernels. Between forward and backward
-only x, y and numbers of that size are kept.
+Only two torch operators access voxels; a loss is ordinary torch arithmetic on their (N, C) sums.
+For many images that arithmetic would take longer than the passes over the voxels. On plain tensors
+a loss is therefore a single node of the autograd graph, computed by NumPy or, on a GPU, by the
+kernels. Between forward and backward only x, y and arrays of the size of the sums are kept.
 """
 
 try:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import allocators, buffers, calls, losses, spec, threads
+from .. import allocators, buffers, calls, checks, losses, spec, threads
 from ..losses import Term
 from ..spec import Spec
 from ..sums import Statistics
@@ -23,7 +23,7 @@ def loss(
     weight: Any = None,
     ignore_channel: Any = -1,
     ignore_label: int | None = -1,
-    smooth: float = 0.0,
+    smooth: float | tuple[float, float] = 0.0,
     p: int = 1,
     reduction: str = "mean",
     activation: str = "softmax",
@@ -31,8 +31,7 @@ def loss(
     num_threads: int | None = None,
     check_labels: bool | None = None,
 ) -> Tensor:
-    """`dice_core.loss` with autograd: the same arguments, formula and errors, in and out as torch
-    tensors.
+    """`dice_core.loss` on torch tensors, with autograd: the same arguments, formula and errors.
 
     Replaces, without allocating anything of x's size but the gradient::
 
@@ -41,12 +40,12 @@ def loss(
         loss = (1 - (2 * i + smooth) / (p + t + smooth)).mean()
 
     Gradients reach x, in its dtype, memory format and device, and class weights that are tensors
-    and require grad; a y that requires grad raises NotImplementedError. `num_threads` is by default
+    and require grad; a y that requires grad raises NotImplementedError. `num_threads` defaults to
     torch's own setting.
     """
     term = losses.of(term, weight, ignore_channel, smooth, p, reduction)
-    asked = term.spec(activation, ignore_label)
-    return evaluate(x, y, term, asked, backend, num_threads, check_labels)
+    request = term.spec(activation, ignore_label)
+    return evaluate(x, y, term, request, backend, num_threads, check_labels)
 
 
 def statistics(
@@ -74,9 +73,9 @@ def statistics(
         (s * t).sum(spatial), (s**p).sum(spatial), t.sum(spatial)
         (t * (1 - s) ** gamma * -s.log()).sum(spatial)
 
-    `num_threads` is by default torch's own setting.
+    `num_threads` defaults to torch's own setting.
     """
-    asked = spec.checked(
+    request = spec.checked(
         activation=activation,
         p=p,
         ignore_label=ignore_label,
@@ -85,44 +84,44 @@ def statistics(
         binary_gamma=binary_gamma,
         target_square=target_square,
     )
-    operators.check(x, y, asked)
+    operators.check(x, y, request)
     if num_threads is not None:
         num_threads = threads.resolve(num_threads)
-    return operators.statistics(x, y, asked, backend, num_threads, check_labels)
+    return operators.statistics(x, y, request, backend, num_threads, check_labels)
 
 
 def evaluate(
     x: Tensor,
     y: Tensor,
     term: Term,
-    asked: Spec,
+    request: Spec,
     backend: str | None = None,
     num_threads: int | None = None,
     check_labels: bool | None = None,
 ) -> Tensor:
-    """The loss of a term, of these sums of the tensors."""
-    operators.check(x, y, asked)
+    """The loss `term` of the tensors, computed from the sums `request`."""
+    operators.check(x, y, request)
     if num_threads is not None:
         num_threads = threads.resolve(num_threads)
-    fused = is_plain(x, y) and (x.is_cpu or _is_ratio(x, y, term, asked))
+    fused = is_plain(x, y) and (x.is_cpu or _is_ratio(x, y, term, request))
     if term.weights:
-        classes = spec.for_shapes(x.shape, y.shape, asked).classes(x.shape[1])
+        classes = spec.for_shapes(x.shape, y.shape, request).classes(x.shape[1])
         fused = fused and _are_constants(term.weights)
         term = (_with_arrays if fused else _with_tensors)(term, x)
         term.check(classes)
     if not fused:
-        sums = operators.statistics(x, y, asked, backend, num_threads, check_labels)
+        sums = operators.statistics(x, y, request, backend, num_threads, check_labels)
         value: Tensor = term.value(sums)
         return value if x.dtype == torch.float64 else value.float()
-    how = _How(term, asked, backend, num_threads, check_labels)
+    evaluation = _Evaluation(term, request, backend, num_threads, check_labels)
     if x.requires_grad and torch.is_grad_enabled():
-        return _Loss.apply(x, y, how)  # type: ignore[no-untyped-call]
-    result = how.call(x, y).value(term)
+        return _Loss.apply(x, y, evaluation)  # type: ignore[no-untyped-call]
+    result = evaluation.call(x, y).value(term)
     return torch.from_numpy(result) if x.is_cpu else result
 
 
-class _How(NamedTuple):
-    """What to compute of tensors, and how."""
+class _Evaluation(NamedTuple):
+    """A loss and the options of its computation, without the tensors."""
 
     term: Term
     spec: Spec
@@ -131,7 +130,7 @@ class _How(NamedTuple):
     check_labels: bool | None
 
     def call(self, x: Tensor, y: Tensor) -> calls.Call:
-        """Bound to these tensors."""
+        """The call for these tensors."""
         count = self.num_threads or torch.get_num_threads()
         return calls.call(x, y, self.spec, self.backend, count, self.check_labels)
 
@@ -140,29 +139,33 @@ class _Loss(torch.autograd.Function):
     """A loss of plain tensors as one node of the graph."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, how: _How) -> Tensor:
-        call = how.call(x, y)
-        value, ctx.derivative = call.value_and_derivative(how.term)
+    def forward(ctx: Any, x: Tensor, y: Tensor, evaluation: _Evaluation) -> Tensor:
+        call = evaluation.call(x, y)
+        value, ctx.derivative = call.value_and_derivative(evaluation.term)
         ctx.save_for_backward(x, y)
-        call.logits.owner = call.labels.owner = None  # the saved tensors alone keep them alive
-        ctx.call, ctx.how = call, how
+        call.logits.owner = call.labels.owner = None  # only the saved tensors keep them alive
+        ctx.call, ctx.evaluation, ctx.strides = call, evaluation, (x.stride(), y.stride())
         return torch.from_numpy(value) if x.is_cpu else value
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, None, None]:
         x, y = ctx.saved_tensors
-        call, how = ctx.call, ctx.how
+        call, evaluation = ctx.call, ctx.evaluation
         if torch.is_grad_enabled() or not is_plain(x, y, grad_loss):
             # The operator, unlike its kernel, can be traced and refuses a second derivative.
             cotangent = calls.cotangent(torch.as_tensor(ctx.derivative), grad_loss)
             grad = operators.statistics_grad(
-                x, y, cotangent, call.spec, how.backend, how.num_threads
+                x, y, cotangent, call.spec, evaluation.backend, evaluation.num_threads
             )
             return grad, None, None
-        if x.is_cpu and x.data_ptr() == call.logits.address and y.data_ptr() == call.labels.address:
+        if (
+            x.is_cpu
+            and (x.data_ptr(), y.data_ptr()) == (call.logits.address, call.labels.address)
+            and (x.stride(), y.stride()) == ctx.strides
+        ):
             call.logits.owner, call.labels.owner = x, y
-        else:  # on a device, or where hooks have moved what was saved
-            call = how.call(x, y)
+        else:  # on a GPU, or after hooks have moved the saved tensors
+            call = evaluation.call(x, y)
         grad = allocators.empty_like(x, "x")
         at = buffers.of(grad, "grad")
         call.gradient(ctx.derivative, grad_loss.numpy() if x.is_cpu else grad_loss, at)
@@ -170,35 +173,45 @@ class _Loss(torch.autograd.Function):
         return grad, None, None
 
 
-def _is_ratio(x: Tensor, y: Tensor, term: Term, asked: Spec) -> bool:
-    """Whether the loss of tensors on a GPU is part of the kernels there, as a ratio of the usual
-    sums is, and not torch arithmetic on the sums.
+def _is_ratio(x: Tensor, y: Tensor, term: Term, request: Spec) -> bool:
+    """Whether the CUDA kernels compute the loss itself, as they do for a ratio of I, P and Y,
+    rather than torch from the sums.
     """
-    if x.ndim < 2 or (asked.target_square and x.shape == y.shape):
+    if x.ndim < 2 or (request.target_square and x.shape == y.shape):
         return False
-    return term.ratio(x.shape[0], asked.classes(x.shape[1])) is not None
+    return term.ratio(x.shape[0], request.classes(x.shape[1])) is not None
 
 
 def _are_constants(weights: tuple[Any, ...]) -> bool:
-    """Whether these class weights are numbers or plain tensors without a gradient."""
+    """Whether these class weights are numbers or plain tensors that do not require grad."""
     tensors = [weight for weight in weights if isinstance(weight, Tensor)]
     return all(is_plain(weight) and not weight.requires_grad for weight in tensors)
 
 
 def _with_tensors(term: Term, x: Tensor) -> Term:
     """The term with its class weights as float64 tensors on x's device."""
-    weights = [torch.as_tensor(weight).to(x.device, torch.float64) for weight in term.weights]
-    return term.with_weights(weights)
+    weights = [torch.as_tensor(weight) for weight in term.weights]
+    for weight in weights:
+        _check_weight(weight)
+    return term.with_weights([weight.to(x.device, torch.float64) for weight in weights])
+
+
+def _check_weight(weight: Tensor) -> None:
+    if weight.is_complex():
+        raise TypeError(f"weight must be numbers, one per class, got {weight.dtype}")
 
 
 def _with_arrays(term: Term, x: Tensor) -> Term:
-    """The term with its class weights as the fused loss takes them: NumPy's, or tensors on x's GPU,
-    where the host's are copied once and not at every call.
+    """The term with its class weights as the fused loss needs them: tensors that are on x's GPU
+    already, else NumPy arrays, of which each call finds a cached copy on the GPU.
     """
     weights: list[Any] = []
     for weight in term.weights:
         if isinstance(weight, Tensor):
             on_x = x.is_cuda and weight.device == x.device
+            _check_weight(weight)
             weight = weight.double().contiguous() if on_x else weight.double().cpu().numpy()
+            if not on_x:
+                checks.weight(weight)
         weights.append(weight)
     return term.with_weights(weights)

@@ -1,4 +1,4 @@
-"""How well hard decisions fit labels."""
+"""Metrics of hard decisions."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from . import operators
 
 
 class DiceScore(torch.nn.Module):
-    """The Dice score of each class, of the hard decision for each voxel, over all that it was
-    given: update, compute and reset, as torchmetrics has them.
+    """The Dice score of each class for hard decisions, accumulated over batches: update, compute
+    and reset, as in torchmetrics.
 
-    `compute` gives (C,), NaN for a class in neither decisions nor labels.
+    `compute` returns (C,), NaN for a class found in neither decisions nor labels.
 
     Parameters
     ----------
     ignore_label : int or None
         Voxels with this label are ignored.
     activation : {"softmax", "sigmoid"}
-        A voxel is the class of its largest logit, or of each channel whose logit is above 0.
+        A voxel has the class of its largest logit ("softmax"), or every class whose logit is above
+        0 ("sigmoid").
     pool : {"batch", "none"}
-        "batch": the score of all voxels together. "none": the mean of the samples' scores, of those
-        that have one.
+        "batch": the score of all voxels together. "none": the mean over the samples whose score is
+        defined.
     iou : bool
-        The IoU (Jaccard index) instead.
+        Whether to compute the IoU (Jaccard index) instead.
     backend, num_threads, check_labels
-        As `dice_core.loss` has them.
+        As in `dice_core.loss`.
 
     >>> import torch, dice_core.torch
     >>> score = dice_core.torch.DiceScore()
@@ -55,32 +56,39 @@ class DiceScore(torch.nn.Module):
         decision = spec.DECISIONS[activation]
         self.spec = spec.Spec(decision, ignore_label=checks.ignore_label(ignore_label))
         self.pool, self.iou = pool, iou
-        threads_asked = None if num_threads is None else threads.resolve(num_threads)
-        self.options = backend, threads_asked, check_labels
+        thread_count = None if num_threads is None else threads.resolve(num_threads)
+        self.options = backend, thread_count, check_labels
         self.reset()
 
     def reset(self) -> None:
-        """Forgets what it was given."""
+        """Discards all accumulated batches."""
         self.total: Tensor | None = None
 
     @torch.no_grad()
     def update(self, x: Tensor, y: Tensor) -> None:
-        """Takes logits (N, C, *) and labels (N, *), (N, 1, *) or like x."""
-        sums = self._sums(x, y)
-        self.total = sums if self.total is None else self.total + sums
+        """Adds a batch: logits (N, C, *); labels (N, *) or (N, 1, *), or targets like x."""
+        self._add(self._sums(x, y))
 
     def compute(self) -> Tensor:
-        """(C,) of all that it was given. Raises RuntimeError if that is nothing."""
+        """The scores of all accumulated batches, (C,). Raises RuntimeError before the first."""
         if self.total is None:
             raise RuntimeError("DiceScore.compute was called before update")
         return self.total[0] / self.total[1]
 
     @torch.no_grad()
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Updates; (C,) of these alone."""
+        """Adds a batch and returns the scores of that batch alone, (C,)."""
         sums = self._sums(x, y)
-        self.total = sums if self.total is None else self.total + sums
+        self._add(sums)
         return sums[0] / sums[1]
+
+    def _add(self, sums: Tensor) -> None:
+        if self.total is not None and self.total.shape != sums.shape:
+            raise ValueError(
+                f"x has {sums.shape[1]} classes, but the batches before had "
+                f"{self.total.shape[1]}; call reset() in between"
+            )
+        self.total = sums if self.total is None else self.total + sums
 
     def _sums(self, x: Tensor, y: Tensor) -> Tensor:
         """Numerator and denominator of each class, (2, C)."""

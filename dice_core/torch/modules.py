@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -20,8 +22,8 @@ Divisor = Literal["one", "classes", "kept", "weights"]
 class Loss(torch.nn.Module):
     """A term of `dice_core.losses`, or a sum of terms, as a module: `dice_core.torch.loss`.
 
-    Reduction, pool and class weights are the term's; the weights become buffers. Everything is
-    checked here, once; a call checks shapes.
+    Reduction, pool and class weights are those of the term; the weights become buffers. Settings
+    are checked once, on construction; a call only checks its tensors.
 
     >>> import torch, dice_core.torch
     >>> from dice_core.losses import CrossEntropy, Dice
@@ -43,43 +45,64 @@ class Loss(torch.nn.Module):
         check_labels: bool | None = None,
     ) -> None:
         super().__init__()
-        self.term = losses.of(term)
-        self.spec = self.term.spec(activation, ignore_label)
-        threads_asked = None if num_threads is None else threads.resolve(num_threads)
-        self.options = backend, threads_asked, check_labels
+        if term is None:
+            raise TypeError("term must be a loss such as dice_core.losses.Dice(), got None")
+        self._term = losses.of(term)
+        self._spec = self._term.spec(activation, ignore_label)
+        thread_count = None if num_threads is None else threads.resolve(num_threads)
+        self._options = backend, thread_count, check_labels
         self._weight_names: list[str] = []
-        for i, weight in enumerate(self.term.weights):
+        for i, weight in enumerate(self._term.weights):
             self._register(f"weight{i}" if i else "weight", weight)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        kind: Any = type(self)
+        lost = value is None and name in vars(self).get("_weight_names", ())
+        if lost or name in _settings(kind):
+            raise AttributeError(f"{name} cannot be changed: create another {kind.__name__}")
+        super().__setattr__(name, value)
+
+    @property
+    def term(self) -> losses.Term:
+        """The term with the current class weights."""
+        if not self._weight_names:
+            return self._term
+        return self._term.with_weights([getattr(self, name) for name in self._weight_names])
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Logits (N, C, *) and labels (N, *) or (N, 1, *), or soft targets like x -> the loss."""
-        term = self._current() if self._weight_names else self.term
-        return evaluate(x, y, term, self.spec, *self.options)
+        return evaluate(x, y, self.term, self._spec, *self._options)
 
     def extra_repr(self) -> str:
-        """The term, its settings and the weights that the buffers hold."""
-        activation = self.spec.activation
+        """The term, its settings and the current class weights."""
+        activation = self._spec.activation
         more = "" if activation == "softmax" else f", activation={activation!r}"
-        return f"{self._current()!r}, ignore_label={self.spec.ignore_label}{more}"
+        return f"{self.term!r}, ignore_label={self._spec.ignore_label}{more}"
 
     def _register(self, name: str, weight: Any) -> None:
-        if isinstance(weight, Tensor):
+        if isinstance(weight, Tensor) and not weight.is_meta:
             checks.weight(weight.detach().double().cpu(), name)
-        self.register_buffer(name, torch.as_tensor(weight))
         self._weight_names.append(name)
+        if isinstance(weight, torch.nn.Parameter):
+            self.register_parameter(name, weight)
+        else:
+            self.register_buffer(name, torch.as_tensor(weight))
 
     def _rename(self, *names: str) -> None:
-        """The buffers' names, in the order of the term's weights."""
+        """Renames the class weights, in the order of the term's weights."""
         weights = [getattr(self, name) for name in self._weight_names]
         for name in self._weight_names:
             delattr(self, name)
-        self._weight_names = list(names)
+        self._weight_names = []
         for name, weight in zip(names, weights, strict=True):
-            self.register_buffer(name, weight)
+            self._register(name, weight)
 
-    def _current(self) -> losses.Term:
-        """The term with the weights that the buffers hold."""
-        return self.term.with_weights([getattr(self, name) for name in self._weight_names])
+
+@functools.cache
+def _settings(kind: Any) -> frozenset[str]:
+    """The constructor parameters that cannot be changed afterwards: all but class weights."""
+    names = inspect.signature(kind).parameters
+    return frozenset(name for name in names if not name.endswith("weight"))
 
 
 class DiceLoss(Loss):
@@ -136,7 +159,7 @@ class DiceLoss(Loss):
 
 
 class JaccardLoss(Loss):
-    """`dice_core.losses.Jaccard`, whose settings it takes, as a module."""
+    """`dice_core.losses.Jaccard` as a module, with the same settings."""
 
     def __init__(
         self,
@@ -178,7 +201,7 @@ class JaccardLoss(Loss):
 
 
 class TverskyLoss(Loss):
-    """`dice_core.losses.Tversky`, whose settings it takes, as a module."""
+    """`dice_core.losses.Tversky` as a module, with the same settings."""
 
     def __init__(
         self,
@@ -224,7 +247,7 @@ class TverskyLoss(Loss):
 
 
 class FocalTverskyLoss(Loss):
-    """`dice_core.losses.FocalTversky`, whose settings it takes, as a module."""
+    """`dice_core.losses.FocalTversky` as a module, with the same settings."""
 
     def __init__(
         self,
@@ -274,7 +297,7 @@ class FocalTverskyLoss(Loss):
 
 
 class GeneralizedDiceLoss(Loss):
-    """`dice_core.losses.GeneralizedDice`, whose settings it takes, as a module."""
+    """`dice_core.losses.GeneralizedDice` as a module, with the same settings."""
 
     def __init__(
         self,
@@ -321,10 +344,10 @@ class DiceCELoss(Loss):
     """lambda_dice Dice + lambda_ce cross-entropy as a module, in one pass over the voxels.
 
     With activation "sigmoid" the cross-entropy is the binary one of each channel (multi-label).
-    `weight` is that of Dice, sum_c weight_c Dice_c; `ce_weight`, (C,) numbers too, is that of
-    the cross-entropy, with torch's meaning. The other settings are those of
-    `dice_core.losses.Dice`. With reduction "mean" the cross-entropy is the mean over all valid
-    voxels of the batch; with "sum", "none" and "classes" it is one of each sample.
+    `weight` applies to Dice, sum_c weight_c Dice_c; `ce_weight`, also (C,) numbers, applies to the
+    cross-entropy, with torch's meaning. The other settings are those of `dice_core.losses.Dice`.
+    With reduction "mean" the cross-entropy is the mean over all valid voxels of the batch; with
+    "sum", "none" and "classes" there is one mean per sample.
     """
 
     def __init__(
@@ -390,10 +413,10 @@ class DiceFocalLoss(Loss):
     """lambda_dice Dice + lambda_focal Focal(gamma) as a module, in one pass over the voxels.
 
     With activation "sigmoid" the focal loss is that of each channel's sigmoid (multi-label).
-    `weight` is that of Dice, sum_c weight_c Dice_c; `focal_weight`, (C,) numbers too, is that of
-    the focal loss, with torch's meaning. The other settings are those of
-    `dice_core.losses.Dice`. With reduction "mean" the focal loss is the mean over all valid
-    voxels of the batch; with "sum", "none" and "classes" it is one of each sample.
+    `weight` applies to Dice, sum_c weight_c Dice_c; `focal_weight`, also (C,) numbers, applies to
+    the focal loss, with torch's meaning. The other settings are those of `dice_core.losses.Dice`.
+    With reduction "mean" the focal loss is the mean over all valid voxels of the batch; with "sum",
+    "none" and "classes" there is one mean per sample.
     """
 
     def __init__(
@@ -446,8 +469,8 @@ class DiceFocalLoss(Loss):
 
 
 def _voxel_pool(dice: losses.Dice) -> str:
-    """How the voxels of a compound's other loss are pooled: one mean over the batch where a single
-    number is asked for, as torch has it, else one for each sample.
+    """How the other loss of a compound pools voxels: one mean over the batch where Dice is averaged
+    or pooled over the batch, as in torch, else one mean per sample.
     """
     return "batch" if dice.reduction == "mean" or dice.pool in ("batch", "all") else "none"
 
@@ -463,8 +486,8 @@ class DeepSupervision(torch.nn.Module):
 
         sum(w * loss(x, nearest(y, x.shape[2:])) for w, x in zip(weights, outputs))
 
-    `weights` is a number for each output; None halves from output to output and sums to 1. Outputs
-    of weight 0 are skipped.
+    `weights` has one number per output; None halves the weight from each output to the next, with
+    sum 1. Outputs of weight 0 are skipped.
 
     >>> import torch, dice_core.torch
     >>> criterion = dice_core.torch.DeepSupervision(dice_core.torch.DiceLoss(smooth=1))
@@ -475,16 +498,24 @@ class DeepSupervision(torch.nn.Module):
 
     def __init__(self, loss: torch.nn.Module, weights: Sequence[float] | None = None) -> None:
         super().__init__()
+        if isinstance(loss, losses.Term) or not callable(loss):
+            raise TypeError(f"loss must be a module such as DiceLoss(), got {type(loss).__name__}")
         self.loss = loss
-        self.weights = None if weights is None else [float(weight) for weight in weights]
+        if weights is not None:
+            checks.no_gradient(weights, "weights")
+            if isinstance(weights, str):
+                raise TypeError("weights must be numbers, one for each output, got str")
+            weights = [float(weight) for weight in weights]
+        self.weights = weights
 
     def forward(self, outputs: Sequence[Tensor], y: Tensor | Sequence[Tensor]) -> Tensor:
         """Logits (N, C, *) of each resolution and their labels -> the loss.
 
-        y is one label volume, of which lower resolutions are strided views (every second voxel, for
-        example: no copies), or a list of one for each output, as nnU-Net gives it.
+        y is one label volume, which is downsampled by strided views (every second voxel, for
+        example) without copies, or a list of one volume per output, as in nnU-Net.
 
-        Raises ValueError where the labels' sides are not whole multiples of an output's.
+        Raises ValueError if the sides of the labels are not integer multiples of those of an
+        output.
         """
         if isinstance(outputs, Tensor) or not outputs:
             raise ValueError("outputs must be a sequence of logits, one for each resolution")
@@ -503,12 +534,14 @@ class DeepSupervision(torch.nn.Module):
 
 
 def _nearest(y: Tensor, x: Tensor) -> Tensor:
-    """The labels of every so many voxels, as a view."""
+    """The labels downsampled to x's resolution, as a strided view."""
+    if y.ndim not in (x.ndim - 1, x.ndim):
+        raise ValueError(f"y has shape {tuple(y.shape)}, and an output {tuple(x.shape)}")
     fine, coarse = y.shape[y.ndim - x.ndim + 2 :], x.shape[2:]
     if any(not b or a % b for a, b in zip(fine, coarse, strict=True)):
         raise ValueError(
-            f"labels of {tuple(fine)} voxels cannot be taken at a resolution of {tuple(coarse)}: "
-            f"each side must be a whole multiple"
+            f"labels of {tuple(fine)} voxels cannot be downsampled to {tuple(coarse)}: "
+            f"each side must be an integer multiple"
         )
     for axis, (a, b) in enumerate(zip(fine, coarse, strict=True), y.ndim - len(fine)):
         y = y[(slice(None),) * axis + (slice(None, None, a // b),)]

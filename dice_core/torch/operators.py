@@ -1,5 +1,5 @@
 """Two torch operators, `dice_core::statistics` and its vector-Jacobian product
-`dice_core::statistics_grad`: all that touches voxels.
+`dice_core::statistics_grad`. Only they access voxels.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .. import allocators, buffers, calls, checks, spec
 from ..spec import Spec
 from ..sums import Statistics
 
-# The operators' arguments after their tensors: the fields of a Spec, then how to call.
+# The operators' arguments after their tensors: the fields of a Spec, then options of the call.
 _SPEC = (
     "str activation, int p, int? ignore_label, float? gamma, bool nll, float? binary_gamma, "
     "bool target_square, str targets"
@@ -23,8 +23,8 @@ _OPTIONS = f"{_SPEC}, str? backend, int? num_threads, bool? check_labels"
 _SPEC_LENGTH = _SPEC.count(",") + 1
 
 
-def check(x: Tensor, y: Tensor, asked: Spec) -> None:
-    """Raises TypeError, ValueError or NotImplementedError for what no operator takes."""
+def check(x: Tensor, y: Tensor, request: Spec) -> None:
+    """Raises TypeError, ValueError or NotImplementedError for unsupported tensors."""
     if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
         name, value = ("y", y) if isinstance(x, Tensor) else ("x", x)
         raise TypeError(
@@ -33,20 +33,20 @@ def check(x: Tensor, y: Tensor, asked: Spec) -> None:
         )
     if y.requires_grad:
         raise NotImplementedError(
-            "y requires grad, and dice_core computes no gradient for targets: pass y.detach()"
+            "y requires grad, but dice_core computes no gradient for targets: pass y.detach()"
         )
     if x.device != y.device:
         checks.same_device(str(x.device), str(y.device))
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
-        raise NotImplementedError("dice_core computes gradients in reverse mode only")
-    label = asked.ignore_label
+        raise NotImplementedError("dice_core supports reverse-mode differentiation only")
+    label = request.ignore_label
     if label is not None and not -(2**63) <= label < 2**63:
         raise ValueError(f"ignore_label must fit in torch's int64, got {label}")
 
 
 def is_plain(*tensors: Tensor) -> bool:
-    """Whether these are tensors of the host or of one GPU that nothing traces, transforms or
-    intercepts: their memory may be read and written outside torch.
+    """Whether these are tensors on the host or on one GPU that nothing traces, transforms or
+    intercepts, so that their memory may be accessed outside torch.
     """
     if (
         torch.compiler.is_compiling()
@@ -72,47 +72,47 @@ def is_plain(*tensors: Tensor) -> bool:
 def statistics(
     x: Tensor,
     y: Tensor,
-    asked: Spec,
+    request: Spec,
     backend: str | None = None,
     num_threads: int | None = None,
     check_labels: bool | None = None,
 ) -> Statistics:
     """The sums of checked tensors, differentiable in x."""
-    asked = spec.for_shapes(x.shape, y.shape, asked)
-    options = (*_options(asked), backend, num_threads, check_labels)
+    request = spec.for_shapes(x.shape, y.shape, request)
+    options = (*_options(request), backend, num_threads, check_labels)
     array = torch.ops.dice_core.statistics(x, y, *options)
-    return Statistics(array, asked, str(x.dtype).removeprefix("torch."))
+    return Statistics(array, request, str(x.dtype).removeprefix("torch."))
 
 
 def statistics_grad(
     x: Tensor,
     y: Tensor,
     cotangent: Tensor,
-    asked: Spec,
+    request: Spec,
     backend: str | None,
     num_threads: int | None,
 ) -> Tensor:
-    """The gradient for x of sum(cotangent * statistics), which can be traced."""
+    """The gradient of sum(cotangent * statistics) with respect to x; can be traced."""
     grad: Tensor = torch.ops.dice_core.statistics_grad(
-        x, y, cotangent, *_options(asked), backend, num_threads, None
+        x, y, cotangent, *_options(request), backend, num_threads, None
     )
     return grad
 
 
-def _options(asked: Spec) -> tuple[Any, ...]:
+def _options(request: Spec) -> tuple[Any, ...]:
     return (
-        asked.activation,
-        asked.p,
-        asked.ignore_label,
-        asked.gamma,
-        asked.nll,
-        asked.binary_gamma,
-        asked.target_square,
-        asked.targets,
+        request.activation,
+        request.p,
+        request.ignore_label,
+        request.gamma,
+        request.nll,
+        request.binary_gamma,
+        request.target_square,
+        request.targets,
     )
 
 
-# ---- the operators: through torch.library, so that torch.compile and export see them whole -------
+# ---- the operators: in torch.library, so that torch.compile and export do not trace into them ----
 
 _library = torch.library.Library("dice_core", "DEF")
 _library.define(f"statistics(Tensor x, Tensor y, {_OPTIONS}) -> Tensor")
@@ -121,8 +121,8 @@ _library.define(f"statistics_grad(Tensor x, Tensor y, Tensor cotangent, {_OPTION
 
 def _call(x: Tensor, y: Tensor, options: tuple[Any, ...]) -> calls.Call:
     backend, num_threads, check_labels = options[_SPEC_LENGTH:]
-    asked = Spec(*options[:_SPEC_LENGTH])
-    return calls.call(x, y, asked, backend, num_threads or torch.get_num_threads(), check_labels)
+    request = Spec(*options[:_SPEC_LENGTH])
+    return calls.call(x, y, request, backend, num_threads or torch.get_num_threads(), check_labels)
 
 
 def _statistics(x: Tensor, y: Tensor, *options: Any) -> Tensor:
@@ -139,8 +139,8 @@ def _statistics_grad(x: Tensor, y: Tensor, cotangent: Tensor, *options: Any) -> 
 
 
 def _fake_statistics(x: Tensor, y: Tensor, *options: Any) -> Tensor:
-    asked = spec.for_shapes(x.shape, y.shape, Spec(*options[:_SPEC_LENGTH]))
-    return x.new_empty(asked.sums_shape(x.shape), dtype=torch.float64)
+    request = spec.for_shapes(x.shape, y.shape, Spec(*options[:_SPEC_LENGTH]))
+    return x.new_empty(request.sums_shape(x.shape), dtype=torch.float64)
 
 
 def _fake_statistics_grad(x: Tensor, y: Tensor, cotangent: Tensor, *options: Any) -> Tensor:
@@ -160,7 +160,7 @@ def _backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     raise RuntimeError(
-        "dice_core computes first derivatives only: it cannot be differentiated twice"
+        "dice_core computes first derivatives only and cannot be differentiated twice"
     )
 
 

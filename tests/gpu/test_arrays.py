@@ -1,4 +1,4 @@
-"""Arrays of other libraries than torch: in and out, on the device."""
+"""Device arrays of libraries other than torch, as arguments and results."""
 
 import numpy as np
 import pytest

@@ -35,8 +35,8 @@ def on_host(x, y):
 
 
 def check(x, y, **options):
-    """Sums and the gradient of a random cotangent are the reference's."""
-    x = x.sigmoid() if options.get("activation") == "none" else x  # probabilities do not cancel
+    """Compares the sums and the gradient for a random cotangent with the reference."""
+    x = x.sigmoid() if options.get("activation") == "none" else x  # so that sums do not cancel
     x.requires_grad_()
     sums = statistics(x, y, **options).array
     cotangent = torch.randn(sums.shape, generator=torch.Generator().manual_seed(1)).double()

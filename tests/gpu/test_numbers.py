@@ -13,8 +13,8 @@ from gpu.volumes import (
     LAYOUTS,
     LOGITS,
     Volume,
+    assert_bitwise_equal,
     assert_gradient,
-    assert_same_bits,
     assert_sums,
     true_loss,
     true_sums,
@@ -37,7 +37,7 @@ def channels_by_dtypes():
     none of which is a multiple of another.
     """
     for i, (channels, logits) in enumerate(itertools.product(CHANNELS, LOGITS)):
-        wide = channels > 99 or i % 3 == 0  # labels that leave room for the classes
+        wide = channels > 99 or i % 3 == 0  # label dtypes that can represent all classes
         labels = LABELS[2 + i % 6 if wide else i % 8]
         ignore = (None, 127, 1)[i % 3] if labels.startswith("u") else (None, -1)[i % 2]
         layout = tuple(LAYOUTS)[i // 2 % 3]
@@ -97,8 +97,8 @@ def test_the_gradient_in_place_is_the_same(channels, logits, layout):
     loss, grad = dice_core.loss_and_grad(x, y, grad_loss=1000.0)
     in_place_loss, out = dice_core.loss_and_grad(x, y, grad_loss=1000.0, out=x)
     assert out is x
-    assert_same_bits(in_place_loss, loss, "loss")
-    assert_same_bits(x, grad, "gradient")
+    assert_bitwise_equal(in_place_loss, loss, "loss")
+    assert_bitwise_equal(x, grad, "gradient")
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 0), (0, 3, 5), (2, 1, 1), (1, 3)], ids=str)
@@ -111,7 +111,7 @@ def test_tiny_shapes(shape):
         assert_gradient(grad, expected_grad)
 
 
-@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0])  # autograd of a root is NaN there
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0])  # for others the autograd of a root is NaN
 @pytest.mark.parametrize("channels", [1, 4, 33])
 def test_probabilities_of_0_have_a_finite_cross_entropy(channels, gamma):
     x, y = Volume(channels, (33, 37)).tensors()
@@ -165,7 +165,7 @@ def test_ignored_voxels_contribute_nothing_whatever_their_logits(channels, logit
         assert not grad[ignored].any()
         assert not of_sums[ignored].any()
     for what, expected in found[0].items():
-        assert_same_bits(found[1][what], expected, what)
+        assert_bitwise_equal(found[1][what], expected, what)
 
 
 @pytest.mark.parametrize("channels", [1, 4, 33])
@@ -207,13 +207,13 @@ def test_labels_out_of_range_raise_the_error_of_the_host_when_asked(function, as
     function(x, y.clamp(0, 3))
 
 
-# ---- more than 2**31 elements ------------------------------------------------------------------
+# ---- more than 2**31 elements --------------------------------------------------------------------
 
 TILE, TILES, GIGABYTES = 2**20, 1025, 8
 
 
 def test_more_elements_than_31_bits_count():
-    """The same tile many times: as many times its sums, and the same gradient in each."""
+    """A tile repeated many times: a multiple of its sums, and the same gradient in each copy."""
     free, _ = torch.cuda.mem_get_info()
     if free < GIGABYTES * 1e9:
         pytest.skip(f"needs {GIGABYTES} GB of the GPU's memory, {free / 1e9:.1f} are free")
@@ -228,7 +228,7 @@ def test_more_elements_than_31_bits_count():
     (of_tiles,) = torch.autograd.grad(expected, exact)
     assert_sums(statistics(x, y).array, torch.stack(sums), x.dtype)
 
-    scale = float(TILE * TILES)  # or the gradient would be below what float16 has
+    scale = float(TILE * TILES)  # otherwise the gradient would underflow in float16
     loss, grad = dice_core.loss_and_grad(x, y, grad_loss=scale, out=x)
     assert_sums(loss, expected, x.dtype, "loss")
     first = grad[..., :TILE].clone()

@@ -10,8 +10,8 @@ from gpu.volumes import (
     DEVICE,
     LOGITS,
     Volume,
+    assert_bitwise_equal,
     assert_gradient,
-    assert_same_bits,
     assert_sums,
     true_loss,
 )
@@ -40,23 +40,23 @@ def assert_step(found, x, y):
 
 
 def assert_same_step(found, expected, what):
-    assert_same_bits(found[0], expected[0], f"loss of {what}")
-    assert_same_bits(found[1], expected[1], f"gradient of {what}")
+    assert_bitwise_equal(found[0], expected[0], f"loss of {what}")
+    assert_bitwise_equal(found[1], expected[1], f"gradient of {what}")
 
 
-# ---- the same bits -----------------------------------------------------------------------------
+# ---- reproducibility -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("logits", LOGITS)
 @pytest.mark.parametrize("channels", [2, 5, 33])
-def test_every_run_gives_the_same_bits(channels, logits):
+def test_every_run_is_bitwise_equal(channels, logits):
     x, y = Volume(channels, (64, 64, 61), logits).tensors()
     first = step(x, y)
     for run in range(1, RUNS):
         assert_same_step(step(x, y), first, f"run {run}")
 
 
-def test_two_streams_at_once_give_the_same_bits():
+def test_two_concurrent_streams_are_bitwise_equal():
     x, y = Volume(5, (96, 96, 95), "float16").tensors()
     first = step(x, y)
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
@@ -70,7 +70,7 @@ def test_two_streams_at_once_give_the_same_bits():
         assert_same_step(each, first, f"run {run}")
 
 
-def test_other_work_on_the_device_does_not_change_the_bits():
+def test_other_work_on_the_device_does_not_change_results():
     x, y = Volume(5, (96, 96, 95), "bfloat16").tensors()
     first = step(x, y)
     other = torch.cuda.Stream()
@@ -89,7 +89,7 @@ def test_other_work_on_the_device_does_not_change_the_bits():
 
 
 def test_work_goes_on_the_current_stream():
-    """The data arrive late on this stream: work on another one would find zeros."""
+    """The data arrive late on this stream: work on another stream would read zeros."""
     x, y = Volume(4, (64, 65)).tensors()
     late = torch.zeros_like(x), torch.zeros_like(y)
     step(*late)  # compiled
@@ -133,7 +133,7 @@ def test_nothing_synchronizes():
 def test_torch_sees_no_synchronization():
     x, y = Volume(4, (64, 65)).tensors()
     weight = [1.0, 2.0, 3.0, 4.0]
-    step(x, y, weight=weight)  # which is copied to the device once
+    step(x, y, weight=weight)  # the weight is copied to the device once
     torch.cuda.set_sync_debug_mode("error")
     try:
         step(x, y)
@@ -214,8 +214,10 @@ def test_precompile_leaves_nothing_to_compile(tmp_path):
         [sys.executable, "-c", PRECOMPILE], env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
-    unasked = "import sys\n" + PRECOMPILE + 'assert "numba" not in sys.modules, "numba was needed"'
+    without_numba = (
+        "import sys\n" + PRECOMPILE + 'assert "numba" not in sys.modules, "numba was needed"'
+    )
     run = subprocess.run(
-        [sys.executable, "-c", unasked], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", without_numba], env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr

@@ -1,4 +1,4 @@
-"""torch's own machinery around the loss: compilation, mixed precision, memory, distribution."""
+"""The loss within torch: compilation, mixed precision, memory, distributed training."""
 
 import gc
 import time
@@ -71,7 +71,7 @@ def test_strides_that_are_not_read_in_place_are_refused_with_the_remedy():
         dice_loss(x.transpose(2, 4), y)
 
 
-def test_a_loss_written_by_a_user():
+def test_a_custom_loss():
     x, y = Volume(4, (40, 41)).tensors()
 
     def tversky(i, p, t):
@@ -110,7 +110,7 @@ def test_a_step_takes_one_gradient_and_forward_keeps_nothing(channels, logits):
 
 
 def test_loss_scale_reaches_the_gradient_before_it_is_rounded():
-    """Without it these gradients are below what float16 has."""
+    """Without it these gradients underflow in float16."""
     x, y = Volume(4, (64, 64, 64), "float16").tensors()
     x.requires_grad_()
     (dice_loss(x, y) * 2.0**20).backward()
@@ -177,7 +177,7 @@ def test_compiled_whole(mode):
 
 @pytest.fixture
 def process_group():
-    """A group of this process alone."""
+    """A process group with a single process."""
     import torch.distributed as dist
 
     backend = "nccl" if DEVICE == "cuda" else "gloo"
@@ -205,7 +205,7 @@ def test_distributed_data_parallel(process_group):
 
 @pytest.mark.parametrize("side", [16, 64, 128])
 def test_host_cost_of_a_step_is_reported(side, record_property, capsys):
-    """The time to queue forward and backward: printed, with no bound."""
+    """The time to enqueue forward and backward; printed without a limit."""
     x, y = Volume(4, (side,) * 3, "float16").tensors()
     x.requires_grad_()
     criterion, samples = DiceLoss(), []

@@ -130,7 +130,7 @@ def assert_gradient(actual: Tensor, expected: Tensor, what: str = "gradient") ->
     assert_close(_numpy(actual), exact, rtol=1.01 * UNIT_ROUNDOFF[name], atol=atol, what=what)
 
 
-def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "tensor") -> None:
+def assert_bitwise_equal(actual: Tensor, expected: Tensor, what: str = "tensor") -> None:
     """The same dtype, shape and bytes, NaN included."""
     assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), what
     ours, theirs = (
