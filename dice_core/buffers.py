@@ -153,7 +153,12 @@ def _of_numpy(array: np.ndarray[Any, Any], name: str) -> Buffer:
     layout = _layout(array.shape, array.strides, array.dtype, "cpu", name)
     if not flags.aligned:
         raise TypeError(_MISALIGNED.format(name, layout.itemsize))
-    address = array.ctypes.data if array.size else 0  # __array_interface__ takes 5 us
+    address = 0
+    if array.size:
+        try:  # a quarter of the time of array.ctypes.data
+            address = ctypes.addressof(ctypes.c_char.from_buffer(array))
+        except (ValueError, TypeError, BufferError):  # read-only, strided, or no dtype of Python's
+            address = array.ctypes.data
     return Buffer(address, layout, array, not flags.writeable)
 
 

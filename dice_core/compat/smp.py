@@ -302,8 +302,8 @@ def _term_and_request(
     """The term for these settings, with placeholders for class weights, and its request."""
     if not from_logits:
         raise NotImplementedError(
-            "from_logits=False is not supported: pass logits, whose probabilities are then part "
-            "of the pass"
+            "from_logits=False is not supported: pass logits, or probabilities to "
+            "dice_core.torch.loss(..., activation='none')"
         )
     if ignore_index is not None:
         ignore_index = checks.integer(ignore_index, "ignore_index")
