@@ -156,7 +156,8 @@ def _of_numpy(array: np.ndarray[Any, Any], name: str) -> Buffer:
     address = 0
     if array.size:
         try:  # a quarter of the time of array.ctypes.data
-            address = ctypes.addressof(ctypes.c_char.from_buffer(array))
+            memory: Any = array  # an ndarray is a buffer to type checkers from Python 3.12 on only
+            address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         except (ValueError, TypeError, BufferError):  # read-only, strided, or no dtype of Python's
             address = array.ctypes.data
     return Buffer(address, layout, array, not flags.writeable)

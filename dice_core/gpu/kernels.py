@@ -257,6 +257,10 @@ def plain_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
             first += int64(STEP)
 
         if not GRADIENT:
+            for c in range(PART):  # where the probabilities are NaN, s [y=c] is so for every class
+                sums[c] += sums[PART + c] * real(0)
+                if CROSS_ENTROPY:
+                    sums[3 * PART + c] += sums[PART + c] * real(0)
             store_partial(out, sums, out_of_range, block, thread, first_class)
 
     return kernel
