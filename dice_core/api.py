@@ -236,7 +236,10 @@ def loss_and_grad(
     grad_loss: Any = None,
     out: Any = None,
 ) -> tuple[Any, Any]:
-    """The loss and its gradient with respect to x; see `loss` for the other arguments and errors.
+    """The loss and its gradient with respect to x; see `loss` for the other arguments.
+
+    Replaces, without allocating anything of x's size but dx, the naive code of `loss` and its
+    backward pass.
 
     Parameters
     ----------
@@ -250,6 +253,11 @@ def loss_and_grad(
     -------
     (loss, dx), dx in x's dtype; dx is `out` if given, otherwise a new array of x's library (NumPy
     for any host memory that is not torch's), with x's strides if x has no gaps in memory.
+
+    Raises
+    ------
+    TypeError, ValueError, BackendError
+        As `loss` does, and for an `out` or `grad_loss` that does not fit. Nothing is written then.
     """
     term = _term(term, weight, ignore_channel, smooth, p, reduction)
     call = _call(x, y, term, ignore_label, activation, backend, num_threads, check_labels)
@@ -302,6 +310,11 @@ def statistics(
     Returns
     -------
     Statistics, (N, C) float64 each, arrays on x's device.
+
+    Raises
+    ------
+    TypeError, ValueError, BackendError
+        As `loss` does.
     """
     request = spec.checked(
         activation=activation,
@@ -332,12 +345,31 @@ def gradient(
     out: Any = None,
 ) -> Any:
     """The gradient, with respect to x, of the loss of these statistics, which include the sums of x
-    and y: of one tile of a volume, for example. See `loss` and `loss_and_grad` for the arguments,
-    result and errors.
+    and y: of one tile of a volume, for example.
 
     Replaces, without allocating anything of x's size but the gradient, the backward pass of the
-    loss of the whole volume, restricted to this tile. Out-of-range labels raise ValueError, but
-    only after `out` has been written.
+    loss of the whole volume, restricted to this tile.
+
+    Parameters
+    ----------
+    x, y : arrays
+        Logits (N, C, *) and labels or targets of the tile, as in `loss`.
+    statistics : Statistics
+        The sums of the whole volume, of `statistics` with the same options.
+    term, weight, ignore_channel, smooth, reduction, backend, num_threads
+        As in `loss`.
+    grad_loss, out
+        As in `loss_and_grad`.
+
+    Returns
+    -------
+    dx, as from `loss_and_grad`.
+
+    Raises
+    ------
+    TypeError, ValueError, BackendError
+        As `loss_and_grad` does, and if x and y do not match the statistics, or these lack a sum
+        that the term needs. Out-of-range labels raise only after `out` has been written.
     """
     if not isinstance(statistics, Statistics):
         raise TypeError(
@@ -392,9 +424,24 @@ def score(
         dice_c = 2 * i / ((decision == c).sum() + (y == c).sum())  # of valid voxels
         iou_c = i / ((decision == c).sum() + (y == c).sum() - i)
 
-    With activation "sigmoid" each channel is decided independently: positive where its logit is
-    above 0. pool "batch" adds the counts of all samples first and gives arrays (1, C). See `loss`
-    for the other arguments. The results are NumPy arrays, so arrays on a GPU synchronize.
+    Parameters
+    ----------
+    x, y, ignore_label, backend, num_threads, check_labels
+        As in `loss`.
+    pool : {"none", "batch"}
+        "batch" adds the counts of all samples first.
+    activation : {"softmax", "sigmoid"}
+        The decision is the class of the largest logit, or each channel by itself, positive where
+        its logit is above 0.
+
+    Returns
+    -------
+    Score, of NumPy arrays (N, C), with pool "batch" (1, C); arrays on a GPU synchronize.
+
+    Raises
+    ------
+    TypeError, ValueError, BackendError
+        As `loss` does.
     """
     checks.one_of(pool, "pool", ("none", "batch"))
     _check_plain(x, y)

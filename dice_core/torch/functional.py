@@ -40,8 +40,21 @@ def loss(
         loss = (1 - (2 * i + smooth) / (p + t + smooth)).mean()
 
     Gradients reach x, in its dtype, memory format and device, and class weights that are tensors
-    and require grad; a y that requires grad raises NotImplementedError. `num_threads` defaults to
-    torch's own setting.
+    and require grad. `num_threads` defaults to torch's own setting.
+
+    Returns
+    -------
+    Tensor () for reduction "mean", "sum" and "batch", (N,) for "none", (N, C) for "classes", on x's
+    device; float64 for float64 logits, otherwise float32.
+
+    Raises
+    ------
+    TypeError, ValueError, BackendError
+        As `dice_core.loss` does.
+    NotImplementedError
+        For a y that requires grad, and for forward-mode derivatives.
+    RuntimeError
+        In a second derivative.
     """
     term = losses.of(term, weight, ignore_channel, smooth, p, reduction)
     request = term.spec(activation, ignore_label)
@@ -73,7 +86,17 @@ def statistics(
         (s * t).sum(spatial), (s**p).sum(spatial), t.sum(spatial)
         (t * (1 - s) ** gamma * -s.log()).sum(spatial)
 
-    `num_threads` defaults to torch's own setting.
+    The parameters are those of `dice_core.statistics`; `num_threads` defaults to torch's own
+    setting.
+
+    Returns
+    -------
+    Statistics, (N, C) float64 tensors on x's device.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError, RuntimeError, BackendError
+        As `loss` does.
     """
     request = spec.checked(
         activation=activation,
