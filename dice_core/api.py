@@ -445,19 +445,13 @@ def score(
     """
     checks.one_of(pool, "pool", ("none", "batch"))
     _check_plain(x, y)
-    request = decision_spec(activation, ignore_label)
+    request = spec.decision(activation, ignore_label)
     sums = calls.call(x, y, request, backend, num_threads, check_labels).statistics().to_host()
     if pool == "batch":
         sums = sums.pooled()
     both, total = sums.intersection, sums.pred_sum + sums.target_sum
     with np.errstate(invalid="ignore"):
         return Score(2 * both / total, both / (total - both))
-
-
-def decision_spec(activation: Any, ignore_label: Any) -> spec.Spec:
-    """The Spec of the sums of hard decisions instead of probabilities."""
-    checks.one_of(activation, "activation", tuple(spec.DECISIONS))
-    return spec.Spec(spec.DECISIONS[activation], ignore_label=checks.ignore_label(ignore_label))
 
 
 def precompile(

@@ -134,6 +134,12 @@ def checked(
     )
 
 
+def decision(activation: Any, ignore_label: Any) -> Spec:
+    """The Spec of the sums of hard decisions instead of probabilities. Raises as `checked` does."""
+    checks.one_of(activation, "activation", tuple(DECISIONS))
+    return Spec(DECISIONS[activation], ignore_label=checks.ignore_label(ignore_label))
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Signature:
     """The layouts of a call's logits (N, C, *) and targets, labels (N, *) or soft (N, C, *), and

@@ -24,7 +24,8 @@ ARROWS = {
     "torch.modules": {"torch.functional", "losses.__init__", "checks", "threads"},
     "torch.metrics": {"torch.operators", "spec", "checks", "threads"},
     "torch.functional": {
-        *("torch.operators", "calls", "losses.__init__", "sums", "spec", "checks", "threads"),
+        *("torch.operators", "calls", "losses.__init__", "losses.terms", "sums", "spec"),
+        "threads",
         *ARRAYS,
     },
     "torch.operators": {"calls", "sums", "spec", "checks", *ARRAYS},

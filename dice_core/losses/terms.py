@@ -115,8 +115,10 @@ class Term:
         xp = namespace(array)
         if xp is np:
             return self.with_weights([to_numpy(weight) for weight in self.weights])
-        weights = [xp.as_tensor(weight).to(array.device, xp.float64) for weight in self.weights]
-        return self.with_weights(weights)
+        weights = [xp.as_tensor(weight) for weight in self.weights]
+        for weight in weights:
+            refuse_complex(weight)
+        return self.with_weights([weight.to(array.device, xp.float64) for weight in weights])
 
     def check_statistics(self, statistics: Statistics) -> None:
         """Raises TypeError if these are not Statistics, ValueError if they lack a needed sum or
@@ -318,7 +320,14 @@ def to_numpy(weight: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
     if not hasattr(weight, "requires_grad"):
         return checks.weight(weight)
     checks.no_gradient(weight, "weight")
-    return checks.weight(weight.detach().cpu().numpy())
+    refuse_complex(weight)
+    return checks.weight(weight.detach().cpu().double().numpy())
+
+
+def refuse_complex(weight: Any) -> None:
+    """Raises TypeError for a complex tensor, whose conversion would drop the imaginary part."""
+    if weight.is_complex():
+        raise TypeError(f"weight must be numbers, one per class, got {weight.dtype}")
 
 
 def namespace(array: Array) -> Any:

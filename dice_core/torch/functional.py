@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import allocators, buffers, calls, checks, losses, spec, threads
+from .. import allocators, buffers, calls, losses, spec, threads
 from ..losses import Term
+from ..losses.terms import to_numpy
 from ..spec import Spec
 from ..sums import Statistics
 from . import operators
@@ -130,7 +131,7 @@ def evaluate(
     if term.weights:
         classes = spec.for_shapes(x.shape, y.shape, request).classes(x.shape[1])
         fused = fused and _are_constants(term.weights)
-        term = (_with_arrays if fused else _with_tensors)(term, x)
+        term = _with_arrays(term, x) if fused else term.like(x)
         term.check(classes)
     if not fused:
         sums = operators.statistics(x, y, request, backend, num_threads, check_labels)
@@ -211,30 +212,14 @@ def _are_constants(weights: tuple[Any, ...]) -> bool:
     return all(is_plain(weight) and not weight.requires_grad for weight in tensors)
 
 
-def _with_tensors(term: Term, x: Tensor) -> Term:
-    """The term with its class weights as float64 tensors on x's device."""
-    weights = [torch.as_tensor(weight) for weight in term.weights]
-    for weight in weights:
-        _check_weight(weight)
-    return term.with_weights([weight.to(x.device, torch.float64) for weight in weights])
-
-
-def _check_weight(weight: Tensor) -> None:
-    if weight.is_complex():
-        raise TypeError(f"weight must be numbers, one per class, got {weight.dtype}")
-
-
 def _with_arrays(term: Term, x: Tensor) -> Term:
     """The term with its class weights as the fused loss needs them: tensors that are on x's GPU
     already, else NumPy arrays, of which each call finds a cached copy on the GPU.
     """
-    weights: list[Any] = []
-    for weight in term.weights:
-        if isinstance(weight, Tensor):
-            on_x = x.is_cuda and weight.device == x.device
-            _check_weight(weight)
-            weight = weight.double().contiguous() if on_x else weight.double().cpu().numpy()
-            if not on_x:
-                checks.weight(weight)
-        weights.append(weight)
+    weights = [
+        weight.double().contiguous()
+        if isinstance(weight, Tensor) and weight.is_cuda and x.is_cuda
+        else to_numpy(weight)
+        for weight in term.weights
+    ]
     return term.with_weights(weights)

@@ -51,10 +51,8 @@ class DiceScore(torch.nn.Module):
         check_labels: bool | None = None,
     ) -> None:
         super().__init__()
-        checks.one_of(activation, "activation", tuple(spec.DECISIONS))
         checks.one_of(pool, "pool", ("batch", "none"))
-        decision = spec.DECISIONS[activation]
-        self.spec = spec.Spec(decision, ignore_label=checks.ignore_label(ignore_label))
+        self.spec = spec.decision(activation, ignore_label)
         self.pool, self.iou = pool, iou
         thread_count = None if num_threads is None else threads.resolve(num_threads)
         self.options = backend, thread_count, check_labels
