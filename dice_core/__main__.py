@@ -39,7 +39,7 @@ def report() -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: _version(name) for name in PACKAGES},
         },
-        "platform": platform.platform(),
+        "platform": _platform(),
     }
 
 
@@ -50,9 +50,10 @@ def as_text(facts: dict[str, Any]) -> str:
         "",
         "backends, in the order tried",
     ]
+    automatic = {row.name for row in backends.BUILT_IN if row.automatic}
     for name, row in facts["backends"].items():
         state = "; ".join(row["unavailable"]) or "usable"
-        if name == "reference" and state == "usable":
+        if name not in automatic and state == "usable":
             state = "usable, only if requested by name"
         lines.append(f"  {name:<11} {row['description']:<37} {state}")
     requested = facts[backends.VARIABLE]
@@ -88,6 +89,12 @@ def _cpu() -> dict[str, Any] | None:
             version, library = kernels.openmp()
             return {"level": kernels.LEVEL, "openmp": version, "openmp_library": library}
     return None
+
+
+def _platform() -> str:
+    """As `platform.platform()`, which runs a program, `uname -p`."""
+    libc = "".join(platform.libc_ver())
+    return "-".join(filter(None, (platform.system(), platform.release(), platform.machine(), libc)))
 
 
 def _version(package: str) -> str | None:

@@ -15,7 +15,8 @@ Design
    its size depends only on the shape. A *tile*, up to 1024 voxels, is summed before conversion to float64. A *block* is
    the part of a tile for which the exponentials of all classes stay in the L1 cache (for many classes: in L2). A *line*
    is 64 bytes of numbers: 16 voxels in float32, one cache line.
-4. The sums of the chunks are added in order after the parallel loop: bitwise reproducible for any number of threads.
+4. The sums of the chunks are added in order after the parallel loop (`cpu/parallel.h`): bitwise reproducible for any
+   number of threads.
 5. For a block, the exponentials of all classes go to scratch; from there they are summed class by class, or turned into
    the gradient.
 6. For up to eight classes the compiler unrolls the softmax for their number. For two classes, the most common case,
@@ -31,7 +32,8 @@ Design
 The source is compiled once per instruction set; `cpu/simd.h` has the vectors of each.
 """
 
-from cython.parallel cimport prange, threadid
+import threading
+
 from libc.stdint cimport (
     int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t,
 )
@@ -44,6 +46,12 @@ cdef extern from "levels.h":
     const char *openmp_library() noexcept
     const char *DICE_LEVEL
     int DICE_OPENMP
+
+cdef extern from "parallel.h":
+    ctypedef Py_ssize_t (*Work)(const void *, Py_ssize_t, int) noexcept nogil
+    Py_ssize_t parallel(Work, const void *, Py_ssize_t, int, bint) except -1
+    int usable_threads(int) noexcept
+    void watch_forks() noexcept
 
 include "cpu/simd.pxi"
 
@@ -61,6 +69,7 @@ cdef enum:
     CHUNK_STEP = 256  # voxels; chunks are multiples of it
     MAX_CHUNKS = 256  # of a sample
     THREAD_NUMBERS = 32768  # logits that justify another thread
+    SIGNAL_NUMBERS = 1 << 20  # logits that take long enough for signals to be handled meanwhile
     CACHE_LINE = 64  # bytes
 
 cdef extern from *:
@@ -174,7 +183,7 @@ cdef struct Scratch:
     char *nll  # (block,) each voxel's part of H
     char *label  # (TILE,) class, -1 if ignored, -2 if out of range
     char *targets  # (classes, block) soft targets, -1 if ignored or out of range
-    char *top  # (2, block) nll and logit of the most probable class
+    char *top  # (3, block) nll and logit of the most probable class, and the others' probability
     char *sums  # (K, classes) vectors
     char *cotangent  # (ROWS, classes)
 
@@ -190,18 +199,23 @@ include "cpu/ratio.pxi"
 # ---- all chunks ------------------------------------------------------------------------------------------------------
 
 cdef class Workspace:
-    """One Scratch per thread, allocated before the parallel loop, in which MemoryError could not be raised."""
+    """One Scratch per thread and the sums of the chunks, allocated before the parallel loop, in which MemoryError could
+    not be raised.
+    """
 
     cdef char *memory
     cdef Scratch *of_thread
+    cdef double *partial  # (samples, chunks, K, classes); NULL for the gradient
 
     def __cinit__(self):
         self.memory = NULL
         self.of_thread = NULL
+        self.partial = NULL
 
     def __dealloc__(self):
         free(self.memory)
         free(self.of_thread)
+        free(self.partial)
 
     cdef int allocate(self, const Problem *q, Py_ssize_t threads) except -1:
         # Whole cache lines, so that no two threads share one.
@@ -209,7 +223,7 @@ cdef class Workspace:
         cdef Py_ssize_t rows = padded(q.classes * q.block * q.real_size, CACHE_LINE)
         cdef Py_ssize_t label = padded(TILE * q.real_size, CACHE_LINE)
         cdef Py_ssize_t targets = rows if q.soft_targets else 0
-        cdef Py_ssize_t top = 0 if q.plain else 2 * row
+        cdef Py_ssize_t top = 0 if q.plain else 3 * row
         cdef Py_ssize_t sums = padded(q.sums * q.classes * vector_size(q), CACHE_LINE)
         cdef Py_ssize_t cotangent = padded(ROWS * q.classes * q.real_size, CACHE_LINE)
         cdef Py_ssize_t size = 2 * rows + 2 * row + label + targets + top + sums + cotangent
@@ -218,7 +232,9 @@ cdef class Workspace:
         cdef char *at
         self.memory = <char *>malloc(threads * size + CACHE_LINE)
         self.of_thread = <Scratch *>malloc(threads * sizeof(Scratch))
-        if self.memory == NULL or self.of_thread == NULL:
+        if q.grad == NULL:
+            self.partial = <double *>calloc(max(1, q.samples * q.chunks * q.sums * q.classes), sizeof(double))
+        if self.memory == NULL or self.of_thread == NULL or (q.grad == NULL and self.partial == NULL):
             raise MemoryError
         at = <char *>padded(<Py_ssize_t><uintptr_t>self.memory, CACHE_LINE)
         for i in range(threads):
@@ -286,7 +302,7 @@ cdef int describe(Problem *q, logits_buffer, labels_buffer, grad_buffer, spec) e
         q.binary_targets = spec.targets == "binary"
         q.target_dtype = _DTYPES[labels.dtype]
         q.labels_c = labels_strides[1]
-        q.has_ignore = ignore is not None
+        q.has_ignore = ignore is not None and (labels.dtype != "bool" or ignore in (0, 1))
         q.ignore_target = float(ignore or 0)
     else:
         low, high = _LABELS[labels.dtype]
@@ -322,26 +338,36 @@ cdef int describe(Problem *q, logits_buffer, labels_buffer, grad_buffer, spec) e
 cdef int team(const Problem *q, threads) except -1:
     """The number of threads, limited so that each has enough work."""
     cdef Py_ssize_t worth = q.samples * q.voxels * q.classes // THREAD_NUMBERS
-    return max(1, min(worth, threads, q.samples * q.chunks)) if DICE_OPENMP else 1
+    return usable_threads(max(1, min(worth, threads, q.samples * q.chunks)))
 
 
-cdef Py_ssize_t run_chunks(
-    const Problem *q, const Scratch *of_thread, int workers, const double *cotangent, double *sums
-) noexcept nogil:
-    """Every chunk of every sample; sums is (samples, chunks, K, classes). Returns the number of out-of-range labels."""
-    cdef Py_ssize_t i, out_of_range = 0
-    cdef const Scratch *t
-    for i in prange(q.samples * q.chunks, num_threads=workers, schedule="static"):
-        t = &of_thread[threadid()]
-        if q.dtype == FLOAT16:
-            out_of_range += run_chunk(q, i, t, cotangent, sums, <float16 *>NULL)
-        elif q.dtype == BFLOAT16:
-            out_of_range += run_chunk(q, i, t, cotangent, sums, <bfloat16 *>NULL)
-        elif q.dtype == FLOAT32:
-            out_of_range += run_chunk(q, i, t, cotangent, sums, <float *>NULL)
-        else:
-            out_of_range += run_chunk(q, i, t, cotangent, sums, <double *>NULL)
-    return out_of_range
+cdef struct Job:
+    const Problem *q
+    const Scratch *of_thread
+    const double *cotangent
+    double *sums
+
+
+cdef Py_ssize_t run_item(const void *arguments, Py_ssize_t item, int thread) noexcept nogil:
+    """One chunk of a Job. Returns the number of out-of-range labels."""
+    cdef const Job *job = <const Job *>arguments
+    cdef const Scratch *t = &job.of_thread[thread]
+    if job.q.dtype == FLOAT16:
+        return run_chunk(job.q, item, t, job.cotangent, job.sums, <float16 *>NULL)
+    if job.q.dtype == BFLOAT16:
+        return run_chunk(job.q, item, t, job.cotangent, job.sums, <bfloat16 *>NULL)
+    if job.q.dtype == FLOAT32:
+        return run_chunk(job.q, item, t, job.cotangent, job.sums, <float *>NULL)
+    return run_chunk(job.q, item, t, job.cotangent, job.sums, <double *>NULL)
+
+
+cdef Py_ssize_t run_chunks(const Problem *q, Workspace workspace, int workers, const double *cotangent) except -1:
+    """Every chunk of every sample. Returns the number of out-of-range labels."""
+    cdef Job job = Job(q, workspace.of_thread, cotangent, workspace.partial)
+    cdef bint interruptible = (
+        q.samples * q.voxels * q.classes > SIGNAL_NUMBERS and threading.get_ident() == threading.main_thread().ident
+    )
+    return parallel(run_item, &job, q.samples * q.chunks, workers, interruptible)
 
 
 # ---- entry points ----------------------------------------------------------------------------------------------------
@@ -355,13 +381,10 @@ def statistics(logits, labels, sums, spec, threads):
     cdef double *out = <double *><uintptr_t>sums.address
     cdef Workspace workspace = Workspace()
     workspace.allocate(&q, workers)
-    cdef double *partial = <double *>calloc(max(1, q.samples * q.chunks * q.sums * q.classes), sizeof(double))
-    if partial == NULL:
-        raise MemoryError
+    out_of_range = run_chunks(&q, workspace, workers, NULL)
+    cdef const double *partial = workspace.partial
     with nogil:
-        out_of_range = run_chunks(&q, workspace.of_thread, workers, NULL, partial)
         add_chunks(&q, partial, out)
-        free(partial)
     return out_of_range
 
 
@@ -388,14 +411,10 @@ def gradient(logits, labels, cotangent, grad, spec, threads):
     """
     cdef Problem q
     describe(&q, logits, labels, grad, spec)
-    cdef Py_ssize_t out_of_range
     cdef int workers = team(&q, threads)
-    cdef const double *factors = <const double *><uintptr_t>cotangent.address
     cdef Workspace workspace = Workspace()
     workspace.allocate(&q, workers)
-    with nogil:
-        out_of_range = run_chunks(&q, workspace.of_thread, workers, factors, NULL)
-    return out_of_range
+    return run_chunks(&q, workspace, workers, <const double *><uintptr_t>cotangent.address)
 
 
 def elementwise(name, x, out):
@@ -428,6 +447,7 @@ def unsupported(signature):
 
 
 LEVEL = DICE_LEVEL.decode()
+watch_forks()
 
 
 def processor_runs(level):

@@ -301,7 +301,7 @@ def _ignored(dtype: str, label: int | None) -> tuple[int, int]:
     """
     if dtype in SIGNIFICANT_BITS:
         return (label, label) if label is not None and _is_float(label, dtype) else (-1, 0)
-    bits = 8 if dtype == "bool" else int(dtype.lstrip("uint"))
+    bits = 1 if dtype == "bool" else int(dtype.lstrip("uint"))
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1)) if dtype.startswith("int") else (0, 2**bits)
     if label is None or not low <= label < high:
         return -1, 0

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 
+@np.errstate(all="ignore")
 def statistics(logits: Any, labels: Any, sums: Any, spec: Any, threads: int) -> int:
     """Fills sums, (K, N, C), over the valid voxels m:
 
@@ -40,6 +41,7 @@ def statistics(logits: Any, labels: Any, sums: Any, spec: Any, threads: int) -> 
     return v.out_of_range
 
 
+@np.errstate(all="ignore")
 def gradient(logits: Any, labels: Any, cotangent: Any, grad: Any, spec: Any, threads: int) -> int:
     """Fills grad with dx, for a cotangent (a, b, _, h, l, b+, b-, ...) of the sums.
 
@@ -52,7 +54,9 @@ def gradient(logits: Any, labels: Any, cotangent: Any, grad: Any, spec: Any, thr
     v = _voxels(logits, labels, spec)
     of = dict(zip(spec.fields, np.asarray(cotangent)[..., None], strict=True))
     m, s, t = v.valid, v.probability, v.target
-    d = of["intersection"] * t + of["pred_sum"] * spec.p * s ** (spec.p - 1)
+    # A factor may be infinite, such as 2 / den of a class without targets.
+    d = of["pred_sum"] * spec.p * s ** (spec.p - 1)
+    d = d + np.multiply(of["intersection"], t, out=np.zeros_like(t), where=t > 0)
     d = np.where(m, d, 0)
     if spec.activation == "softmax":
         dx = s * (d - (d * s).sum(1, keepdims=True))
@@ -111,13 +115,15 @@ def _voxels(logits: Any, labels: Any, spec: Any) -> Voxels:
     two_of_one = classes != channels
     index = np.arange(classes).reshape(1, -1, 1)
 
-    y = np.asarray(labels)
-    y = y.view(np.uint8) if y.dtype == bool else y  # bool does not compare with every integer
+    y, limit, ignore = np.asarray(labels), classes, spec.ignore_label
+    if y.dtype == bool:  # a byte other than 0 and 1 is out of range
+        y, limit = y.view(np.uint8), min(classes, 2)
+        ignore = ignore if ignore in (0, 1) else None
     y = y.astype(np.float64) if y.dtype.kind not in "iu" else y  # exactly, to be compared
     y = y.reshape(x.shape if spec.soft_targets else (samples, 1, voxels))
-    ignored = np.zeros(y.shape, bool) if spec.ignore_label is None else y == spec.ignore_label
+    ignored = np.zeros(y.shape, bool) if ignore is None else y == ignore
     if not spec.soft_targets:
-        allowed = (y >= 0) & (y < classes)
+        allowed = (y >= 0) & (y < limit)
     elif spec.targets == "binary":
         allowed = (y == 0) | (y == 1)
     else:

@@ -1,12 +1,16 @@
-"""New arrays in another array's library and on its device; copies between host and device."""
+"""New arrays in another array's library and on its device; copies between host and device; NumPy's
+arithmetic without warnings.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import mmap
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -97,6 +101,14 @@ def from_host(array: np.ndarray[Any, Any], near: Buffer) -> Any:
     raise TypeError(f"cannot allocate arrays of type {type(owner).__name__}; {_REMEDY}")
 
 
+def mark_changed(array: Any) -> None:
+    """Tells torch that a tensor is about to be overwritten, so that a backward pass which has saved
+    it raises, as after torch's own operations in place.
+    """
+    if hasattr(array, "requires_grad") and not array.is_inference():
+        sys.modules["torch"].autograd.graph.increment_version(array)
+
+
 def is_ordered(buffer: Buffer) -> bool:
     """Whether its library orders its own work on the device, including the reuse of freed memory,
     after the work queued on `buffer.stream`.
@@ -112,17 +124,22 @@ def is_on_host(array: Any) -> bool:
 
 
 def to_host(buffer: Buffer) -> np.ndarray[Any, Any]:
-    """A NumPy array: a view of host memory, a copy of device memory.
+    """A NumPy array: a view of host memory, a copy of device memory. bfloat16, which NumPy lacks,
+    is uint16.
 
     The copy waits for kernels on `buffer.stream` if the library knows that stream, as torch, CuPy
     and numba do. Libraries that are read through DLPack do not know it: wait for the kernels first.
     """
+    bfloat16 = buffer.dtype == "bfloat16"
     if buffer.device == "cpu":
+        if bfloat16:
+            buffer = replace(buffer, layout=replace(buffer.layout, dtype="uint16"))
         return np.asarray(buffer)
     owner = buffer.owner
-    library, _ = _library(buffer)
+    library, module = _library(buffer)
     if library == "torch":
-        array = owner.detach().cpu().numpy()
+        array = owner.detach().cpu()
+        array = array.view(module.uint16).numpy() if bfloat16 else array.numpy()
     elif library == "cupy":
         array = owner.get()
     elif library == "numba":
@@ -205,6 +222,15 @@ def _advise_huge_pages(address: int, size: int) -> None:
 @functools.cache
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None)
+
+
+def quiet(array: Any) -> contextlib.AbstractContextManager[Any]:
+    """The context for arithmetic on sums, losses and weights: what overflows is infinite, 0/0 is
+    NaN, as in the kernels, without NumPy's warnings. torch has none, and could not trace this.
+    """
+    if hasattr(array, "requires_grad"):
+        return contextlib.nullcontext()
+    return np.errstate(all="ignore")
 
 
 def add(a: Any, b: Any) -> Any:

@@ -135,7 +135,8 @@ def loss(
         DICE_CORE_BACKEND, or if that is not set the first backend that supports the call.
     num_threads : int, optional
         By default OMP_NUM_THREADS, or if that is not set the number of cores this process may use.
-        The result is bitwise reproducible for any number of threads.
+        The result is bitwise reproducible for any number of threads. One where so many cannot be
+        started, and in a process forked from one with several threads.
     check_labels : bool, optional
         On a GPU a call does not synchronize, and a label outside [0, C) makes the loss NaN; True
         synchronizes and raises ValueError instead. None follows the environment variable
@@ -248,6 +249,7 @@ def loss_and_grad(
     out : array, optional
         Receives the gradient: any writable array of x's shape, dtype and device, including x itself
         (the gradient then overwrites the logits in place). Otherwise it must not overlap x or y.
+        An exception, such as KeyboardInterrupt, may leave it partly written.
 
     Returns
     -------
@@ -390,9 +392,7 @@ def gradient(
     term.check_statistics(statistics)
     grad_loss = call.checked_grad_loss(grad_loss, term.shape(*call.shape[1:]))
     grad, out = call.gradient_buffer(x, out)
-    _, derivative = term.with_derivative(statistics.to_host())
-    if call.logits.device != "cpu":
-        derivative = allocators.from_host(derivative, call.logits)
+    _, derivative = call.evaluate(term, statistics)
     call.gradient(derivative, grad_loss, grad)
     return out
 
@@ -450,7 +450,7 @@ def score(
     if pool == "batch":
         sums = sums.pooled()
     both, total = sums.intersection, sums.pred_sum + sums.target_sum
-    with np.errstate(invalid="ignore"):
+    with allocators.quiet(total):
         return Score(2 * both / total, both / (total - both))
 
 
@@ -506,7 +506,7 @@ _NUMPY = np.empty(0)
 def _check_plain(x: Any, y: Any) -> None:
     """Raises TypeError for a tensor that requires grad, whose gradient would be lost."""
     for name, value in (("x", x), ("y", y)):
-        if getattr(value, "requires_grad", False):
+        if getattr(value, "requires_grad", False) is True:
             raise TypeError(
                 f"{name} requires grad, but the functions of dice_core do not record gradients: "
                 f"use dice_core.torch.loss, or pass {name}.detach()"

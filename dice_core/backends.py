@@ -27,6 +27,9 @@ differs:
   loss's dtype;
 - ``precompile(logits, labels, spec)`` compiles the kernels that calls with such arrays need;
 - ``wait(logits)`` waits for the work queued on the logits' stream.
+
+A backend of another package is imported only if it is requested by name, or by `python -m
+dice_core`, which lists all: a package that happens to be installed runs no code.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import checks
 from .spec import Signature
 
 VARIABLE = "DICE_CORE_BACKEND"
@@ -113,8 +117,7 @@ def select(signature: Signature, name: str | None = None) -> Any:
     every backend, does not support them.
     """
     if name is not None:
-        if not isinstance(name, str):
-            raise TypeError(f"backend must be a name or None, got {type(name).__name__}")
+        checks.backend(name)
         return _named(signature, name, "backend=")
     name = os.environ.get(VARIABLE)
     return _named(signature, name, f"{VARIABLE}=") if name else _first(signature)
@@ -163,7 +166,13 @@ def _refusal(signature: Signature, refused: dict[str, list[str]], headline: str)
 @functools.cache
 def _entry_points() -> tuple[Backend, ...]:
     return tuple(
-        Backend(point.name, point.value, None, f"from {point.dist.name if point.dist else '?'}")
+        Backend(
+            point.name,
+            point.value,
+            None,
+            f"from {point.dist.name if point.dist else '?'}",
+            automatic=False,
+        )
         for point in importlib.metadata.entry_points(group=ENTRY_POINTS)
     )
 

@@ -90,6 +90,8 @@ def of(array: Any, name: str) -> Buffer:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
         return _of_torch(array, name, torch)
+    if isinstance(array, type):
+        raise TypeError(f"{name} must be an array, got the class {array.__name__}")
     if hasattr(array, "__cuda_array_interface__"):
         return _of_cuda_array(array, name)
     if hasattr(array, "__dlpack__"):
@@ -183,12 +185,25 @@ _MISALIGNED = "{}'s elements are not aligned to {} bytes"
 
 
 def _of_torch(tensor: Any, name: str, torch: Any) -> Buffer:
+    if tensor.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor; torch.nested.to_padded_tensor gives a plain one"
+        )
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name} is a {str(tensor.layout)[6:]} tensor; call .to_dense() on it")
     if tensor.is_neg():
         raise TypeError(f"{name} is a lazily negated view; call .resolve_neg() on it")
     layout = _torch_layout(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-    buffer = Buffer(tensor.data_ptr(), layout, tensor)
+    try:
+        address = tensor.data_ptr()
+    except RuntimeError:  # a tensor that torch.func transforms
+        address = 0
+    if not address and not tensor.is_meta and 0 not in layout.shape:
+        raise TypeError(
+            f"{name} is a {type(tensor).__name__} without memory: torch traces or transforms it "
+            f"(dice_core.torch takes such tensors), or its storage was freed"
+        )
+    buffer = Buffer(address, layout, tensor)
     if tensor.is_cuda:
         buffer.stream = _torch_stream(torch, tensor.device)
     return buffer

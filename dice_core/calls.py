@@ -30,6 +30,8 @@ def call(
 
     Raises TypeError or ValueError for invalid arguments, BackendError if no backend supports them.
     """
+    if check_labels is not None:
+        checks.flag(check_labels, "check_labels")
     logits, labels = buffers.of(x, "x"), buffers.of(y, "y")
     sig = signature(logits.layout, labels.layout, spec)
     if labels.layout is not sig.labels:
@@ -85,7 +87,7 @@ class Call:
         _, samples, classes = self.shape
         ratio = None if TARGET_SQUARE in self.spec.fields else term.ratio(samples, classes)
         if ratio is None or not hasattr(self.kernels, "loss"):
-            return self._from_sums(term)
+            return self.evaluate(term, self.statistics())
         value = self._empty(term.shape(samples, classes), self.loss_dtype)
         derivative = self._empty(self.shape, "float64")
         at, weight = buffers.of(derivative, "derivative"), None
@@ -104,6 +106,14 @@ class Call:
         self._check(found, at)
         return value, derivative
 
+    def evaluate(self, term: Any, sums: Statistics) -> tuple[Array, Array]:
+        """The loss of these sums and its derivative, computed by the term in host memory."""
+        sums = sums.to_host()
+        with allocators.quiet(sums.array):
+            value, derivative = term.with_derivative(sums)
+            value = np.asarray(value, self.loss_dtype)
+        return self._from_host(value), self._from_host(derivative)
+
     def gradient(self, derivative: Array, grad_loss: Array | None, grad: Buffer) -> None:
         """Fills grad with the gradient with respect to the logits of a loss with this derivative,
         times the incoming gradient, which has the loss's shape; None means ones.
@@ -119,8 +129,10 @@ class Call:
         if out is None:
             out = allocators.empty_like(x, "x")
             return buffers.of(out, "out"), out
+        checks.no_gradient(out, "out")
         grad = buffers.of(out, "out")
         checks.out(grad, self.logits, self.labels)
+        allocators.mark_changed(out)
         return grad, out
 
     def _empty(self, shape: tuple[int, ...], dtype: str) -> Array:
@@ -131,8 +143,8 @@ class Call:
         """(C,) class weights in that memory, in float64."""
         raise NotImplementedError
 
-    def _from_sums(self, term: Any) -> tuple[Array, Array]:
-        """The loss and its derivative, computed by the term."""
+    def _from_host(self, numbers: Array) -> Array:
+        """A NumPy array in that memory."""
         raise NotImplementedError
 
     def _check(self, found: int, sums: Buffer) -> None:
@@ -164,9 +176,8 @@ class HostCall(Call):
     def _weight(self, weight: Array) -> Array:
         return np.ascontiguousarray(weight)
 
-    def _from_sums(self, term: Any) -> tuple[Array, Array]:
-        value, derivative = term.with_derivative(self.statistics())
-        return np.asarray(value, self.loss_dtype), derivative
+    def _from_host(self, numbers: Array) -> Array:
+        return numbers
 
     def _check(self, found: int, sums: Buffer) -> None:
         if found:
@@ -198,7 +209,7 @@ class DeviceCall(Call):
         if grad_loss is None:
             return None
         if allocators.is_on_host(grad_loss):
-            numbers = checks.grad_loss(grad_loss, shape).astype(self.loss_dtype)
+            numbers = checks.grad_loss(grad_loss, shape, self.loss_dtype)
             return allocators.from_host(numbers, self.logits)
         at = buffers.of(grad_loss, "grad_loss")
         checks.device_grad_loss(at, shape, self.loss_dtype, self.logits.device)
@@ -210,10 +221,8 @@ class DeviceCall(Call):
     def _weight(self, weight: Array) -> Array:
         return allocators.on_device(weight, self.logits)
 
-    def _from_sums(self, term: Any) -> tuple[Array, Array]:
-        value, derivative = term.with_derivative(self.statistics().to_host())
-        value = allocators.from_host(np.asarray(value, self.loss_dtype), self.logits)
-        return value, allocators.from_host(derivative, self.logits)
+    def _from_host(self, numbers: Array) -> Array:
+        return allocators.from_host(numbers, self.logits)
 
     def _check(self, found: int, sums: Buffer) -> None:
         """Checks the labels if requested and some sum is NaN, then waits if necessary."""
@@ -234,4 +243,5 @@ def cotangent(derivative: Array, grad_loss: Array) -> Array:
     """The cotangent of the sums, (K, N, C): a loss's derivative times the incoming gradient, of the
     loss's shape (), (N,) or (N, C).
     """
-    return derivative * (grad_loss if grad_loss.ndim == 2 else grad_loss[..., None])
+    with allocators.quiet(derivative):
+        return derivative * (grad_loss if grad_loss.ndim == 2 else grad_loss[..., None])

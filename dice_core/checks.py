@@ -38,7 +38,7 @@ def number(value: Any, name: str, largest: float = math.inf) -> float:
 
 def no_gradient(value: Any, name: str) -> None:
     """Raises TypeError for a tensor that requires grad where no gradient would reach it."""
-    if getattr(value, "requires_grad", False):
+    if getattr(value, "requires_grad", False) is True:
         raise TypeError(
             f"{name} requires grad, and no gradient would reach it: pass {name}.detach(), or "
             f"compute with it in torch, outside the loss"
@@ -64,21 +64,65 @@ def power(p: Any) -> int:
 
 
 def ignore_label(label: Any) -> int | None:
-    """Any integer, or None for no ignored label."""
-    return None if label is None else integer(label, "ignore_label")
+    """Any integer that floating-point targets may be equal to, or None for no ignored label."""
+    if label is None:
+        return None
+    value = integer(label, "ignore_label")
+    if value.bit_length() > 1023:
+        raise ValueError(
+            f"ignore_label must lie within float64's range, got {value.bit_length()} bits"
+        )
+    return value
 
 
 def ignore_channel(channels: Any) -> int | tuple[int, ...]:
     """Any integer, or several as a tuple; those outside [0, C) have no effect."""
-    if isinstance(channels, (tuple, list, set, frozenset, range, np.ndarray)):
+    if isinstance(channels, (tuple, list, set, frozenset, range)) or np.ndim(channels) == 1:
         return tuple(integer(channel, "ignore_channel") for channel in channels)
     return integer(channels, "ignore_channel")
+
+
+def flag(value: Any, name: str) -> bool:
+    """True or False, or 1 or 0."""
+    if isinstance(value, (bool, np.bool_, int)) and value in (0, 1):
+        return bool(value)
+    raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
 
 
 def one_of(value: Any, name: str, allowed: Sequence[str]) -> None:
     """Raises ValueError if the value is not one of the allowed strings."""
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def backend(name: Any) -> None:
+    """Raises TypeError if this is neither a string nor None."""
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"backend must be a name or None, got {type(name).__name__}")
+
+
+def output_weights(values: Any) -> list[float]:
+    """The weights of several outputs: finite numbers from 0."""
+    no_gradient(values, "weights")
+    no_mask(values, "weights")
+    if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
+        raise TypeError(
+            f"weights must be numbers, one for each output, got {type(values).__name__}"
+        )
+    return [number(value, "weights") for value in values]
+
+
+def all_are(kind: type, values: Any, name: str) -> None:
+    """Raises TypeError unless this is a sequence of instances of `kind`."""
+    if not isinstance(values, Sequence):
+        raise TypeError(
+            f"{name} must be a sequence of {kind.__name__}s, got {type(values).__name__}"
+        )
+    for value in values:
+        if not isinstance(value, kind):
+            raise TypeError(
+                f"{name} must be a sequence of {kind.__name__}s, got a {type(value).__name__} in it"
+            )
 
 
 # ---- arrays of a call ----------------------------------------------------------------------------
@@ -138,46 +182,56 @@ def out(target: Buffer, x: Buffer, y: Buffer) -> None:
 
 def targets(y: Buffer, spec: Any, classes: int, found: int = 0) -> None:
     """Raises ValueError if there are labels that are neither a class nor the ignore label, or soft
-    targets outside [0, 1] (binary ones other than 0 and 1); the message gives their number, the
-    first one and its position.
+    targets outside [0, 1] (binary ones other than 0 and 1), or bytes of a bool array other than 0
+    and 1; the message gives their number, the first one and its position.
 
     `found`: their number as counted by a kernel; 0 if it is not known.
     """
     ignored, soft = spec.ignore_label, spec.soft_targets
     array = allocators.to_host(y)
-    if array.dtype == bool:
+    is_bool = array.dtype == bool
+    if is_bool:
         array = array.view(np.uint8)
     position, total, first = None, 0, None
     for n, sample in enumerate(array):  # one sample at a time: a mask of all of y could be large
+        if y.dtype == "bfloat16" and sample.dtype == np.uint16:
+            sample = (sample.astype(np.uint32) << 16).view(np.float32)
         if soft and sample.dtype.kind not in "iu":  # half precision would round the ignore label
             sample = sample.astype(np.float64)
-        wrong = ~(sample <= 1) if soft else sample >= classes
+        wrong = ~(sample <= 1) if soft or is_bool else sample >= classes
         wrong |= sample < 0
         if spec.targets == "binary":
             wrong |= (sample > 0) & (sample < 1)
-        if ignored is not None:
+        if ignored is not None and not is_bool:
             wrong &= sample != ignored
         if position is None and wrong.any():
             position = (n, *map(int, np.unravel_index(np.argmax(wrong), wrong.shape)))
-            first = array[position]
+            first = sample[position[1:]]
             if found:
                 break
         total += int(wrong.sum())
     if position is None and not found:
         return
-    if position is None:
-        raise ValueError("y was changed by another thread while it was read")
     found = found or total
+    kind, allowed = ("value", "[0, 1]") if soft else ("label", f"[0, {classes})")
+    kind, allowed = kind + "s"[: found != 1], "0 and 1" if spec.targets == "binary" else allowed
+    note = "no label is ignored" if ignored is None else f"{ignored} is ignored"
+    if position is None:
+        raise ValueError(
+            f"y had {found} {kind} outside {allowed} ({note}) when it was summed and has none now: "
+            f"it must not change during a call"
+        )
     has_channel_axis = len(y.owner.shape) > len(position)
     where = (position[0], 0, *position[1:]) if has_channel_axis else position
-    kind, allowed = ("value", "[0, 1]") if soft else ("label", f"[0, {classes})")
-    allowed = "0 and 1" if spec.targets == "binary" else allowed
-    note = "no label is ignored" if ignored is None else f"{ignored} is ignored"
+    if is_bool:
+        raise ValueError(
+            f"y is bool and has {found} {kind} whose byte is neither 0 nor 1; the first is {first} "
+            f"at {where}; view y as uint8 to use such numbers"
+        )
     if not soft and first == 255 and ignored != 255:
         note += "; ignore_label=255?"
     raise ValueError(
-        f"y has {found} {kind}{'s'[: found != 1]} outside {allowed} ({note}); "
-        f"the first is {first} at {where}"
+        f"y has {found} {kind} outside {allowed} ({note}); the first is {first} at {where}"
     )
 
 
@@ -186,13 +240,23 @@ def targets(y: Buffer, spec: Any, classes: int, found: int = 0) -> None:
 
 def weight(values: Any, name: str = "weight") -> np.ndarray[Any, np.dtype[np.float64]]:
     """Finite numbers in float64."""
+    no_mask(values, name)
     try:
-        array = np.asarray(values).astype(np.float64, casting="same_kind")
+        array = np.asarray(values)
+        if array.dtype != np.float64:
+            with allocators.quiet(array):
+                array = array.astype(np.float64, casting="same_kind")
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be numbers, one per class, got {values!r}") from None
     if not np.isfinite(array).all():
         raise ValueError(f"{name} must be finite, got {array.tolist()}")
     return array
+
+
+def no_mask(values: Any, name: str) -> None:
+    """Raises TypeError for a masked array, whose mask would be ignored."""
+    if isinstance(values, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, whose mask would be ignored")
 
 
 def weight_shape(values: Any, classes: int, name: str = "weight") -> None:
@@ -205,12 +269,16 @@ def weight_shape(values: Any, classes: int, name: str = "weight") -> None:
         )
 
 
-def grad_loss(values: Any, shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The incoming gradient of a loss of this shape, in float64."""
+def grad_loss(values: Any, shape: tuple[int, ...], dtype: str = "float64") -> Any:
+    """The incoming gradient of a loss of this shape, in this dtype."""
     no_gradient(values, "grad_loss")
+    no_mask(values, "grad_loss")
     try:
-        array = np.asarray(values).astype(np.float64, casting="same_kind")
-    except (TypeError, ValueError):
+        array = np.asarray(values)
+        if array.dtype != dtype:
+            with allocators.quiet(array):
+                array = array.astype(dtype, casting="same_kind")
+    except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"grad_loss must be numbers, got {type(values).__name__}") from None
     if array.shape not in ((), shape):
         raise ValueError(f"grad_loss must have the loss's shape {shape}, got {array.shape}")

@@ -127,9 +127,9 @@ def checked(
         checks.power(p),
         checks.ignore_label(ignore_label),
         None if gamma is None else checks.number(gamma, "gamma"),
-        bool(nll),
+        checks.flag(nll, "nll"),
         None if binary_gamma is None else checks.number(binary_gamma, "binary_gamma"),
-        bool(target_square),
+        checks.flag(target_square, "target_square"),
         targets,
     )
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from . import allocators, buffers, spec
 from .spec import Spec
 
@@ -105,7 +107,9 @@ class Statistics:
 
     def pooled(self) -> Statistics:
         """The statistics added over the samples, N = 1."""
-        return Statistics(self.array.sum(1)[:, None], self.spec, self.dtype)
+        with allocators.quiet(self.array):
+            array = self.array.sum(1)[:, None]
+        return Statistics(array, self.spec, self.dtype)
 
     def __iter__(self) -> Iterator[Array]:
         return (self.array[k] for k in range(len(self.spec.fields)))
@@ -113,7 +117,9 @@ class Statistics:
     def __add__(self, other: Any) -> Statistics:
         if not isinstance(other, Statistics):
             return NotImplemented
+        tensors = hasattr(self.array, "requires_grad"), hasattr(other.array, "requires_grad")
         for what, mine, theirs in (
+            ("kinds of arrays", *("torch's" if each else "others" for each in tensors)),
             ("sums", self.spec, other.spec),
             ("logits' dtypes", self.dtype, other.dtype),
             ("shapes (K, N, C)", tuple(self.array.shape), tuple(other.array.shape)),
@@ -122,7 +128,9 @@ class Statistics:
                 raise ValueError(
                     f"cannot add statistics with different {what}: {mine} and {theirs}"
                 )
-        return Statistics(allocators.add(self.array, other.array), self.spec, self.dtype)
+        with allocators.quiet(self.array):
+            array = allocators.add(self.array, other.array)
+        return Statistics(array, self.spec, self.dtype)
 
     def __radd__(self, other: Any) -> Statistics:
         return (
@@ -135,5 +143,7 @@ class Statistics:
 
     def to_host(self) -> Statistics:
         """The same statistics as NumPy arrays; synchronizes with the device."""
+        if isinstance(self.array, np.ndarray):
+            return self
         array = allocators.to_host(buffers.of(self.array, "statistics"))
         return Statistics(array, self.spec, self.dtype)

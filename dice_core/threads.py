@@ -1,4 +1,8 @@
-"""How many threads a call may use."""
+"""How many threads a call may use.
+
+The CPU kernels use fewer if there is little work, and one if so many cannot be started or if this
+process was forked from one with several threads: those of OpenMP do not survive fork.
+"""
 
 from __future__ import annotations
 

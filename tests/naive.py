@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot, softplus
+from torch.nn.functional import logsigmoid, one_hot
 
 
 def statistics(
@@ -51,8 +51,8 @@ def statistics(
         sums.append(m * -log_q)
     if binary_gamma is not None:
         b = logit.sigmoid()
-        sums.append(t * (1 - b) ** binary_gamma * softplus(-logit))
-        sums.append(m * (1 - t) * b**binary_gamma * softplus(logit))
+        sums.append(t * (1 - b) ** binary_gamma * -logsigmoid(logit))
+        sums.append(m * (1 - t) * b**binary_gamma * -logsigmoid(-logit))
     if soft and target_square:
         sums.append(m * t**2)
     return tuple(term.sum(2) for term in (*sums, *([m] if soft else [])))

@@ -1,6 +1,7 @@
 """backends: which kernels run a call, and the message if none supports it."""
 
 import importlib
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -360,11 +361,21 @@ def test_a_plug_in_refuses_for_itself(plug_in):
     assert "  plugged: wants float32" in text.splitlines()
 
 
-def test_a_plug_in_is_tried_after_the_built_in_rows(plug_in, record):
-    dice_core.loss(X, Y)
-    assert record == [next(filter(usable, CPU_NAMES))]
-
-
-def test_a_plug_in_takes_what_no_built_in_row_does(plug_in, monkeypatch):
+def test_a_plug_in_is_imported_only_if_requested(plug_in, monkeypatch):
+    """Not because it is installed: not even where no built-in backend supports the call."""
+    monkeypatch.delitem(sys.modules, "dice_plug_in_kernels", raising=False)
     monkeypatch.setattr(backends, "BUILT_IN", (ROWS["reference"],))
+    text = message(dice_core.BackendError, dice_core.loss, X, Y)
+    assert "  plugged: runs only if requested by name" in text.splitlines()
+    message(ValueError, dice_core.loss, X, Y, backend="plug")
+    assert "dice_plug_in_kernels" not in sys.modules
+    monkeypatch.setenv(backends.VARIABLE, "plugged")
     assert dice_core.loss(X, Y) == pytest.approx(1 - 2 / 5)
+    assert "dice_plug_in_kernels" in sys.modules
+
+
+def test_a_plug_in_cannot_take_the_name_of_a_built_in_backend(plug_in, tmp_path, record):
+    points = tmp_path / "dice_plug_in-1.0.dist-info" / "entry_points.txt"
+    points.write_text("[dice_core.backends]\ncpu = dice_plug_in_kernels\n")
+    dice_core.loss(X, Y, backend="cpu")
+    assert record == ["cpu"]

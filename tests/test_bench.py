@@ -187,6 +187,15 @@ def test_wrong_values_and_refusals_are_noted(monkeypatch, restored):
     assert found.rounds == 2
 
 
+def test_times_are_medians(monkeypatch, restored):
+    samples = [{"forward": n, "step": 10 * n} for n in (5.0, 1.0, 2.0)]
+    monkeypatch.setattr(measure, "_rounds", lambda steps, *_: dict.fromkeys(steps, samples))
+    settings = measure.Settings(memory=False)
+    found = measure.times(cases.CASES["g"].with_sides(4), ["naive"], settings)
+    assert found.get("naive", "forward") == found.get("floor", "forward") == 2
+    assert found.get("naive", "step") == 20
+
+
 @pytest.mark.parametrize(
     ("value", "dtype", "wrong"),
     [

@@ -697,6 +697,7 @@ class CudaTensor:
         self.tensor, self.steps = tensor, steps
         self.shape, self.dtype = tensor.shape, tensor.dtype
         self.stride, self.data_ptr, self.is_neg = tensor.stride, tensor.data_ptr, tensor.is_neg
+        self.is_nested = False
 
     def __getattr__(self, name):
         if name != self.steps[0]:

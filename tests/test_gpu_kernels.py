@@ -103,7 +103,7 @@ PLAIN = {
     "two": ("bfloat16", "uint8", 2, 600, {}),
     "two_focal": ("float64", "int64", 2, 130, {"gamma": 2.0}),
     "three_scalar": ("float32", "int64", 3, 301, {}),
-    "four_ignored": ("float16", "uint8", 4, 600, {"ignore_label": 255}),
+    "four_ignored": ("float16", "uint8", 4, 600, {"ignore_label": 1}),
     "four_cross_entropy": ("float32", "uint8", 4, 520, {"gamma": 0.0}),
     "five_root": ("float16", "int16", 5, 300, {"gamma": 0.5, "p": 2, "ignore_label": -1}),
     "double": ("float64", "int32", 3, 130, {"p": 3, "gamma": 0.0}),
@@ -126,7 +126,7 @@ PLAIN = {
 }
 BINARY = {"activation": "sigmoid", "binary_gamma": 0.0}
 GENERAL = {
-    "nll": ("float32", "uint8", 4, 300, {"nll": True, "ignore_label": 255}),
+    "nll": ("float32", "uint8", 4, 300, {"nll": True, "ignore_label": 2}),
     "nll_single": ("float16", "bool", 1, 300, {"nll": True, "gamma": 0.0}),
     "nll_lanes": ("bfloat16", "int8", 40, 40, {"nll": True, "gamma": 2.0}),
     "none": ("float64", "int64", 3, 130, {"activation": "none", "p": 2, "gamma": 0.0}),
@@ -291,25 +291,25 @@ RATIO = {
     "pooled": False,
     "per_sample": False,
     "ignore_channel": -1,
-    "share": -1.0,
-    "start": 1.0,
+    "share": 1.0,
+    "start": 0.5,
     "excess": 0.0,
     "smooth": 0.0,
-    "num": (2.0, 0.0, 0.0),
+    "num": (-2.0, 1.0, 1.0),
     "den": (0.0, 1.0, 1.0),
 }
 RATIOS = {
-    "mean": {"share": -0.25},
+    "mean": {"share": 0.25},
     "per_sample": {"per_sample": True, "excess": 0.5, "smooth": 0.5},
-    "per_sample_ignoring": {"per_sample": True, "ignore_channel": 2, "share": -0.5},
+    "per_sample_ignoring": {"per_sample": True, "ignore_channel": 2, "share": 0.5},
     "pooled": {"pooled": True, "excess": 0.25, "smooth": 2.0, "weight": (0.2, 1.5, 0.7)},
     "jaccard": {
-        "num": (1.0, 0.0, 0.0),
+        "num": (-2.0, 1.0, 1.0),
         "den": (-1.0, 1.0, 1.0),
         "ignore_channel": 0,
         "smooth": 1.0,
     },
-    "tversky": {"num": (1.0, 0.0, 0.0), "den": (0.0, 0.3, 0.7), "weight": (1.0, 0.0, 2.5)},
+    "tversky": {"num": (-1.0, 0.3, 0.7), "den": (0.0, 0.3, 0.7), "weight": (1.0, 0.0, 2.5)},
 }
 
 
@@ -324,8 +324,9 @@ def ratio_of(sums, weight, ratio):
     terms = factor * num / den
     value = ratio.start + terms.sum(1 if ratio.per_sample else None)
     derivative = np.zeros(sums.shape)
+    score = (np.where(den < np.inf, den, 0) - num) / den
     for k in range(3):
-        derivative[k] = (ratio.num[k] - num / den * ratio.den[k]) * factor / den
+        derivative[k] = (score * ratio.den[k] - (ratio.den[k] - ratio.num[k])) * factor / den
     return value, derivative
 
 
@@ -352,6 +353,22 @@ def test_the_loss_follows_in_the_second_launch(changed, channels):
     x[:, -1] = -200  # neither present nor predicted: 0/0
     y[y == channels - 1] = 0
     check_ratio(call(x, y), **changed)
+
+
+def test_a_score_near_0_has_an_exact_derivative():
+    """Of a class that is absent and hardly predicted, with smoothing that is small beside P: the
+    score is not 1 minus the loss, which would lose its digits.
+    """
+    x, y, _ = example("float64", "uint8", 3, 60)
+    x[:, -1], y = -15, y % 2
+    at, smooth = call(x, y), 1e-14
+    value, derivative, sums = empty(at, (2,), "float64"), empty(at), empty(at)
+    ratio = SimpleNamespace(**RATIO | {"smooth": smooth, "per_sample": True})
+    _gpu.loss(at.logits, at.labels, value, derivative, at.spec, ratio, None, 1)
+    _gpu.statistics(at.logits, at.labels, sums, at.spec, 1)
+    den = sums.owner.host[1, :, 2] + smooth
+    assert_close(derivative.owner.host[1, :, 2], smooth / den / den, rtol=1e-14)
+    assert_close(derivative.owner.host[0, :, 2], -2 / den, rtol=1e-14)
 
 
 def test_a_loss_takes_nothing_from_an_ignored_channel():
@@ -429,6 +446,16 @@ def test_an_ignore_label_outside_the_range_of_the_dtype():
     y[0, 3] = 2**64 - 1
     assert np.isnan(run(x, y, cotangent, ignore_label=-1)[0][:, 0]).all()
     assert not np.isnan(run(x, y, cotangent, ignore_label=2**64 - 1)[0]).any()
+
+
+@pytest.mark.parametrize("options", [{}, {"nll": True}])
+def test_a_byte_of_a_bool_is_0_or_1(options):
+    x, y, cotangent = example("float32", "bool", 3, 130)
+    y.view(np.uint8)[1, 5] = 2
+    for ignore_label in (None, 2):
+        sums, _ = run(x, y, cotangent, ignore_label=ignore_label, **options)
+        assert np.isnan(sums[:, 1]).all()
+        assert not np.isnan(sums[:, 0]).any()
 
 
 @pytest.mark.parametrize("channels", [3, 30])

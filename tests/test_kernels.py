@@ -350,6 +350,16 @@ def test_ragged_sizes(kernels, dtype, channels, size):
 
 
 @backend
+@floats
+@pytest.mark.parametrize("channels", [4, 5, 7])
+def test_ragged_sizes_of_adjacent_channels(kernels, dtype, channels):
+    """They are transposed in squares of four voxels and channels."""
+    for size in (4, 5, 6, 7, 19, 1023):
+        x, y = example((2, channels, size), dtype)
+        check(kernels, LAYOUTS["channels-last"](x), y)
+
+
+@backend
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(
     "shape",
@@ -370,6 +380,16 @@ def test_label_dtypes(kernels, labels, channels):
     for ignore_label in {*info, 1, -1, 2**63, 2**64 - 1, 2**70}:
         y[0, ::10] = ignore_label if info[0] <= ignore_label <= info[1] else 0
         check(kernels, x, y, ignore_label=ignore_label)
+
+
+@backend_or_oracle
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_byte_of_a_bool_is_0_or_1(kernels, soft):
+    x, y = example((2, 3, 300), "float32", labels="bool")
+    y = np.stack([y] * 3, 1) if soft else y
+    y.view(np.uint8)[1, ..., 7] = 2
+    for ignore_label in (None, 2):
+        assert sums_of(kernels, x, y, ignore_label=ignore_label)[1] == (3 if soft else 1)
 
 
 READ_ONLY_LAYOUTS = {
@@ -424,6 +444,29 @@ def test_gradient_into_aligned_memory(kernels, dtype, channels, options):
     _, grad = run(kernels, x, y, **options, out=aligned)
     grad = grad.copy()
     assert_bitwise_equal(grad, run(kernels, x, y, **options, out=other)[1])
+
+
+@backend
+def test_gradient_into_channels_that_are_not_aligned(kernels):
+    """Non-temporal stores to such memory would end the process."""
+    x, y = example((2, 16, 1001), "float32")  # samples are multiples of 64 bytes, channels are not
+    memory = np.ones(x.nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    aligned = memory[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
+    _, grad = run(kernels, x, y, out=aligned)
+    assert_bitwise_equal(grad, run(kernels, x, y)[1])
+
+
+@backend
+@pytest.mark.parametrize(("dtype", "bits"), [("float16", 10), ("bfloat16", 7)])
+def test_gradients_are_rounded_to_nearest_even(kernels, dtype, bits):
+    ties = (1 + 2.0**-bits * (np.arange(64) + 0.5)).astype(np.float32)
+    numbers = np.concatenate([ties, np.nextafter(ties, 0), np.nextafter(ties, 2)])
+    x, y = example((1, numbers.size, 40), dtype)
+    cotangent = np.zeros((3, 1, numbers.size))
+    cotangent[1] = numbers  # of the sum of the logits: the gradient of each of them
+    _, grad = run(kernels, x, y, activation="none", cotangent=cotangent)
+    assert_bitwise_equal(grad[0], np.broadcast_to(numbers.astype(x.dtype)[:, None], x.shape[1:]))
 
 
 @backend
@@ -672,6 +715,16 @@ def test_nan_makes_the_sums_of_every_class_nan(kernels, dtype):
         assert np.isfinite(sums[2]).all()  # target_sum counts labels
         assert np.isnan(grad[1, :, 50]).all()
         assert np.isfinite(np.delete(grad, 50, axis=2)).all()
+
+
+@backend
+@floats
+def test_nan_stays_in_its_sample(kernels, dtype):
+    """The scratch of a thread, in which the samples have ragged ends, is used for the next."""
+    x, y = example((2, 3, 70), dtype)
+    expected, _ = run(kernels, x[1:], y[1:])
+    x[0] = np.nan
+    assert_bitwise_equal(run(kernels, x, y)[0][:, 1:], expected)
 
 
 # ---- a loss that is a ratio of the sums ----------------------------------------------------------

@@ -1,5 +1,6 @@
 """The functions of `dice_core` and `dice_core.torch` against the naive code in float64."""
 
+import dataclasses
 import math
 import pickle
 
@@ -206,6 +207,27 @@ def test_terms_of_tiles(term):
     assert_close(np.concatenate(grads, -1), grad, rtol=1e-11, atol=1e-15)
 
 
+class Transposed(Dice):
+    """A term whose derivative is not contiguous."""
+
+    def ratio(self, samples, classes):
+        return None
+
+    def with_derivative(self, sums):
+        value, derivative = super().with_derivative(sums)
+        return value, np.asfortranarray(derivative)
+
+
+def test_a_derivative_of_any_strides():
+    x = np.random.default_rng(0).standard_normal((2, 3, 20))
+    y = np.arange(40).reshape(2, 20) % 3
+    (value, grad), (same, expected) = (
+        dice_core.loss_and_grad(x, y, term()) for term in (Transposed, Dice)
+    )
+    assert_close(value, same, rtol=1e-14)
+    assert_close(grad, expected, rtol=1e-12, atol=1e-16)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("channels", [1, 2, 5])
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
@@ -376,6 +398,73 @@ def test_torch_tensors_are_read_like_any_array():
     assert grad.is_contiguous(memory_format=torch.channels_last)
     assert_close(value, dice_core.loss(x.numpy(), y.numpy()), rtol=0)
     check(value, grad, x.numpy(), y.numpy(), {})
+
+
+def example_arrays():
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((2, 3, 20)), rng.integers(0, 3, (2, 20))
+
+
+@pytest.mark.parametrize("label", [2**63, 2**64 - 1])
+@pytest.mark.parametrize("term", [Dice(), Dice(target_square=True) + CrossEntropy()], ids=repr)
+def test_any_uint64_label_may_be_ignored(term, label):
+    x, y = example_arrays()
+    wide = y.astype(np.uint64)
+    y[:, :3], wide[:, :3] = -1, label
+    expected = dice_core.loss(x, y, term)
+    assert_bitwise_equal(dice_core.loss(x, wide, term, ignore_label=label), expected)
+    x, wide = torch.from_numpy(x).requires_grad_(), torch.from_numpy(wide)
+    fused = dice_core.torch.loss(x, wide, term, ignore_label=label)
+    assert_close(fused.detach(), expected, rtol=1e-14)
+    options = {"ignore_label": label, **dict(term.needs)}
+    from_sums = term(dice_core.torch.statistics(x, wide, **options))
+    assert_close(from_sums.detach(), expected, rtol=1e-14)
+
+
+EXTREME = [
+    {"smooth": 5e-324},
+    {"smooth": (1.7e308, 5e-324)},
+    {"floor": 1.7e308},
+    {"weight": [1e300, -1e300, 1e308]},
+    {"weight": [5e-324, 0, 5e-324], "empty": "nan"},
+    {"gamma": 1.7e308},
+    {"alpha": 5e-324, "beta": 1.7e308},
+    {"pos_weight": [1.7e308] * 3, "weight": [1.7e308] * 3},
+    {"p": 2**31 - 1},
+]
+
+
+@pytest.mark.parametrize("entry", TERMS, ids=lambda entry: entry.term.__name__)
+def test_extreme_numbers_overflow_without_warnings(entry):
+    """NumPy's results are those of torch's arithmetic, and nothing warns or raises."""
+    x, y = example_arrays()
+    x[1, 1, 2] = np.inf
+    x32 = x.astype(np.float32)
+    x[0] *= 1e300
+    names = {field.name for field in dataclasses.fields(entry.term)}
+    names -= {"p"} if entry.term is losses.MCC else set()
+    with np.errstate(all="raise"):
+        for options in ({}, *(options for options in EXTREME if names.issuperset(options))):
+            term = 1e308 * entry.term(reduction="sum", pool=entry.term.pools[0], **options)
+            for activation in ("softmax", "none"):
+                check_extreme(term, x, x32, y, activation)
+
+
+def check_extreme(term, x, x32, y, activation):
+    options = {"activation": activation, **dict(term.needs)}
+    sums = dice_core.statistics(x, y, **options)
+    value = dice_core.loss(x, y, term, activation=activation)
+    assert_close(term(sums), value, rtol=1e-12)
+    tensors = dice_core.torch.statistics(torch.from_numpy(x), torch.from_numpy(y), **options)
+    assert_close(value, term(tensors), rtol=1e-12)
+    assert sums.pooled().array.shape == (sums + sums).pooled().array.shape
+    for upstream in (1e300, np.inf, np.nan):
+        scale = np.full(np.shape(value), upstream)
+        _, grad = dice_core.loss_and_grad(x, y, term, activation=activation, grad_loss=scale)
+        assert_bitwise_equal(dice_core.gradient(x, y, sums, term, grad_loss=scale), grad)
+        assert upstream == 1e300 or not np.isfinite(grad).all()
+        single = dice_core.loss_and_grad(x32, y, term, activation=activation, grad_loss=scale)
+        assert single[0].dtype == np.float32
 
 
 def test_statistics_object():

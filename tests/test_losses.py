@@ -2,6 +2,7 @@
 
 import math
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -10,6 +11,7 @@ from pairwise import pairwise
 from torch.nn import functional as F
 
 from dice_core import losses
+from dice_core.allocators import quiet
 from dice_core.calls import cotangent
 from dice_core.losses import TERMS, CrossEntropy, Dice, Focal, Jaccard, Tversky
 from dice_core.spec import Spec
@@ -75,11 +77,13 @@ SETTINGS += [
 
 def value_of(term, sums):
     """The loss of (7, N, C) or (3, N, C), NumPy's or torch's."""
-    return term.value(Statistics(sums, EVERY_SUM if len(sums) == 7 else Spec()))
+    with quiet(sums):
+        return term.value(Statistics(sums, EVERY_SUM if len(sums) == 7 else Spec()))
 
 
 def with_derivative(term, sums):
-    return term.with_derivative(Statistics(sums, EVERY_SUM))
+    with quiet(sums):
+        return term.with_derivative(Statistics(sums, EVERY_SUM))
 
 
 def random_sums(seed=0):
@@ -153,6 +157,7 @@ ONE = np.array([[3.0, 1], [4, 2], [4, 3], [2, 6], [9, 5], [1, 2], [3, 4]])[:, No
         (Dice(ignore_channel=1), 0.25 / 2),
         (Dice(ignore_channel=1, divisor="kept"), 0.25),
         (Dice(ignore_channel=[0, 1], divisor="kept"), 0),
+        (Dice(ignore_channel=1, weight=[2, 1], divisor="weights"), 0.25),
         (Dice(smooth=1), (2 / 9 + 0.5) / 2),
         (Dice(smooth=(0, 1)), (1 - 6 / 9 + 1 - 2 / 6) / 2),
         (Dice(pool="classes"), 1 - 8 / 13),
@@ -205,6 +210,24 @@ def test_absent_classes():
     )
     nothing = np.zeros((3, 2, 3))
     assert value_of(Dice(absent="skip", reduction="none"), nothing).tolist() == [0, 0]
+
+
+def test_an_absent_class_gets_the_weight_of_a_class_that_is_left():
+    sums = np.array([[[0.0, 1, 3]], [[2.0, 1, 4]], [[0.0, 1, 4]]])
+    term = losses.GeneralizedDice(ignore_channel=1)
+    assert_close(value_of(term, sums), np.asarray(1 - 2 * 3 / (2 + 8)), rtol=1e-14)
+
+
+def test_a_channel_may_be_ignored_twice():
+    twice, once = (losses.BinaryCrossEntropy(ignore_channel=c) for c in ([0, 0], 0))
+    assert value_of(twice, random_sums()) == value_of(once, random_sums())
+
+
+def test_valid_voxels_of_soft_targets_are_the_mean_over_the_classes():
+    sums = np.ones((5, 1, 3))
+    sums[3], sums[4] = [1, 2, 3], [4, 5, 9]  # cross-entropy, valid voxels
+    value = CrossEntropy().value(Statistics(sums, Spec(gamma=0.0, targets="soft")))
+    assert float(value) == pytest.approx(6 / 6)
 
 
 def test_a_perfect_prediction_has_loss_zero():
@@ -306,6 +329,7 @@ def test_empty_input(entry):
         (lambda: Dice(floor=-1), "floor must be finite and at least 0"),
         (lambda: Dice(p=0), "p must be an integer from 1"),
         (lambda: Dice(weight=[1, math.nan]), "weight must be finite"),
+        (lambda: Dice(weight=[1, math.inf]), "weight must be finite"),
         (lambda: Dice(pool="batch", reduction="none"), "leaves no loss per sample"),
         (lambda: Dice(pool="all", reduction="classes"), "leaves no loss per class"),
         (lambda: CrossEntropy(reduction="none"), "leaves no loss per sample"),
@@ -400,6 +424,58 @@ def test_every_term_is_listed():
             yield child
             yield from below(child)
 
-    public = {kind for kind in below(losses.Term) if not kind.__name__.startswith("_")}
+    ours = [kind for kind in below(losses.Term) if kind.__module__.startswith("dice_core")]
+    public = {kind for kind in ours if not kind.__name__.startswith("_")}
     bases = {losses.Sum, losses.Settings, losses.Overlap, losses.LinearOverlap, losses.VoxelLoss}
     assert public - bases == {entry.term for entry in TERMS}
+
+
+# ---- NaN and excluded classes --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entry", TERMS, ids=lambda entry: entry.term.__name__)
+@pytest.mark.parametrize("empty", ["perfect", "nan"])
+def test_nan_is_never_a_number(entry, empty):
+    sums = random_sums()
+    sums[:, 0, 1] = np.nan
+    term = entry.term(empty=empty)
+    assert np.isnan(value_of(term, sums))
+    value, _ = with_derivative(term, sums)
+    assert np.isnan(value)
+
+
+@pytest.mark.parametrize("empty", ["perfect", "nan"])
+@pytest.mark.parametrize("kind", [Dice, losses.MCC, losses.LogDice, losses.FocalTversky])
+def test_an_excluded_class_has_loss_zero(kind, empty):
+    """Whatever its sums."""
+    sums = random_sums() + 1  # no class is empty
+    sums[:, :, 1] = np.nan
+    term = kind(ignore_channel=[1], empty=empty, reduction="classes")
+    sums[2, :, 1] = 5  # MCC needs the number of voxels
+    value, derivative = with_derivative(term, sums)
+    assert not value[:, 1].any()
+    assert not derivative[:, :, 1].any()
+
+
+def test_soft_targets_weigh_the_classes_by_their_sum():
+    """GeneralizedDice divides by Y^2 whether its denominator has sum t or sum t^2."""
+    sums = random_sums() + 1  # no class is empty
+    spec = losses.GeneralizedDice(p=2, target_square=True).spec("softmax", None, "soft")
+    rows = dict.fromkeys(spec.fields, sums[2])
+    rows |= {"intersection": sums[0], "pred_sum": sums[1], "target_square_sum": sums[2] / 2}
+    statistics = Statistics(np.stack([rows[name] for name in spec.fields]), spec)
+    i, p, y = sums[:3]
+    w = 1 / y**2
+    expected = 1 - 2 * (w * i).sum(-1) / (w * (p + y / 2)).sum(-1)
+    term = losses.GeneralizedDice(p=2, target_square=True, reduction="none")
+    assert_close(term(statistics), expected, rtol=1e-13)
+
+
+@pytest.mark.parametrize("size", [0, 1e-9, 1e-3, 0.5, 1, 30, 1e4])
+def test_log_cosh_has_all_digits_and_never_overflows(size):
+    """1 - q is far from [0, 1] for logits that are taken as probabilities."""
+    with mpmath.workdps(40):
+        expected = float(mpmath.log(mpmath.cosh(size)))
+    for sign in (1, -1):
+        value = losses.LogCoshDice.penalty.value(1 - sign * size, np.float64(sign * size))
+        assert_close(value, expected, rtol=1e-15)

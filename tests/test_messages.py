@@ -5,10 +5,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dice_core
 import dice_core.torch
-from dice_core import losses
+from dice_core import buffers, checks, losses
+from dice_core.spec import Spec
+from dice_core.sums import Statistics
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((2, 3, 4, 5)).astype(np.float32)
@@ -291,6 +294,7 @@ def labels(dtype, *values, first=23):
     return y
 
 
+TX, TY = torch.from_numpy(X), torch.from_numpy(Y)
 MINUS_ONE, NOTHING = "-1 is ignored", "no label is ignored"
 
 
@@ -300,6 +304,7 @@ MINUS_ONE, NOTHING = "-1 is ignored", "no label is ignored"
     [
         (labels("uint8", 255), -1, "1 label", "-1 is ignored; ignore_label=255?", 255),
         (labels("uint8", 3, 255), 255, "1 label", "255 is ignored", 3),
+        (labels("uint8", 3), None, "1 label", NOTHING, 3),
         (labels("int8", -5), None, "1 label", NOTHING, -5),
         (labels("int8", -1, -1), None, "2 labels", NOTHING, -1),
         (labels("int8", 127, -128), -1, "2 labels", MINUS_ONE, 127),
@@ -348,6 +353,109 @@ def test_a_single_channel_has_two_classes():
 @pytest.mark.parametrize("channels", [1, 2])
 def test_bool_labels_are_always_in_range(function, channels):
     function(X[:, :channels], Y > 0, ignore_label=None)
+
+
+@named(*SUMMING)
+def test_bfloat16_targets_out_of_range(function):
+    """NumPy, which writes the message, has no such numbers."""
+    y = torch.zeros(TX.shape, dtype=torch.bfloat16)
+    y[1, 2, 3, 4], y[1, 0, 0, 0] = 1.5, -1
+    assert message(ValueError, function, TX, y) == (
+        "y has 1 value outside [0, 1] (-1 is ignored); the first is 1.5 at (1, 2, 3, 4)"
+    )
+
+
+def nested(layout):
+    return torch.nested.nested_tensor([TX[0], TX[1]], layout=layout)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+@named(*SUMMING)
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_nested_tensors(function, layout):
+    remedy = "torch.nested.to_padded_tensor gives a plain one"
+    text = message(TypeError, function, nested(layout), TY)
+    assert text == f"x is a nested tensor; {remedy}"
+    text = message(TypeError, function, TX, nested(layout))
+    assert text == f"y is a nested tensor; {remedy}"
+
+
+WITHOUT_MEMORY = (
+    "{} is a {} without memory: torch traces or transforms it (dice_core.torch takes such "
+    "tensors), or its storage was freed"
+)
+
+
+@named(*SUMMING)
+@pytest.mark.parametrize("name", ["x", "y"])
+def test_tensors_whose_storage_was_freed(function, name):
+    arrays = {"x": TX.clone(), "y": TY.clone()}
+    arrays[name].untyped_storage().resize_(0)
+    assert message(TypeError, function, **arrays) == WITHOUT_MEMORY.format(name, "Tensor")
+
+
+def test_storage_freed_before_the_backward_pass():
+    x = TX.clone().requires_grad_()
+    value = torch_loss(x, TY)
+    x.untyped_storage().resize_(0)
+    assert message(TypeError, value.backward) == WITHOUT_MEMORY.format("x", "Tensor")
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor:UserWarning")
+@named(dice_core.loss, dice_core.loss_and_grad, dice_core.statistics)
+def test_tensors_without_memory(function):
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(TX)
+    assert message(TypeError, function, fake, TY) == WITHOUT_MEMORY.format("x", "FakeTensor")
+    text = message(TypeError, torch.func.vmap(lambda x: function(x, TY)), TX[None])
+    assert text == WITHOUT_MEMORY.format("x", "Tensor")
+
+
+def score(x, y, **options):
+    return dice_core.score(x, y, **options)
+
+
+def bytes_as_bool(*values):
+    return labels("uint8", *values).view(bool)
+
+
+@named(*SUMMING, score)
+@pytest.mark.parametrize("ignore_label", [None, 255])
+@pytest.mark.parametrize("values", [(2, 0), (2, 255), (255, 1), (0, 128)], ids=str)
+def test_bytes_that_are_not_bool(function, values, ignore_label):
+    """NumPy and torch disagree about such bytes, as do compilers."""
+    wrong = [value for value in values if value > 1]
+    at = 23 + values.index(wrong[0])
+    text = message(ValueError, function, X, bytes_as_bool(*values), ignore_label=ignore_label)
+    assert text == (
+        f"y is bool and has {len(wrong)} label{'s'[: len(wrong) > 1]} whose byte is neither 0 nor "
+        f"1; the first is {wrong[0]} at (1, 0, {at - 20}); view y as uint8 to use such numbers"
+    )
+
+
+@named(*SUMMING)
+def test_soft_targets_whose_bytes_are_not_bool(function):
+    y = np.stack([bytes_as_bool(2, 255), bytes_as_bool(1, 3), bytes_as_bool()], 1)
+    assert message(ValueError, function, X, y) == (
+        "y is bool and has 3 values whose byte is neither 0 nor 1; the first is 2 at (1, 0, 0, 3); "
+        "view y as uint8 to use such numbers"
+    )
+
+
+def test_binary_targets_whose_bytes_are_not_bool():
+    y = np.stack([bytes_as_bool(2)] * 3, 1)
+    y, request = buffers.of(y, "y"), Spec(targets="binary")
+    assert message(ValueError, checks.targets, y, request, 3).startswith(
+        "y is bool and has 3 values whose byte is neither 0 nor 1; the first is 2 at (1, 0, 0, 3)"
+    )
+
+
+def test_a_count_that_cannot_be_reproduced_blames_nobody():
+    y = buffers.of(Y, "y")
+    assert message(ValueError, checks.targets, y, Spec(ignore_label=-1), 3, 2) == (
+        "y had 2 labels outside [0, 3) (-1 is ignored) when it was summed and has none now: it "
+        "must not change during a call"
+    )
 
 
 def test_out_of_range_labels_leave_x_alone():
@@ -469,11 +577,11 @@ def test_tensor_weight_of_another_shape():
     assert text == "weight must have 3 entries, one per class, got shape (2,)"
 
 
-@named(torch_loss, torch_statistics)
-@pytest.mark.parametrize("label", [2**63, -(2**63) - 1])
-def test_torch_has_no_larger_integers(function, label):
-    text = message(ValueError, function, X, Y, ignore_label=label)
-    assert text == f"ignore_label must fit in torch's int64, got {label}"
+@named(*SUMMING, module_call)
+def test_ignored_labels_beyond_any_target(function):
+    function(X, Y, ignore_label=-(2**1022))
+    text = message(ValueError, function, X, Y, ignore_label=10**400)
+    assert text == "ignore_label must lie within float64's range, got 1329 bits"
 
 
 @pytest.mark.parametrize(
@@ -503,6 +611,67 @@ def test_torch_has_no_larger_integers(function, label):
             lambda: dice_core.torch.DeepSupervision(dice_core.torch.DiceLoss(), "12"),
             "weights must be numbers, one for each output, got str",
         ),
+        (
+            lambda: dice_core.torch.DeepSupervision(dice_core.torch.DiceLoss(), 3),
+            "weights must be numbers, one for each output, got int",
+        ),
+        (
+            lambda: dice_core.torch.DeepSupervision(dice_core.torch.DiceLoss())([X], "y"),
+            "outputs must be a sequence of Tensors, got a ndarray in it",
+        ),
+        (
+            lambda: dice_core.torch.DeepSupervision(dice_core.torch.DiceLoss())([TX], "y"),
+            "y must be a sequence of Tensors, got a str in it",
+        ),
+        (
+            lambda: dice_core.loss(X, Y, check_labels="0"),
+            "check_labels must be True or False, got str",
+        ),
+        (
+            lambda: dice_core.torch.DiceLoss(check_labels=2),
+            "check_labels must be True or False, got int",
+        ),
+        (lambda: dice_core.statistics(X, Y, nll="no"), "nll must be True or False, got str"),
+        (
+            lambda: dice_core.torch.statistics(TX, TY, target_square=torch.ones(3)),
+            "target_square must be True or False, got Tensor",
+        ),
+        (
+            lambda: losses.Dice(target_square=np.ones(3)),
+            "target_square must be True or False, got ndarray",
+        ),
+        (
+            lambda: losses.FocalTversky(of_mean="no"),
+            "of_mean must be True or False, got str",
+        ),
+        (lambda: dice_core.torch.DiceScore(iou=None), "iou must be True or False, got NoneType"),
+        (
+            lambda: dice_core.loss(X, Y, weight=np.ma.masked_array([1, 2, 3], [0, 1, 0])),
+            "weight is a masked array, whose mask would be ignored",
+        ),
+        (
+            lambda: dice_core.loss_and_grad(X, Y, grad_loss=np.ma.masked_array(1.0, True)),
+            "grad_loss is a masked array, whose mask would be ignored",
+        ),
+        (
+            lambda: dice_core.loss_and_grad(X, Y, grad_loss=[torch.ones(1, requires_grad=True)]),
+            "grad_loss must be numbers, got list",
+        ),
+        (
+            lambda: torch_loss(X, Y, weight=torch.ones(3).to_sparse()),
+            "weight must be a dense tensor",
+        ),
+        (
+            lambda: torch_loss(X, Y, weight=torch.ones(3, device="meta")),
+            "weight is on the meta device, where it has no numbers",
+        ),
+        (
+            lambda: dice_core.loss_and_grad(X, Y, out=TX.clone().requires_grad_()),
+            "out requires grad, and no gradient would reach it: pass out.detach(), or "
+            "compute with it in torch, outside the loss",
+        ),
+        (lambda: dice_core.loss(np.ndarray, Y), "x must be an array, got the class ndarray"),
+        (lambda: dice_core.loss(TX, torch.Tensor), "y must be an array, got the class Tensor"),
         (
             lambda: dice_core.torch.Loss(None),
             "term must be a loss such as dice_core.losses.Dice(), got None",
@@ -534,10 +703,10 @@ def readonly(a):
     return a
 
 
-def cuda_array(a):
+def cuda_array(a, device=0):
     """An array on another device, whose memory is never accessed."""
     interface = {"shape": a.shape, "typestr": a.dtype.str, "data": (4096, False), "version": 3}
-    return SimpleNamespace(__cuda_array_interface__=interface)
+    return SimpleNamespace(__cuda_array_interface__=interface, device=SimpleNamespace(id=device))
 
 
 OUT = {
@@ -649,8 +818,13 @@ def test_grad_loss(function, options, error, text):
     [
         (cuda_array(X), Y, "x is on cuda:0 but y is on cpu; move y to x's device"),
         (X, cuda_array(Y), "x is on cpu but y is on cuda:0; move y to x's device"),
+        (
+            cuda_array(X),
+            cuda_array(Y, 1),
+            "x is on cuda:0 but y is on cuda:1; move y to x's device",
+        ),
     ],
-    ids=["x", "y"],
+    ids=["x", "y", "two"],
 )
 def test_arrays_on_different_devices(function, x, y, text):
     assert message(ValueError, function, x, y) == text
@@ -702,12 +876,29 @@ SUMS = "softmax, p = {}, ignore_label = {}"
             dice_core.statistics(X[:, :2], Y % 2),
             "shapes (K, N, C): (3, 2, 3) and (3, 2, 2)",
         ),
+        (
+            dice_core.torch.statistics(TX, TY),
+            "kinds of arrays: others and torch's",
+        ),
     ],
-    ids=["p", "ignore_label", "dtype", "samples", "classes"],
+    ids=["p", "ignore_label", "dtype", "samples", "classes", "library"],
 )
 def test_statistics_that_cannot_be_added(other, text):
     given = message(ValueError, dice_core.statistics(X, Y).__add__, other)
     assert given == f"cannot add statistics with different {text}"
+
+
+@pytest.mark.parametrize(
+    ("array", "shape"), [(None, ()), (np.zeros((3, 2)), (3, 2)), (np.zeros((4, 2, 3)), (4, 2, 3))]
+)
+def test_statistics_of_another_shape(array, shape):
+    text = message(ValueError, losses.Dice(), Statistics(array, Spec()))
+    assert text == f"statistics must have the shape (3, N, C) of their sums, got {shape}"
+
+
+def test_factors_that_overflow():
+    text = message(ValueError, (1e300 * losses.Dice()).__mul__, 1e300)
+    assert text == "a term's factor must be finite and at least 0, got inf"
 
 
 def test_statistics_add_to_nothing_else():

@@ -1,6 +1,9 @@
 """threads: the number of threads that a call uses."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +12,7 @@ import torch
 
 import dice_core
 import dice_core.torch
-from dice_core import backends, threads
+from dice_core import _cpu, backends, threads
 
 CGROUP_QUOTA = threads._cgroup_quota  # the fixture below replaces it
 
@@ -201,3 +204,21 @@ def test_arrays_use_the_available_cores_unless_told(passed, given, expected):
     sums = dice_core.statistics(x, y, num_threads=given)
     dice_core.gradient(x, y, sums, num_threads=given)
     assert passed == [expected] * 4
+
+
+COUNT_THREADS = """
+import os, numpy as np, dice_core
+x, y = np.zeros((1, 2, 200_000), np.float32), np.zeros((1, 200_000), np.uint8)
+before = len(os.listdir("/proc/self/task"))
+dice_core.loss(x, y, num_threads={})
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc")
+@pytest.mark.skipif(not _cpu.openmp()[0], reason="built without OpenMP")
+@pytest.mark.parametrize("count", [1, 3])
+def test_as_many_threads_run_as_asked_for(count):
+    command = sys.executable, "-c", COUNT_THREADS.format(count)
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert int(found.stdout) == count - 1  # beside the caller's own

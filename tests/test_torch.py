@@ -1,8 +1,10 @@
 """dice_core.torch: autograd, modules, operators, compilation, memory kept for backward."""
 
 import inspect
+import math
 import subprocess
 import sys
+import weakref
 
 import naive
 import pytest
@@ -39,7 +41,7 @@ def test_gradcheck(channels, p):
 @pytest.mark.parametrize("name", ["statistics", "statistics_grad"])
 def test_operators_are_well_formed(name):
     x, y = example(2, 3, 4, 5)
-    options = ("softmax", 1, -1, None, False, None, False, "labels", None, 1, None)
+    options = ("softmax", 1, "-1", None, False, None, False, "labels", None, 1, None)
     if name == "statistics":
         torch.library.opcheck(torch.ops.dice_core.statistics.default, (x, y, *options))
     else:
@@ -63,9 +65,17 @@ def test_gradient_keeps_dtype_and_memory_format(shape, memory_format, dtype):
     x, y = example(*shape, dtype=dtype)
     x = x.detach().to(memory_format=memory_format).requires_grad_()
     value = loss(x, y)
-    value.backward()
-    assert value.dtype == x.grad.dtype == dtype
-    assert x.grad.is_contiguous(memory_format=memory_format)
+    (grad,) = torch.autograd.grad(value, x)  # backward() would copy it into this format
+    assert value.dtype == grad.dtype == dtype
+    assert grad.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_loss_of_half_precision_logits_is_float32(dtype):
+    x, y = example(2, 3, 20, dtype=dtype)
+    learned = torch.ones(3, requires_grad=True)  # a loss that torch computes from the sums
+    for weight in (None, learned):
+        assert loss(x, y, weight=weight).dtype == torch.float32
 
 
 def test_forward_keeps_only_the_inputs_and_small_numbers():
@@ -75,6 +85,17 @@ def test_forward_keeps_only_the_inputs_and_small_numbers():
         loss(x, y)
     large = {t.data_ptr() for t in kept if t.numel() > 3 * 2 * 3}
     assert large == {x.data_ptr(), y.data_ptr()}
+
+
+def test_a_graph_keeps_no_logits_that_a_hook_has_moved():
+    leaf, y = example(2, 3, 16, 16)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t):
+        x = leaf * 1
+        value = loss(x, y)
+    alive = weakref.ref(x)
+    del x
+    assert alive() is None
+    assert_close(*(torch.autograd.grad(v, leaf)[0] for v in (value, loss(leaf, y))), rtol=1e-12)
 
 
 @pytest.mark.parametrize("changed", ["x", "y"])
@@ -110,6 +131,69 @@ def test_second_derivatives_are_refused():
 FORWARD_MODE = pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
 
 
+def of_statistics(x, y):
+    return statistics(x, y).array
+
+
+@FORWARD_MODE
+@pytest.mark.parametrize("function", [loss, DiceLoss(), DiceCELoss(), of_statistics])
+def test_transforms_of_torch_func_are_refused(function):
+    x, y = example(2, 3, 5)
+    x = x.detach()
+    net = torch.nn.Conv1d(3, 3, 1, dtype=torch.float64)
+
+    def number(x):
+        return function(x, y).sum()
+
+    def of_net(parameters, x):
+        return number(torch.func.functional_call(net, parameters, (x,)))
+
+    reverse = (
+        lambda: torch.func.grad(number)(x),
+        lambda: torch.func.vjp(number, x),
+        lambda: torch.func.jacrev(number)(x),
+        lambda: torch.func.hessian(number)(x),
+        lambda: torch.func.vmap(torch.func.grad(number))(x[None]),
+        lambda: torch.func.grad(lambda x: torch.func.vmap(number)(x).sum())(x[None]),
+        lambda: torch.func.grad(of_net)(dict(net.named_parameters()), x),
+    )
+    for transform in reverse:
+        with pytest.raises(NotImplementedError, match=r"torch.func.grad, vjp, .*: use backward()"):
+            transform()
+    for transform in (
+        lambda: torch.func.jvp(number, (x,), (x,)),
+        lambda: torch.func.jacfwd(number)(x),
+    ):
+        with pytest.raises(NotImplementedError, match=r"neither jvp nor jacfwd: use backward()"):
+            transform()
+
+
+def test_transforms_of_torch_func_that_do_not_differentiate_logits():
+    x, y = example(2, 3, 5)
+    weight = torch.rand(3, dtype=torch.float64, requires_grad=True)
+    expected = loss(x, y, weight=weight)
+    (slope,) = torch.autograd.grad(expected, weight)
+
+    def of_weight(w, x=x):
+        return loss(x, y, weight=w)
+
+    assert_close(torch.func.grad(of_weight)(weight.detach()).detach(), slope, rtol=1e-13)
+    assert_close(torch.func.grad(of_weight)(weight.detach(), x.detach()), slope, rtol=1e-13)
+    both = torch.func.vmap(of_weight)(torch.stack([weight, 2 * weight])).detach()
+    assert_close(both, [expected.item(), 2 * expected.item()], rtol=1e-13)
+    module = DiceLoss([1, 1, 1])
+    value = torch.func.functional_call(module, {"weight": weight}, (x, y))
+    assert_close(value.detach(), expected.detach(), rtol=1e-13)
+
+    def constant(x):
+        with torch.no_grad():
+            value = loss(x, y)
+        return value * x.sum()
+
+    grad = torch.func.grad(constant)(x.detach())
+    assert_close(grad, loss(x, y).detach().expand(x.shape), rtol=1e-13)
+
+
 @FORWARD_MODE
 @pytest.mark.parametrize("function", [loss, statistics])
 def test_forward_mode_is_refused(function):
@@ -130,10 +214,11 @@ def test_no_graph_without_grad():
 
 
 def test_upstream_scale_reaches_small_gradients_before_rounding():
-    x, y = example(1, 2, 1000, dtype=torch.float32)
-    (grad,) = torch.autograd.grad(loss(x, y), x)
-    (scaled,) = torch.autograd.grad(loss(x, y) * 1e30, x)
-    assert_close(scaled, grad.double() * 1e30, rtol=1e-5, atol=1e20)
+    x, y = example(1, 2, 100_000, dtype=torch.float16)  # whose gradient is subnormal
+    (scaled,) = torch.autograd.grad(loss(x, y) * 2**16, x)
+    exact = x.detach().double().requires_grad_()
+    (grad,) = torch.autograd.grad(loss(exact, y) * 2**16, exact)
+    assert_close(scaled, grad, rtol=2**-10, atol=1e-6)
 
 
 def test_custom_loss_of_the_statistics():
@@ -394,6 +479,79 @@ def test_reductions_of_compounds(kind, reduction):
         assert_close(value, expected[reduction], rtol=1e-13)
 
 
+@pytest.mark.parametrize("change", ["half", "bfloat16", "float"])
+def test_half_precision_leaves_class_weights_alone(change):
+    x, y = example(2, 3, 40)
+    given = torch.tensor([1e5 + 1, 1.0, 1e-8], dtype=torch.float64)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(2, 2), DiceCELoss(weight=given, ce_weight=[1e5, 1, 1])
+    )
+    expected = net[1](x, y)
+    getattr(net, change)()
+    assert net[0].weight.dtype == getattr(torch, change.replace("half", "float16"))
+    assert torch.equal(net[1].weight, given)
+    assert torch.equal(net[1](x, y), expected)
+    assert net[1].to("meta", torch.half).weight.dtype == torch.float64
+
+
+def test_parameters_follow_half_precision_unless_they_overflow():
+    module = DiceLoss(torch.nn.Parameter(torch.tensor([2.0, 1, 1])))
+    assert module.half().weight.dtype == torch.half
+    module = DiceLoss(torch.nn.Parameter(torch.tensor([1e5, 1, 1])))
+    with pytest.raises(ValueError, match=r"weight must be finite, got \[inf, 1.0, 1.0\]"):
+        module.half()
+
+
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_class_weights_that_are_not_finite_cannot_be_loaded(wrong, assign):
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), DiceCELoss(ce_weight=[1, 1, 2]))
+    state = net.state_dict()
+    state["1.ce_weight"] = torch.tensor([1, wrong, 2])
+    with pytest.raises(ValueError, match=rf"1.ce_weight must be finite, got \[1.0, {wrong}, 2.0\]"):
+        net.load_state_dict(state, assign=assign)
+    assert net[1].ce_weight.tolist() == [1, 1, 2]
+    state["1.ce_weight"] = torch.ones(3) * 1j
+    with pytest.raises(TypeError, match=r"1.ce_weight must be numbers, .* got torch.complex64"):
+        net.load_state_dict(state, assign=assign)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_class_weights_that_are_not_finite_are_refused(requires_grad, wrong):
+    x, y = example(2, 3, 40)
+    weight = torch.tensor([1.0, wrong, 1.0]).requires_grad_(requires_grad)
+    term = losses.Dice(weight=weight) + losses.CrossEntropy()
+    module = DiceLoss([1, 1, 1])
+    module.weight = weight.detach()
+    for call in (
+        lambda: loss(x, y, weight=weight),
+        lambda: loss(x, y, term),
+        lambda: term(statistics(x, y, gamma=0)),
+        lambda: module(x, y),
+        lambda: loss(x.detach().to("meta"), y.to("meta"), weight=weight),
+    ):
+        with pytest.raises(ValueError, match=rf"weight must be finite, got \[1.0, {wrong}, 1.0\]"):
+            call()
+
+
+@pytest.mark.parametrize("make", [DiceLoss, lambda: dice_core.torch.Loss(losses.Dice())])
+def test_class_weights_cannot_be_added_later(make):
+    module = make()
+    module.weight = None
+    with pytest.raises(AttributeError, match="weight cannot be changed: create another"):
+        module.weight = torch.ones(3)
+
+
+def test_an_overwritten_tensor_is_known_to_autograd():
+    x, y = example(2, 3, 40)
+    x, scale = x.detach(), torch.ones((), dtype=torch.float64, requires_grad=True)
+    value = (x * scale).sum()
+    dice_core.loss_and_grad(x, y, out=x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
 def test_settings_that_a_compound_cannot_have():
     with pytest.raises(ValueError, match="label_smoothing needs activation 'softmax', got 'sigm"):
         DiceCELoss(label_smoothing=0.1, activation="sigmoid")
@@ -574,6 +732,8 @@ def test_deep_supervision():
         assert_close(value.detach(), (2 * parts[0] + parts[1]).detach() / 3, rtol=1e-14)
         value = dice_core.torch.DeepSupervision(criterion, [0.25, 4])([x, coarse], labels)
         assert_close(value.detach(), (0.25 * parts[0] + 4 * parts[1]).detach(), rtol=1e-14)
+    value = dice_core.torch.DeepSupervision(criterion, [1, 0])([x, coarse * math.nan], y)
+    assert_close(value.detach(), parts[0].detach(), rtol=1e-14)
     volumes = [y, y[:, ::2, ::4]]  # as in nnU-Net
     value = dice_core.torch.DeepSupervision(criterion)([x, coarse], volumes)
     assert_close(value.detach(), (2 * parts[0] + parts[1]).detach() / 3, rtol=1e-14)
@@ -592,6 +752,7 @@ def test_deep_supervision():
             "each side must be an integer multiple",
         ),
         ([torch.zeros(1, 2, 8)], [1, 2], "there are 2 weights for 1 outputs"),
+        ([torch.zeros(1, 2, 8)], [0], "all weights are 0"),
         ([], None, "outputs must be a sequence of logits"),
         (torch.zeros(1, 2, 8), None, "outputs must be a sequence of logits"),
     ],
@@ -604,8 +765,9 @@ def test_deep_supervision_refuses(outputs, weights, message):
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16, torch.int32, torch.uint64])
 @pytest.mark.parametrize("channel_axis", [False, True])
-def test_label_dtypes_and_shapes(dtype, channel_axis):
-    x, y = example(2, 2, 3, 4)
+@pytest.mark.parametrize("channels", [1, 2])
+def test_label_dtypes_and_shapes(dtype, channel_axis, channels):
+    x, y = example(2, channels, 3, 4)
     expected = loss(x, y)
     labels = y.to(dtype)[:, None] if channel_axis else y.to(dtype)
     assert torch.equal(loss(x, labels), expected)

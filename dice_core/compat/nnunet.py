@@ -589,11 +589,11 @@ class _SoftDice(losses.Dice):
 
     penalty: ClassVar[Penalty | None] = NegativeScore()
 
-    def score(self, xp: Any, rows: tuple[Any, ...]) -> tuple[Any, Any]:
+    def score(self, xp: Any, rows: tuple[Any, ...]) -> tuple[Any, Any, Any]:
         return super().score(xp, self._raised(xp, rows))
 
-    def slopes(self, rows: tuple[Any, ...], loss: Any, den: Any, share: Any) -> Any:
-        slopes = super().slopes(self._raised(np, rows), loss, den, share)
+    def slopes(self, rows: tuple[Any, ...], score: Any, loss: Any, den: Any, share: Any) -> Any:
+        slopes = super().slopes(self._raised(np, rows), score, loss, den, share)
         if self.clip_tp is not None:
             raised = rows[0] < self.clip_tp
             slopes[0] = np.where(raised, -slopes[1] - slopes[2], slopes[0])

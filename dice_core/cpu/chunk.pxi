@@ -33,18 +33,25 @@ cdef void run_staged(
 
 
 cdef void load_cotangent(const Problem *q, const double *cotangent, char *to) noexcept nogil:
-    """The cotangent of one sample, that of P times p, as (ROWS, classes) numbers."""
-    cdef Py_ssize_t k, c
-    cdef double factor
+    """The cotangent of one sample as (ROWS, classes) numbers, that of P times p. The row of Y, which does not depend on
+    the logits, is the derivative for the probability of the voxel's own class where that is 1: the sum of those for I
+    and P, which may be small beside them.
+    """
+    cdef Py_ssize_t k, c, row = q.samples * q.classes
+    cdef double number
     for k in range(TARGET_SQUARE):  # the last two sums do not depend on the logits
         if q.row[k] < 0:
             continue
-        factor = q.p if k == PRED_SUM else 1
         for c in range(q.classes):
+            number = cotangent[q.row[k] * row + c]
+            if k == PRED_SUM:
+                number *= q.p
+            elif k == TARGET_SUM:
+                number = cotangent[q.row[INTERSECTION] * row + c] + q.p * cotangent[q.row[PRED_SUM] * row + c]
             if q.real_size == sizeof(double):
-                (<double *>to)[k * q.classes + c] = factor * cotangent[q.row[k] * q.samples * q.classes + c]
+                (<double *>to)[k * q.classes + c] = number
             else:
-                (<float *>to)[k * q.classes + c] = <float>(factor * cotangent[q.row[k] * q.samples * q.classes + c])
+                (<float *>to)[k * q.classes + c] = <float>number
 
 
 cdef void add_lanes(const Problem *q, vec *sums, real *numbers, double *out) noexcept nogil:
@@ -76,6 +83,9 @@ cdef Py_ssize_t run_chunk(
     cdef bint ignored
     cdef Py_ssize_t x_row = q.logits_c // <Py_ssize_t>sizeof(logit)
     cdef Py_ssize_t grad_row = q.grad_c // <Py_ssize_t>sizeof(logit)
+    # Without a gradient, nothing is written; its pointers then are those of the logits, whose strides it has: an offset
+    # from NULL would be undefined.
+    cdef char *all_grad = <char *>q.logits if q.grad == NULL else q.grad
     cdef const logit *x
     cdef logit *grad
     cdef char *label
@@ -90,7 +100,7 @@ cdef Py_ssize_t run_chunk(
         ignored = False
         out_of_range += load_tile_labels(q, sample, first, n, t.label, &ignored)
         x = <const logit *>(q.logits + sample * q.logits_n + at.logits)
-        grad = <logit *>(q.grad + sample * q.grad_n + at.grad)
+        grad = <logit *>(all_grad + sample * q.grad_n + at.grad)
         direct = 0  # how many voxels are read and written in place
         if (
             not ignored and at.run >= n and q.axes.logits[last] == sizeof(logit)

@@ -48,28 +48,34 @@ cdef inline vec target_of(
     return and_mask(equal(label, which), zero + 1)
 
 
-cdef inline vec probability_of(const Problem *q, vec v, vec softmax, vec *slope) noexcept nogil:
-    """The activation of a logit v and, unless that is a softmax, its derivative with respect to v."""
+cdef inline vec probability_of(const Problem *q, vec v, vec softmax, vec *slope, vec *rest) noexcept nogil:
+    """The activation s of a logit v and, unless that is a softmax, its derivative with respect to v, and, for p > 1,
+    1 - s.
+    """
     cdef vec zero, e
     set_zero(&zero)
     if q.activation == SOFTMAX or q.activation == ARGMAX:
         return softmax
     slope[0] = zero + 1
+    rest[0] = zero + 1 - v
     if q.activation == IDENTITY:
         return v
     if q.activation == THRESHOLD:
         return and_mask(less(zero, v), zero + 1)
     e = exp_minus_abs(v)
-    v = sigmoid(v, e)
     slope[0] = e / ((e + 1) * (e + 1))
-    return v
+    if q.p > 1:
+        rest[0] = sigmoid(zero - v, e)
+    return sigmoid(v, e)
 
 
 cdef void find_top(
     const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label, const vec *e,
     const vec *scale, vec *top,
 ) noexcept nogil:
-    """Fills top, (2, block), with -log of the largest probability of each voxel, and with the logit it belongs to."""
+    """Fills top, (3, block), with -log of the largest probability of each voxel, the logit it belongs to, and the sum of
+    all other probabilities.
+    """
     cdef vec own, rest, which, mask, found, zero, largest, v
     cdef Py_ssize_t c, i, e_row = q.block // lanes(scale)
     set_zero(&zero)
@@ -90,8 +96,10 @@ cdef void find_top(
             rest = rest + andnot(mask, v)
             which = which + 1
         own = own * scale[i] + and_mask(less(label[i], zero), zero + 1)  # 1 for ignored voxels
-        top[i] = own * 0 - log(own, rest * scale[i])  # own * 0: the log of NaN is not NaN
+        rest = rest * scale[i]
+        top[i] = own * 0 - log(own, rest)  # own * 0: the log of NaN is not NaN
         top[e_row + i] = largest
+        top[2 * e_row + i] = rest
 
 
 cdef inline vec nll_by(const vec *top, Py_ssize_t e_row, vec v) noexcept nogil:
@@ -120,7 +128,7 @@ cdef void sum_general(
             v = logit_of(q, x + i * lanes(scale), row, c, t)
             if q.activation == SOFTMAX or q.activation == ARGMAX or q.cross_entropy:
                 softmax = e[c * e_row + i] * scale[i]
-            s = probability_of(q, v, softmax, &slope)
+            s = probability_of(q, v, softmax, &slope, &u)
             total[INTERSECTION] = total[INTERSECTION] + andnot(ignored, t * s)
             total[PRED_SUM] = total[PRED_SUM] + andnot(ignored, s if q.p == 1 else power(s, q.p))
             total[TARGET_SUM] = total[TARGET_SUM] + t
@@ -131,7 +139,8 @@ cdef void sum_general(
                 h = nll_by(top + i, e_row, v)
                 total[NLL] = total[NLL] + andnot(ignored, h)
                 if q.cross_entropy:
-                    h = t * modulation(maximum(zero, zero + 1 - softmax), q.gamma, q.integer_gamma) * h
+                    u = select(less(constant(&zero, 0.5), softmax), top[2 * e_row + i], zero + 1 - softmax)
+                    h = t * modulation(u, q.gamma, q.integer_gamma) * h
                     # Masked, since h may be infinite where t is 0; but NaN must propagate to every class.
                     total[CROSS_ENTROPY] = total[CROSS_ENTROPY] + and_mask(less(zero, t), h)
                     total[CROSS_ENTROPY] = total[CROSS_ENTROPY] + andnot(ignored, softmax * 0)
@@ -185,6 +194,25 @@ cdef inline vec binary_slope(const Problem *q, vec z, vec target, vec positive, 
     return negative - positive * target * half_slope(q, own, other, softplus(zero - z, e))
 
 
+cdef inline vec overlap_slope(
+    const Problem *q, const char *cotangent, Py_ssize_t c, vec t, vec s, vec rest, vec ignored
+) noexcept nogil:
+    """The derivative of the parts in I and P for the probability s, with rest = 1 - s: a t + b s^(p-1). Where s and t are
+    above 1/2, these may cancel; there it is (a + b) t + b (1 - t) - b (1 - s^(p-1)).
+    """
+    cdef vec zero, half, a, b, both
+    set_zero(&zero)
+    broadcast(&a, cotangent, INTERSECTION * q.classes + c)
+    broadcast(&b, cotangent, PRED_SUM * q.classes + c)
+    a = and_mask(less(zero, t), a * t)  # the factor may be infinite, such as 2 / den of a class without targets
+    if q.p == 1:
+        return andnot(ignored, a + b)
+    half = constant(&zero, 0.5)
+    broadcast(&both, cotangent, TARGET_SUM * q.classes + c)
+    both = both * t + b * ((zero + 1 - t) - complement_of_power(s, rest, q.p - 1))
+    return andnot(ignored, select(and_mask(less(half, s), less(half, t)), both, a + b * power(s, q.p - 1)))
+
+
 cdef void grad_general(
     const Problem *q, const logit *x, Py_ssize_t x_row, Py_ssize_t lines, const vec *label, const vec *e,
     const vec *scale, const vec *target, const vec *top, const char *cotangent, logit *grad, Py_ssize_t row,
@@ -193,18 +221,27 @@ cdef void grad_general(
 
     For a softmax, a first pass over the classes computes the sums that every class's gradient depends on: with d the
     derivatives with respect to the probabilities s and u those with respect to the nll, the gradient is s (d - sum s d)
-    + softmax sum u - u.
+    + softmax sum u - u. If a probability is above 1/2, its class o is treated separately, so that nothing cancels: with
+    D = sum s_c (d_c - d_o), the gradient of the others is s (d - d_o - D) + softmax sum u - u, and that of o is -s D +
+    softmax (the others' sum u) - u (1 - softmax).
     """
-    cdef vec zero, which, t, s, v, softmax, ignored, h, z, slope, factor, d, u, dot, sum_u, before, valid
+    cdef vec zero, which, t, s, v, softmax, ignored, h, z, slope, factor, d, u, dot, before, valid
+    cdef vec likely, others, rest, likely_d, likely_u, others_u
     cdef Py_ssize_t c, i, e_row = q.block // lanes(scale)
     cdef int turn, first = 0 if q.needs_softmax else 1
+    cdef bint complements = q.p > 1 or q.focal  # whether 1 - s is needed
     cdef const logit *at
     cdef logit *to
     set_zero(&zero)
-    softmax = slope = h = zero
+    softmax = slope = likely = h = rest = zero
     for i in range(lines * VECTORS):
         at = x + i * lanes(scale)
-        dot = sum_u = before = valid = zero
+        dot = before = valid = likely_d = likely_u = others_u = zero
+        others = zero  # the sum of the probabilities up to 1/2: those of all classes but o
+        if q.needs_softmax and complements:
+            for c in range(q.classes):
+                softmax = e[c * e_row + i] * scale[i]
+                others = others + andnot(less(constant(&zero, 0.5), softmax), softmax)
         for turn in range(first, 2):
             to = grad + i * lanes(scale)
             which = zero
@@ -213,28 +250,35 @@ cdef void grad_general(
                 v = logit_of(q, at, x_row, c, t)
                 if q.needs_softmax:
                     softmax = e[c * e_row + i] * scale[i]
-                s = probability_of(q, v, softmax, &slope)
-                broadcast(&factor, cotangent, PRED_SUM * q.classes + c)
-                d = factor if q.p == 1 else factor * power(s, q.p - 1)
-                broadcast(&factor, cotangent, INTERSECTION * q.classes + c)
-                d = andnot(ignored, d + factor * t)
+                    likely = less(constant(&zero, 0.5), softmax)
+                if complements:
+                    h = rest = select(likely, others, zero + 1 - softmax)
+                s = probability_of(q, v, softmax, &slope, &rest)
+                d = overlap_slope(q, cotangent, c, t, s, rest, ignored)
                 u = zero
                 if q.cross_entropy:
-                    h = nll_by(top + i, e_row, v)
-                    h = modulated_slope(h, softmax, maximum(zero, zero + 1 - softmax), q.gamma, q.integer_gamma)
+                    h = modulated_slope(nll_by(top + i, e_row, v), softmax, h, q.gamma, q.integer_gamma)
                     broadcast(&factor, cotangent, CROSS_ENTROPY * q.classes + c)
                     u = and_mask(less(zero, t), factor * t * h)
                 if q.nll:
                     broadcast(&factor, cotangent, NLL * q.classes + c)
                     u = u + andnot(ignored, factor)
                 if turn == 0:
-                    dot = dot + s * d
-                    sum_u = sum_u + u
+                    dot = dot + andnot(likely, s * d)
+                    likely_d = likely_d + and_mask(likely, d)
+                    likely_u = likely_u + and_mask(likely, u)
+                    others_u = others_u + andnot(likely, u)
+                    if not complements:
+                        others = others + andnot(likely, softmax)
                     valid = valid + andnot(ignored, zero + 1)
                 else:
-                    s = s * (d - dot) if q.activation == SOFTMAX else andnot(ignored, d * slope)
+                    if q.activation == SOFTMAX:
+                        s = s * select(likely, zero - dot, d - likely_d - dot)
+                    else:
+                        s = andnot(ignored, d * slope)
                     if q.cross_entropy or q.nll:
-                        s = s + (softmax * sum_u - u)
+                        s = s + softmax * others_u
+                        s = s + select(likely, zero - likely_u * others, softmax * likely_u - u)
                     if q.needs_softmax:
                         s = and_mask(less(zero, valid), s)  # all channels ignored: 0, whatever the logits
                     if q.binary_cross_entropy:
@@ -249,6 +293,7 @@ cdef void grad_general(
                         to += row
                         before = zero
                 which = which + 1
+            dot = dot - likely_d * others
 
 
 cdef void decide(

@@ -28,28 +28,34 @@ cdef void run_ratio(
     cdef Py_ssize_t pooled = samples if r.pooled else 1, rows = 1 if r.pooled else samples
     cdef Py_ssize_t n, m, c, k, at
     cdef double[3] total
-    cdef double num, den, quotient, slope, loss = r.start
+    cdef double num, den, score_num, score, rest, share, slope, loss = r.start
     for n in range(rows):
         if r.per_sample:
             loss = r.start
         for c in range(classes):
             at = n * classes + c
-            num, den = r.excess, r.smooth
+            num, score_num, den = r.excess, r.smooth - r.excess, r.smooth
             for k in range(3):
                 total[k] = 0
                 for m in range(pooled):
                     total[k] += inout[k * row + at + m * classes]
                 num += r.num[k] * total[k]
+                score_num += (r.den[k] - r.num[k]) * total[k]
                 den += r.den[k] * total[k]
-            quotient = slope = 0  # of a class that is left out, and of 0/0, which is a perfect score
-            if c != r.ignore_channel and den != 0:
-                slope = r.share * (1 if weight == NULL else weight[c])
-                quotient = num / den
-                loss += slope * quotient
-                slope /= den
+            share = score = rest = 0  # of a class that is left out, and of 0/0, which is a perfect score
+            if c == r.ignore_channel or den == 0:
+                den = 1
+            else:
+                share = r.share * (1 if weight == NULL else weight[c])
+                score = score_num / den
+                rest = num / den
+                loss += share * rest
             for k in range(3):
+                # From the score or 1 minus it, whichever is small: both are computed from the sums.
+                slope = score * r.den[k] - (r.den[k] - r.num[k]) if score < 0.5 else r.num[k] - rest * r.den[k]
                 for m in range(pooled):
-                    inout[k * row + at + m * classes] = (r.num[k] - quotient * r.den[k]) * slope
+                    # Divided last, since share / den may overflow where the derivative is 0.
+                    inout[k * row + at + m * classes] = share * slope / den
         if r.per_sample:
             value[n] = <real>loss
     if not r.per_sample:

@@ -341,8 +341,15 @@ cdef inline vec log_of_sum(vec e) noexcept nogil:
         return (y * e + <float>1.0) * e
 
 
-cdef vec power(vec s, Py_ssize_t p) noexcept nogil:
-    """s**p for p >= 1, by repeated squaring."""
+cdef inline vec power(vec s, Py_ssize_t p) noexcept nogil:
+    """s**p for p >= 1."""
+    if p == 1:
+        return s
+    return s * s if p == 2 else power_by_squaring(s, p)
+
+
+cdef vec power_by_squaring(vec s, Py_ssize_t p) noexcept nogil:
+    """s**p for p >= 1."""
     cdef vec y
     while p & 1 == 0:
         s = s * s

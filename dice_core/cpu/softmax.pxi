@@ -223,9 +223,9 @@ cdef void nll_lines(
 
 cdef inline void sum_lines(
     const Problem *q, Py_ssize_t lines, const vec *label, const vec *e, const vec *scale, const vec *nll, vec *sums,
-    bint linear, bint cross_entropy,
+    Py_ssize_t p, bint cross_entropy,
 ) noexcept nogil:
-    """Adds I, P, Y and H to sums, (3 or 4, classes). Compile-time constants: whether p is 1, whether there is an H."""
+    """Adds I, P, Y and H to sums, (3 or 4, classes). Compile-time constants: p, if it is 1 or 2; whether there is an H."""
     cdef vec intersection[VECTORS]
     cdef vec pred_sum[VECTORS]
     cdef vec of_nll[VECTORS]
@@ -246,7 +246,7 @@ cdef inline void sum_lines(
                 s = e[at] * scale[at]
                 target_sum = count_mask(target_sum, mask)
                 intersection[k] = intersection[k] + and_mask(mask, s)
-                pred_sum[k] = pred_sum[k] + (s if linear else power(s, q.p))
+                pred_sum[k] = pred_sum[k] + power(s, p)
                 if cross_entropy:
                     of_nll[k] = of_nll[k] + and_mask(mask, nll[at])
         for k in range(VECTORS):
@@ -259,59 +259,97 @@ cdef inline void sum_lines(
         e += q.block // lanes(&s)
 
 
+cdef inline vec complement_of_power(vec s, vec rest, Py_ssize_t p) noexcept nogil:
+    """1 - s^p for p >= 1, given rest = 1 - s, without cancellation."""
+    return rest if p == 1 else complement_by_squaring(s, rest, p)
+
+
+cdef vec complement_by_squaring(vec s, vec rest, Py_ssize_t p) noexcept nogil:
+    """1 - s^(2n) is (1 - s^n) (1 + s^n), and 1 - s^(n+1) is 1 - s + s (1 - s^n)."""
+    cdef vec c = rest
+    cdef Py_ssize_t bit = 1
+    while bit <= p >> 1:
+        bit <<= 1
+    while bit > 1:
+        bit >>= 1
+        c = c * (2 - c)
+        if p & bit:
+            c = c * s + rest
+    return c
+
+
 cdef inline void grad_lines(
     const Problem *q, Py_ssize_t lines, const vec *label, const vec *e, const vec *scale, const vec *nll,
-    const char *cotangent, logit *grad, Py_ssize_t row, bint linear, bint cross_entropy, bint non_temporal,
+    const char *cotangent, logit *grad, Py_ssize_t row, Py_ssize_t p, bint cross_entropy, bint non_temporal,
 ) noexcept nogil:
-    """Writes the gradient, which may overwrite e. Compile-time constants: whether p is 1, whether there is an H, how to
-    store.
+    """Writes the gradient, which may overwrite e. Compile-time constants: p, if it is 1 or 2; whether there is an H; how
+    to store.
+
+    With d_c the derivative with respect to s_c, the gradient is s_c (d_c - sum s d) + h_o (s_c - [c=o]), o the voxel's own
+    class. For near-perfect predictions nothing must cancel: 1 - s_o is the sum r of the others, the gradient of o is s_o
+    (d_o r - dot) - h_o r with dot = sum s d over the others, and d_o = (a + b)_o - b_o (1 - s_o^(p-1)).
     """
     cdef vec dot[VECTORS]
-    cdef vec of_own[VECTORS]  # the factor of s - [y=c]
-    cdef vec s, slope, mask, a, b, h, which
+    cdef vec rest[VECTORS]  # the sum of the other classes' exponentials
+    cdef vec own[VECTORS]  # the derivative with respect to the probability of the own class
+    cdef vec own_b[VECTORS]
+    cdef vec own_e[VECTORS]
+    cdef vec own_h[VECTORS]
+    cdef vec s, slope, mask, a, b, h, which, zero
     cdef Py_ssize_t c, e_row = q.block // lanes(&s)
     cdef const vec *at
     cdef logit *to
     cdef int k
+    set_zero(&zero)
     for _ in range(lines):
         for k in range(VECTORS):
-            set_zero(&dot[k])
-            set_zero(&of_own[k])
-        set_zero(&which)
+            dot[k] = rest[k] = own[k] = own_b[k] = own_e[k] = own_h[k] = zero
+        which = zero
         at = e
         for c in range(q.classes):
-            broadcast(&a, cotangent, c)
+            broadcast(&a, cotangent, TARGET_SUM * q.classes + c)
             broadcast(&b, cotangent, PRED_SUM * q.classes + c)
             if cross_entropy:
                 broadcast(&h, cotangent, CROSS_ENTROPY * q.classes + c)
             for k in range(VECTORS):
                 mask = equal(label[k], which)
-                slope = b if linear else b * power(at[k] * scale[k], q.p - 1)
-                dot[k] = dot[k] + at[k] * (and_mask(mask, a) + slope)
+                s = andnot(mask, at[k])
+                rest[k] = rest[k] + s
+                dot[k] = dot[k] + s * (b if p == 1 else b * power(at[k] * scale[k], p - 1))
+                own[k] = own[k] + and_mask(mask, a)
+                own_e[k] = own_e[k] + and_mask(mask, at[k])
+                if p > 1:
+                    own_b[k] = own_b[k] + and_mask(mask, b)
                 if cross_entropy:
-                    of_own[k] = of_own[k] + and_mask(mask, h)
+                    own_h[k] = own_h[k] + and_mask(mask, h)
             which = which + 1
             at += e_row
         for k in range(VECTORS):
-            dot[k] = dot[k] * scale[k]
+            rest[k] = rest[k] * scale[k]
+            s = own_e[k] * scale[k]
+            if p > 1:
+                own[k] = own[k] - own_b[k] * complement_of_power(s, rest[k], p - 1)
+            slope = dot[k] * scale[k]
+            dot[k] = own[k] * rest[k] - slope  # of the own class,
+            own[k] = own[k] * s + slope  # and of the others: sum s d
             if cross_entropy:
                 if q.focal:
-                    of_own[k] = of_own[k] * nll[k]
-                dot[k] = dot[k] - of_own[k]
-        set_zero(&which)
+                    own_h[k] = own_h[k] * nll[k]
+                own[k] = own[k] - own_h[k]
+                rest[k] = own_h[k] * rest[k]
+        which = zero
         at = e
         to = grad
         for c in range(q.classes):
             if c >= q.classes - q.channels:
-                broadcast(&a, cotangent, c)
                 broadcast(&b, cotangent, PRED_SUM * q.classes + c)
                 for k in range(VECTORS):
                     s = at[k] * scale[k]
                     mask = equal(label[k], which)
-                    slope = b if linear else b * power(s, q.p - 1)
-                    s = s * (and_mask(mask, a) + (slope - dot[k]))
+                    slope = b if p == 1 else b * power(s, p - 1)
+                    s = s * select(mask, dot[k], slope - own[k])
                     if cross_entropy:
-                        s = s - and_mask(mask, of_own[k])
+                        s = s - and_mask(mask, rest[k])
                     if non_temporal:
                         store_non_temporal(to + k * lanes(&s), s)
                     else:
@@ -335,13 +373,14 @@ cdef inline void two_classes(
     """Sums or gradient of two classes, p = 1 and gamma = 0, without a detour through scratch. The last four arguments
     are compile-time constants.
 
-    With t_c = a_c [y=c] + b_c the gradient of class 1 is s_0 s_1 (t_1 - t_0) + h_0 [y=0] s_1 - h_1 [y=1] s_0, that of
-    class 0 its negative.
+    The gradient of class 1 is s_0 s_1 (d_1 - d_0) + h_0 [y=0] s_1 - h_1 [y=1] s_0, that of class 0 its negative; d_c is
+    the derivative with respect to s_c.
     """
     cdef vec s[2]
     cdef vec a[2]
     cdef vec b[2]
     cdef vec h[2]
+    cdef vec difference[2]  # d_1 - d_0 of the voxels of each class
     cdef vec mask[2]
     cdef vec intersection[2]
     cdef vec pred_sum[2]
@@ -355,10 +394,12 @@ cdef inline void two_classes(
     for c in range(2):
         intersection[c] = pred_sum[c] = of_nll[c] = zero
         target_sum[c] = out[2 * TARGET_SUM + c]
-        broadcast(&a[c], t.cotangent, c)
+        broadcast(&a[c], t.cotangent, 2 * TARGET_SUM + c)
         broadcast(&b[c], t.cotangent, 2 * PRED_SUM + c)
         if cross_entropy:
             broadcast(&h[c], t.cotangent, 2 * CROSS_ENTROPY + c)
+    difference[0] = b[1] - a[0]
+    difference[1] = a[1] - b[0]
     for i in range(lines * VECTORS):
         first = zero
         if channels == 2:
@@ -371,7 +412,6 @@ cdef inline void two_classes(
         if any_greater(abs(v), MAX_SHIFT):
             total = softmax_rare(x, x_row, channels, s, 1)
         scale = andnot(less(label[i], zero), (zero + 1) / total)
-        v = b[1] - b[0]
         for c in range(2):
             s[c] = s[c] * scale
             mask[c] = equal(label[i], zero + 1 if c else zero)
@@ -379,10 +419,6 @@ cdef inline void two_classes(
                 intersection[c] = intersection[c] + and_mask(mask[c], s[c])
                 pred_sum[c] = pred_sum[c] + s[c]
                 target_sum[c] = count_mask(target_sum[c], mask[c])
-            elif c == 0:
-                v = v - and_mask(mask[c], a[c])
-            else:
-                v = v + and_mask(mask[c], a[c])
         if sums and cross_entropy:
             v = nll_of(
                 and_mask(mask[0], s[0]) + and_mask(mask[1], s[1]), andnot(mask[0], s[0]) + andnot(mask[1], s[1]),
@@ -391,7 +427,7 @@ cdef inline void two_classes(
             for c in range(2):
                 of_nll[c] = of_nll[c] + and_mask(mask[c], v)
         if not sums:
-            v = v * (s[0] * s[1])
+            v = select(mask[0], difference[0], difference[1]) * (s[0] * s[1])
             if cross_entropy:
                 v = v + (and_mask(mask[0], h[0] * s[1]) - and_mask(mask[1], h[1] * s[0]))
             if channels == 2:
@@ -459,13 +495,34 @@ cdef void run_softmax(
         softmax_many(q, x, row, lines, label, e, scale)
 
 
+cdef inline void run_lines_of_power(
+    const Problem *q, const Scratch *t, Py_ssize_t lines, const vec *label, vec *e, logit *grad, Py_ssize_t row,
+    Py_ssize_t p, bint non_temporal,
+) noexcept nogil:
+    cdef vec *scale = <vec *>t.scale
+    cdef vec *nll = <vec *>t.nll
+    if q.grad == NULL:
+        if q.cross_entropy:
+            sum_lines(q, lines, label, e, scale, nll, <vec *>t.sums, p, True)
+        else:
+            sum_lines(q, lines, label, e, scale, nll, <vec *>t.sums, p, False)
+    elif q.cross_entropy:
+        if non_temporal:
+            grad_lines(q, lines, label, e, scale, nll, t.cotangent, grad, row, p, True, True)
+        else:
+            grad_lines(q, lines, label, e, scale, nll, t.cotangent, grad, row, p, True, False)
+    elif non_temporal:
+        grad_lines(q, lines, label, e, scale, nll, t.cotangent, grad, row, p, False, True)
+    else:
+        grad_lines(q, lines, label, e, scale, nll, t.cotangent, grad, row, p, False, False)
+
+
 cdef void run_plain(
     const Problem *q, const Scratch *t, const logit *x, Py_ssize_t x_row, Py_ssize_t lines, const vec *label,
     vec *e, logit *grad, Py_ssize_t grad_row, bint non_temporal,
 ) noexcept nogil:
     """Adds the sums of whole lines of voxels to t.sums, or writes their gradient."""
     cdef vec *scale = <vec *>t.scale
-    cdef vec *nll = <vec *>t.nll
     if q.classes == 2 and q.p == 1 and not q.focal:
         if q.channels == 1:
             run_two_classes(q, t, x, x_row, lines, label, grad, grad_row, 1, non_temporal)
@@ -474,27 +531,10 @@ cdef void run_plain(
         return
     run_softmax(q, x, x_row, lines, label, e, scale)
     if q.cross_entropy and (q.grad == NULL or q.focal):
-        nll_lines(q, x, x_row, lines, label, e, scale, nll)
-    if q.grad == NULL:
-        if q.cross_entropy:
-            if q.p == 1:
-                sum_lines(q, lines, label, e, scale, nll, <vec *>t.sums, True, True)
-            else:
-                sum_lines(q, lines, label, e, scale, nll, <vec *>t.sums, False, True)
-        elif q.p == 1:
-            sum_lines(q, lines, label, e, scale, nll, <vec *>t.sums, True, False)
-        else:
-            sum_lines(q, lines, label, e, scale, nll, <vec *>t.sums, False, False)
-    elif q.cross_entropy:
-        if q.p != 1:
-            grad_lines(q, lines, label, e, scale, nll, t.cotangent, grad, grad_row, False, True, False)
-        elif non_temporal:
-            grad_lines(q, lines, label, e, scale, nll, t.cotangent, grad, grad_row, True, True, True)
-        else:
-            grad_lines(q, lines, label, e, scale, nll, t.cotangent, grad, grad_row, True, True, False)
-    elif q.p != 1:
-        grad_lines(q, lines, label, e, scale, nll, t.cotangent, grad, grad_row, False, False, False)
-    elif non_temporal:
-        grad_lines(q, lines, label, e, scale, nll, t.cotangent, grad, grad_row, True, False, True)
+        nll_lines(q, x, x_row, lines, label, e, scale, <vec *>t.nll)
+    if q.p == 1:
+        run_lines_of_power(q, t, lines, label, e, grad, grad_row, 1, non_temporal)
+    elif q.p == 2:
+        run_lines_of_power(q, t, lines, label, e, grad, grad_row, 2, non_temporal)
     else:
-        grad_lines(q, lines, label, e, scale, nll, t.cotangent, grad, grad_row, True, False, False)
+        run_lines_of_power(q, t, lines, label, e, grad, grad_row, q.p, non_temporal)

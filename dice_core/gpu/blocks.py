@@ -17,10 +17,14 @@ def factor_loader(plan: Plan, width: int, rows: int, ops: Any) -> Any:
     """(factor, cotangent, scale, scale_n, scaled, samples, sample, thread): loads the cotangent of
     a sample, times its scale, into the shared array `factor`: `rows` rows, without that of
     target_sum, padded to `width` with zeros.
+
+    The row of P is multiplied by p, and that of I added to it: the derivative with respect to the
+    probability of a voxel's own class where that is 1. It may be small beside its two parts.
     """
-    cuda, real, int32, int64 = ops.cuda, ops.real, ops.int32, ops.int64
+    cuda, real, int32, int64, float64 = ops.cuda, ops.real, ops.int32, ops.int64, ops.float64
     load_double, load_real = ops.load_double, ops.load_real
     THREADS, CLASSES, WIDTH, SIZE = plans.THREADS, plan.classes, width, rows * width
+    P = float(plan.spec.p)
 
     @ops.inlined
     def load(  # type: ignore[no-untyped-def]
@@ -32,10 +36,14 @@ def factor_loader(plan: Plan, width: int, rows: int, ops: Any) -> Any:
             c = i - k * int32(WIDTH)
             factor[i] = real(0)
             if c < int32(CLASSES):
-                if k > int32(1):
-                    k += int32(1)  # skip the row of target_sum
-                entry = (int64(k) * samples + sample) * int64(CLASSES) + int64(c)
+                row = k + int32(1) if k > int32(1) else k  # skip that of target_sum
+                entry = (int64(row) * samples + sample) * int64(CLASSES) + int64(c)
                 number = load_double(cotangent, entry * int64(8))[0]
+                if k == int32(0):
+                    entry += samples * int64(CLASSES)
+                    number += float64(P) * load_double(cotangent, entry * int64(8))[0]
+                elif k == int32(1):
+                    number *= float64(P)
                 if scaled != int64(0):
                     number *= load_real(scale, sample * scale_n)[0]
                 factor[i] = real(number)

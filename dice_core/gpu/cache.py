@@ -2,6 +2,12 @@
 
 A file holds a digest and a cubin. Its name is a hash of everything that the cubin depends on, so no
 file is ever out of date; the folder can be deleted at any time.
+
+A cubin is code, so none is read that another user may have written: the folder and the file must
+belong to this user or to root, and nobody else may write to them. The folders above are not
+checked: who may write to one of them could only put another file of this user's in our file's
+place, and its digest, which includes the name, would be wrong. Windows has no such modes; there the
+default, in the user's profile, is private.
 """
 
 from __future__ import annotations
@@ -11,7 +17,11 @@ import functools
 import hashlib
 import importlib.metadata
 import os
+import stat
+import sys
 import tempfile
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from .plan import Plan
@@ -27,37 +37,42 @@ SOURCES = (  # relative to this file
     "intrinsics.py",
     "compile.py",
 )
-COMPILERS = (
+COMPILERS = (  # those of a CUDA toolkit outside Python have no version here
     "numba",
     "numba-cuda",
     "llvmlite",
     "nvidia-nvvm",
     "nvidia-nvjitlink",
+    "nvidia-cuda-nvrtc",  # numba-cuda compiles for the architecture nearest to those that it knows
     "nvidia-cuda-nvcc-cu12",
     "nvidia-nvjitlink-cu12",
+    "nvidia-cuda-nvrtc-cu12",
 )
 DIGEST_BYTES = 32
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+# A symbolic link is refused, and a pipe does not block.
+READ = os.O_RDONLY | sum(getattr(os, f"O_{name}", 0) for name in ("NOFOLLOW", "NONBLOCK", "BINARY"))
 
 
 def cubin(kind: str, plan: Plan, capability: tuple[int, int]) -> bytes:
     """The cubin of a kernel: from the disk if it is there and intact, else compiled and stored.
 
-    Without a writable folder every process compiles it.
+    Without a private, writable folder every process compiles it, and a RuntimeWarning says why.
     """
-    path, stored = None, b""
-    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: a user without a home
-        path = folder() / f"{_key(kind, plan, capability)}.cubin"
-        stored = path.read_bytes()
-    code = stored[DIGEST_BYTES:]
-    if code and hashlib.sha256(code).digest() == stored[:DIGEST_BYTES]:
+    key = _key(kind, plan, capability)
+    path, code = None, b""
+    with _warning():
+        path = _private(folder()) / f"{key}.cubin"
+        code = _read(path, key)
+    if code:
         return code
 
     from . import compile as compiler  # numba takes a second to import
 
     code = compiler.compile(kind, plan, capability)
     if path is not None:
-        with contextlib.suppress(OSError):
-            _write(path, hashlib.sha256(code).digest() + code)
+        with _warning():
+            _write(path, _digest(key, code) + code)
     return code
 
 
@@ -68,7 +83,9 @@ def folder() -> Path:
     if os.name == "nt":
         base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
     else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        base = os.environ.get("XDG_CACHE_HOME", "")
+        if not os.path.isabs(base):  # to be ignored, by the specification
+            base = Path.home() / ".cache"
     return Path(base) / "dice_core"
 
 
@@ -81,7 +98,8 @@ def _origin() -> tuple[str, ...]:
     """The dependencies of all kernels: digests of the sources, and the compilers' versions."""
     here = Path(__file__).parent
     texts = [hashlib.sha256((here / name).read_bytes()).hexdigest() for name in SOURCES]
-    return (*texts, *(str(version(package)) for package in COMPILERS))
+    python = str(sys.implementation.cache_tag)  # whose bytecode numba compiles
+    return (*texts, python, *(str(version(package)) for package in COMPILERS))
 
 
 def version(package: str) -> str | None:
@@ -92,9 +110,49 @@ def version(package: str) -> str | None:
         return None
 
 
+def _private(path: Path) -> Path:
+    """The folder, made if it is not there; PermissionError if others may write to it."""
+    os.makedirs(path, 0o700, exist_ok=True)
+    status = os.lstat(path)
+    reason = _exposed(status) if stat.S_ISDIR(status.st_mode) else "is not a folder but a link"
+    if reason:
+        raise PermissionError(f"{path} {reason}")
+    return path
+
+
+def _exposed(status: os.stat_result) -> str:
+    """Why others may have written a folder or file with this owner and mode; empty if not."""
+    if not hasattr(os, "geteuid"):
+        return ""
+    if status.st_uid not in (0, os.geteuid()):
+        return f"belongs to another user (uid {status.st_uid}, not {os.geteuid()})"
+    return "can be written to by others (chmod go-w)" if status.st_mode & OTHERS_WRITE else ""
+
+
+def _read(path: Path, key: str) -> bytes:
+    """The cubin in a file; empty if it is missing, damaged or may have been written by others: it
+    is then replaced.
+    """
+    try:
+        handle = os.open(path, READ)
+    except OSError:
+        return b""
+    with os.fdopen(handle, "rb") as file:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode) or _exposed(status):
+            return b""
+        content = file.read()
+    code = content[DIGEST_BYTES:]
+    return code if code and content[:DIGEST_BYTES] == _digest(key, code) else b""
+
+
+def _digest(key: str, code: bytes) -> bytes:
+    """Of the key too, so that a file is never read under another name."""
+    return hashlib.sha256(key.encode() + code).digest()
+
+
 def _write(path: Path, content: bytes) -> None:
-    """Atomically: other processes see all of the file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Atomically, readable by this user only: other processes see all of the file or none."""
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=".new")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -103,3 +161,22 @@ def _write(path: Path, content: bytes) -> None:
     except BaseException:
         os.unlink(name)
         raise
+
+
+@contextlib.contextmanager
+def _warning() -> Iterator[None]:
+    """Turns a failure of the disk into a warning, once for each cause."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
+        _warn(str(error))
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    warnings.warn(
+        f"compiled CUDA kernels are not kept on disk: {reason}; set {VARIABLE} to a folder that "
+        f"only you can write to",
+        RuntimeWarning,
+        stacklevel=2,
+    )

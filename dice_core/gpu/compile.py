@@ -106,9 +106,11 @@ def operations(plan: Plan) -> Any:
         log=intrinsics.log,
         sigmoid=intrinsics.sigmoid,
         softplus=intrinsics.softplus,
-        # s^p and its derivative; (1 - s)^gamma, the focal modulation, and its derivative
+        # s^p and s^(p-1), and 1 - s^(p-1) of 1 - s; (1 - s)^gamma, the focal modulation, and its
+        # derivative
         power=intrinsics.scaled_power(1, spec.p),
-        power_slope=intrinsics.scaled_power(spec.p, spec.p - 1),
+        lower_power=intrinsics.scaled_power(1, spec.p - 1),
+        power_complement=intrinsics.power_complement(spec.p - 1),
         modulation=intrinsics.scaled_power(1, gamma),
         modulation_slope=intrinsics.scaled_power(gamma, gamma - 1),
         binary_modulation=intrinsics.scaled_power(1, binary_gamma),

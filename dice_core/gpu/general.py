@@ -19,19 +19,21 @@ def general_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
     """Like `kernels.plain_kernel`, for any `Spec`."""
     cuda, real, int32, int64 = ops.cuda, ops.real, ops.int32, ops.int64
     load_logits, load_targets, store_grad = ops.load_logits, ops.load_targets, ops.store_grad
-    power, power_slope = ops.power, ops.power_slope
+    power, lower_power, power_complement = ops.power, ops.lower_power, ops.power_complement
     exp, log, reciprocal, fmax = ops.exp, ops.log, ops.reciprocal, ops.fmax
     shuffle, label_type = ops.shuffle, ops.label
     modulation, modulation_slope = ops.modulation, ops.modulation_slope
     sigmoid, softplus, binary_modulation = ops.sigmoid, ops.softplus, ops.binary_modulation
     spec = plan.spec
     V, LANES, CLASSES, GRADIENT = plan.voxels, plan.lanes, plan.classes, gradient
+    LABELS = plan.label_limit
     SOFT, ZERO_OR_ONE = spec.soft_targets, spec.targets == "binary"
     CROSS_ENTROPY, FOCAL, NLL = spec.gamma is not None, bool(spec.gamma), spec.nll
     BINARY, SQUARE = spec.binary_gamma is not None, spec.soft_targets and spec.target_square
     SOFTMAX, SIGMOID = spec.activation == "softmax", spec.activation == "sigmoid"
     ARGMAX, THRESHOLD = spec.activation == "argmax", spec.activation == "threshold"
     NEEDS_SOFTMAX, NEEDS_NLL = spec.needs_softmax, CROSS_ENTROPY or NLL
+    REST, LINEAR = NEEDS_SOFTMAX and (FOCAL or GRADIENT), spec.p == 1
     FIRST_PASS = 0 if GRADIENT and NEEDS_SOFTMAX else 1  # pass 0 reduces over the classes
     BACKGROUND = CLASSES - plan.channels  # 1: a single channel has a class 0 with logit 0 before it
     PART = plan.lane_channels + BACKGROUND  # classes per lane,
@@ -89,6 +91,9 @@ def general_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
             for k in range(SUMS):
                 sums[k] = real(0)
             out_of_range = int32(0)
+        if GRADIENT and NEEDS_SOFTMAX:  # from pass 0 to pass 1
+            slopes = cuda.local.array(PART, real)
+            nll_factors = cuda.local.array(PART, real)
 
         first = (block - sample * runs) * run
         stop = min(first + run, voxels)
@@ -128,7 +133,7 @@ def general_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
             for j in range(V):
                 if not SOFT:
                     label = labels[j]
-                    in_range = (label >= label_type(0)) & (label < label_type(CLASSES))
+                    in_range = (label >= label_type(0)) & (label < label_type(LABELS))
                     valid = inside & in_range & (label != ignored)
                     lane_label = int32(label) - first_class if valid else int32(-1)
                     if not GRADIENT and inside and not in_range and label != excused:
@@ -139,17 +144,26 @@ def general_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
                         top = fmax(top, logit[c * V + j])
                     for k in range(SHUFFLES):
                         top = fmax(top, shuffle(FULL_MASK, top, 1 << k))
-                    total = real(-0.0)  # the additive identity
+                    total, rest = real(-0.0), real(0)  # -0.0: the additive identity
                     for c in range(PART):
                         below = logit[c * V + j] - top
                         if BACKGROUND and c > 0:  # a logit of +inf has probability 1
                             below = real(0) if logit[c * V + j] >= top else below
-                        total += exp(below)
+                        e = exp(below)
+                        total += e
+                        if REST and e < real(1):
+                            rest += e
                     for k in range(SHUFFLES):
                         total += shuffle(FULL_MASK, total, 1 << k)
+                        if REST:
+                            rest += shuffle(FULL_MASK, rest, 1 << k)
                     inverse = reciprocal(total)
                 if NEEDS_NLL:
                     log_total = log(total)
+                    if FOCAL and total < real(2):
+                        log_total += (rest - (total - real(1))) * inverse  # total's rounding error
+                if REST:  # the probability of all classes but one above 1/2
+                    rest *= inverse
                 if ARGMAX:  # the first of equal logits; NaN ranks as +inf
                     top = real(LOWEST)
                     winner = first_class
@@ -172,10 +186,12 @@ def general_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
                         valid_classes += int32(1) if target[c * V + j] >= real(0) else int32(0)
                     for k in range(SHUFFLES):
                         valid_classes += shuffle(FULL_MASK, valid_classes, 1 << k)
-                # The gradient is s (slope - dot) through the probabilities s of a softmax, and
-                # q nll_total - nll_factor through -log q: dot = sum s slope and nll_total = sum
-                # nll_factor, over the classes.
-                dot, nll_total = real(0), real(0)
+                # The gradient is s (slope - sum s slope) through the probabilities s of a softmax,
+                # and q sum nll_factor - nll_factor through -log q. If a class is likely, above 1/2,
+                # then dot = sum s (slope - likely_slope) and nll_total = sum nll_factor over the
+                # others, and the gradient of the likely one is -s dot + q nll_total - (1 - q)
+                # likely_nll, where nothing cancels.
+                dot, nll_total, likely_slope, likely_nll = real(0), real(0), real(0), real(0)
                 for this_pass in range(FIRST_PASS, 2):
                     for c in range(PART):
                         v = logit[c * V + j]
@@ -189,6 +205,9 @@ def general_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
                             if BACKGROUND and c > 0:
                                 below = real(0) if v >= top else below
                             e = exp(below)
+                        if REST:
+                            likely = e + e > total
+                            not_q = rest if likely else real(1) - e * inverse
                         if SOFTMAX:
                             s = e * inverse
                         elif SIGMOID:
@@ -201,8 +220,8 @@ def general_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
                             s = v
                         if NEEDS_NLL:
                             nll = log_total - below
-                        if FOCAL:  # 1 - q, kept above 0, where every power of it is finite
-                            complement = fmax((total - e) * inverse, real(SMALLEST))
+                        if FOCAL:  # kept above 0, where every power of it is finite
+                            complement = fmax(not_q, real(SMALLEST))
 
                         if BINARY:
                             z = -logit[V + j] if c < BACKGROUND else v
@@ -241,10 +260,17 @@ def general_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
                             continue
 
                         at_class = first_class + int32(c)
-                        slope = real(0)
-                        if valid:
-                            slope = factor[at_class] * t
-                            slope += factor[int32(WIDTH) + at_class] * power_slope(s)
+                        not_s = sigmoid(-v) if SIGMOID else not_q if SOFTMAX else real(1) - s
+                        # a t + b p s^(p-1) as (a + b p) t + b p (s^(p-1) - t). Where t is 0, the
+                        # first factor may be infinite, such as 2 / (P + Y).
+                        difference = real(1) - t
+                        if not LINEAR:
+                            near_1 = difference - power_complement(not_s)
+                            difference = near_1 if t > real(0.5) else lower_power(s) - t
+                        difference = difference if valid else real(0)
+                        slope = factor[int32(WIDTH) + at_class] * difference
+                        own_slope = factor[at_class] * t
+                        slope = slope + own_slope if t > real(0) else slope
                         nll_factor = real(0)
                         if CROSS_ENTROPY and t > real(0):
                             nll_factor = factor[int32(2 * WIDTH) + at_class] * t
@@ -255,18 +281,25 @@ def general_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
                                 )
                         if NLL and valid:
                             nll_factor += factor[int32((NLL_ROW - 1) * WIDTH) + at_class]
-                        if this_pass == 0:
-                            dot += s * slope
-                            nll_total += nll_factor
+                        if NEEDS_SOFTMAX and this_pass == 0:
+                            slopes[c] = slope
+                            nll_factors[c] = nll_factor
+                            likely_slope = slope if likely else likely_slope
+                            likely_nll = nll_factor if likely else likely_nll
+                            dot += real(0) if likely else s * slope
+                            nll_total += real(0) if likely else nll_factor
                             continue
 
-                        dx = real(0)
+                        if NEEDS_SOFTMAX:
+                            slope, nll_factor = slopes[c], nll_factors[c]
                         if SOFTMAX:
-                            dx = s * (slope - dot)
-                        elif valid:
-                            dx = slope * (s * sigmoid(-v)) if SIGMOID else slope
+                            dx = s * (-dot if likely else slope - likely_slope - dot)
+                        else:
+                            dx = slope * (s * not_s) if SIGMOID else slope
                         if NEEDS_NLL:
-                            dx += e * inverse * nll_total - nll_factor
+                            q = e * inverse
+                            others_nll = nll_factor - q * likely_nll
+                            dx += q * nll_total - (likely_nll * rest if likely else others_nll)
                         if BINARY:
                             positive_factor = factor[int32((BINARY_ROW - 1) * WIDTH) + at_class]
                             negative_factor = factor[int32(BINARY_ROW * WIDTH) + at_class]
@@ -298,10 +331,15 @@ def general_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
                         keep = valid_classes > int32(0) if SOFT and NEEDS_SOFTMAX else valid
                         logit[c * V + j] = dx if keep else real(0)
 
-                    if this_pass == 0:
+                    if NEEDS_SOFTMAX and this_pass == 0:
                         for k in range(SHUFFLES):
-                            dot += shuffle(FULL_MASK, dot, 1 << k)
-                            nll_total += shuffle(FULL_MASK, nll_total, 1 << k)
+                            if SOFTMAX:
+                                dot += shuffle(FULL_MASK, dot, 1 << k)
+                                likely_slope += shuffle(FULL_MASK, likely_slope, 1 << k)
+                            if NEEDS_NLL:
+                                nll_total += shuffle(FULL_MASK, nll_total, 1 << k)
+                                likely_nll += shuffle(FULL_MASK, likely_nll, 1 << k)
+                        dot -= likely_slope * rest
 
             if GRADIENT and inside:
                 for c in range(BACKGROUND, PART):

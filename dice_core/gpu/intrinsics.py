@@ -265,6 +265,29 @@ def scaled_power(factor: float, exponent: float) -> Callable[..., Any]:
     return power
 
 
+def power_complement(exponent: int) -> Callable[..., Any]:
+    """x -> 1 - (1 - x)**exponent, for 0 <= x <= 1, without cancellation."""
+
+    @intrinsic
+    def complement(typingctx: Any, x: Any) -> Any:
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            (x,) = args
+            one = ir.Constant(x.type, 1.0)
+            base = power = builder.fsub(one, x)
+            result = x  # 1 - power, with the leading binary digits of the exponent
+            for digit in f"{exponent:b}"[1:]:
+                result = builder.fma(result, power, result)
+                power = builder.fmul(power, power)
+                if digit == "1":
+                    result = builder.fma(result, base, x)
+                    power = builder.fmul(power, base)
+            return result if exponent else ir.Constant(x.type, 0.0)
+
+        return x(x), codegen
+
+    return complement
+
+
 def _address(builder: ir.IRBuilder, pointer: Any, offset: Any, to: ir.Type) -> Any:
     return builder.bitcast(builder.gep(pointer, [offset]), to.as_pointer())
 

@@ -81,13 +81,16 @@ def plain_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
     """Sums a block's voxels into its partial, or computes their gradient."""
     cuda, real, int32, int64 = ops.cuda, ops.real, ops.int32, ops.int64
     load_logits, load_targets, store_grad = ops.load_logits, ops.load_targets, ops.store_grad
-    power, power_slope = ops.power, ops.power_slope
+    power, lower_power, power_complement = ops.power, ops.lower_power, ops.power_complement
     exp, log, reciprocal, fmax = ops.exp, ops.log, ops.reciprocal, ops.fmax
     shuffle, label_type = ops.shuffle, ops.label
     modulation, modulation_slope = ops.modulation, ops.modulation_slope
     V, LANES, CLASSES, GRADIENT = plan.voxels, plan.lanes, plan.classes, gradient
+    LABELS = plan.label_limit
     CROSS_ENTROPY, FOCAL = plan.spec.gamma is not None, bool(plan.spec.gamma)
-    NLL = FOCAL or (CROSS_ENTROPY and not GRADIENT)  # needs -log of the label's probability
+    NLL = FOCAL or (CROSS_ENTROPY and not GRADIENT)  # needs -log of the label's probability,
+    REST = FOCAL or GRADIENT  # and those of all other classes together
+    LINEAR = plan.spec.p == 1
     BACKGROUND = CLASSES - plan.channels  # 1: a single channel has a class 0 with logit 0 before it
     PART = plan.lane_channels + BACKGROUND  # classes per lane,
     FULL = CLASSES - (LANES - 1) * PART  # and those that even the last lane has
@@ -175,21 +178,37 @@ def plain_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
                         logit += shuffle(FULL_MASK, logit, 1 << k)
                     label_logit[j] = logit
             for j in range(V):
+                label = labels[j]
+                in_range = (label >= label_type(0)) & (label < label_type(LABELS))
+                valid = inside & in_range & (label != ignored)
+                lane_label = int32(label) - first_class
                 top = value[j]
                 for c in range(1, PART):
                     top = fmax(top, value[c * V + j])
                 for k in range(SHUFFLES):
                     top = fmax(top, shuffle(FULL_MASK, top, 1 << k))
-                total = real(-0.0)  # the additive identity, so that the first addition is elided
+                # -0.0: the additive identity, so that the first addition is elided
+                total, own, rest = real(-0.0), real(0), real(-0.0)
                 for c in range(PART):
                     below = value[c * V + j] - top
                     if BACKGROUND and c > 0:  # a logit of +inf has probability 1 beside the logit 0
                         below = real(0) if value[c * V + j] >= top else below
                     e = exp(below)
                     value[c * V + j] = e
-                    total += e
-                for k in range(SHUFFLES):
-                    total += shuffle(FULL_MASK, total, 1 << k)
+                    if not REST:
+                        total += e
+                    elif lane_label == int32(c):
+                        own = e
+                    else:
+                        rest += e
+                if REST:
+                    for k in range(SHUFFLES):
+                        own += shuffle(FULL_MASK, own, 1 << k)
+                        rest += shuffle(FULL_MASK, rest, 1 << k)
+                    total = own + rest
+                else:
+                    for k in range(SHUFFLES):
+                        total += shuffle(FULL_MASK, total, 1 << k)
                 inverse = reciprocal(total)
 
                 if NLL:
@@ -197,42 +216,45 @@ def plain_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
                     if BACKGROUND:
                         below = real(0) if label_logit[j] >= top else below
                     nll = log(total) - below  # finite even if the probability underflows
-                if FOCAL:  # 1 - s, kept above 0, where every power of it is finite
-                    e = exp(below)
-                    complement = fmax((total - e) * inverse, real(SMALLEST))
+                if FOCAL:
+                    nll += (rest - (total - own)) * inverse  # the rounding error of total
+                own *= inverse
+                rest *= inverse
+                if FOCAL:  # kept above 0, where every power of it is finite
+                    complement = fmax(rest, real(SMALLEST))
 
-                label = labels[j]
-                in_range = (label >= label_type(0)) & (label < label_type(CLASSES))
-                valid = inside & in_range & (label != ignored)
-                lane_label = int32(label) - first_class
+                # With d_c the derivative with respect to s_c, o the label's class, r the sum of all
+                # s but s_o, and D = sum s_c (d_c - d_o), the gradient is s_c (d_c - sum s d + h),
+                # but for o: -s_o D - h r. Of a near-perfect prediction, D and r are small, and
+                # would be lost in differences from d_o and from 1.
                 if GRADIENT:
                     index = int32(label) if in_range else int32(0)
-                    label_factor = factor[index]
+                    own_slope = factor[index]
+                    if not LINEAR:
+                        own_slope -= factor[int32(CLASSES) + index] * power_complement(rest)
                     dot = real(0)
                     for c in range(PART):
                         s = value[c * V + j] * inverse
                         value[c * V + j] = s
-                        dot += s * (pred_factor[c] * power_slope(s))
-                        if lane_label == int32(c):
-                            dot += s * label_factor
+                        if lane_label != int32(c):
+                            dot += s * (pred_factor[c] * lower_power(s))
                     for k in range(SHUFFLES):
                         dot += shuffle(FULL_MASK, dot, 1 << k)
+                    own_dx = own * (own_slope * rest - dot)
+                    dot += own * own_slope
                     if CROSS_ENTROPY:
                         nll_factor = factor[int32(2 * CLASSES) + index]
                         if FOCAL:
-                            product = e * inverse * nll if e > real(0) else real(0)
+                            product = own * nll if own > real(0) else real(0)
                             nll_factor *= (
                                 modulation(complement) + modulation_slope(complement) * product
                             )
+                        own_dx -= nll_factor * rest
                         dot -= nll_factor
                     for c in range(BACKGROUND, PART):
                         s = value[c * V + j]
-                        slope = pred_factor[c] * power_slope(s) - dot
-                        if lane_label == int32(c):
-                            slope += label_factor
-                        dx = s * slope
-                        if CROSS_ENTROPY and lane_label == int32(c):
-                            dx -= nll_factor
+                        dx = s * (pred_factor[c] * lower_power(s) - dot)
+                        dx = own_dx if lane_label == int32(c) else dx
                         value[c * V + j] = dx if valid else real(0)
                 elif valid:
                     if FOCAL:

@@ -58,6 +58,11 @@ class Plan:
         return self.spec.classes(self.channels)
 
     @property
+    def label_limit(self) -> int:
+        """Labels below it are classes. A byte of a bool other than 0 and 1 is out of range."""
+        return min(self.classes, 2) if self.labels == "bool" else self.classes
+
+    @property
     def fields(self) -> int:
         """K of the sums."""
         return len(self.spec.fields)

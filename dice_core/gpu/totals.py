@@ -147,19 +147,36 @@ def totals_kernel(loss: bool, ops: Any) -> Callable[..., None]:
                             entry += classes
                         num = num_i * of_i + num_p * of_p + num_y * of_y + excess
                         den = den_i * of_i + den_p * of_p + den_y * of_y + smooth
+                        # 1 - num / den, from the sums, since the difference would lose its digits
+                        score = (
+                            (den_i - num_i) * of_i
+                            + (den_p - num_p) * of_p
+                            + (den_y - num_y) * of_y
+                            + (smooth - excess)
+                        )
                         if den == float64(0):
                             den = float64(INFINITY)  # 0/0 is 0, and so is its derivative
-                        quotient = divide(num, den)
+                        quotient, score = divide(num, den), divide(score, den)
                         factor = share
                         if weighted != int64(0):
                             factor *= load_double(weights, c * int64(8))[0]
                         if c == ignore_channel:  # whatever its sums, NaN included
-                            factor, quotient, den = float64(0), float64(0), float64(INFINITY)
+                            factor, den = float64(0), float64(INFINITY)
+                            quotient, score = float64(0), float64(0)
                         sum_of_terms += quotient * factor
-                        slope = divide(factor, den)
-                        of_i = (num_i - quotient * den_i) * slope
-                        of_p = (num_p - quotient * den_p) * slope
-                        of_y = (num_y - quotient * den_y) * slope
+                        # From the score or 1 minus it, whichever is small: both are computed from
+                        # the sums. Divided last, since factor / den may overflow.
+                        if score < float64(0.5):
+                            of_i = score * den_i - (den_i - num_i)
+                            of_p = score * den_p - (den_p - num_p)
+                            of_y = score * den_y - (den_y - num_y)
+                        else:
+                            of_i = num_i - quotient * den_i
+                            of_p = num_p - quotient * den_p
+                            of_y = num_y - quotient * den_y
+                        of_i = divide(of_i * factor, den)
+                        of_p = divide(of_p * factor, den)
+                        of_y = divide(of_y * factor, den)
                         entry = m * classes + c
                         while entry < end:
                             store_double(derivative, entry * int64(8), of_i)

@@ -134,7 +134,12 @@ def of(
     """
     if term is None:
         options = ignore_channel, smooth, p, reduction
-        if type(smooth) in PLAIN and type(p) is int and type(ignore_channel) is int:
+        if (
+            type(smooth) in PLAIN
+            and type(p) is int
+            and type(ignore_channel) is int
+            and type(reduction) is str
+        ):
             dice = _dice(*options)
         else:  # a tensor is hashed by identity, and may change
             dice = _dice.__wrapped__(*options)

@@ -57,15 +57,19 @@ class Overlap(Settings):
     _pools_classes: bool = field(init=False, default=False)
 
     pools: ClassVar[tuple[str, ...]] = ("none", "batch", "classes", "all")
-    # Functions of each class's 1 - q, and of each sample's mean of these; None for the identity.
+    # Functions of each class's q, and of each sample's mean; None for 1 - q.
     penalty: ClassVar[Penalty | None] = None
     mean_penalty: ClassVar[Penalty | None] = None
 
-    def score(self, xp: Any, rows: tuple[Array, ...]) -> tuple[Array, Array]:
-        """1 - q of the pooled sums I, P and Y, and the denominator of q."""
+    def score(self, xp: Any, rows: tuple[Array, ...]) -> tuple[Array, Array, Array]:
+        """q and 1 - q of the pooled sums I, P and Y, each without cancellation where it is small,
+        and the denominator of q.
+        """
         raise NotImplementedError
 
-    def slopes(self, rows: tuple[Array, ...], loss: Array, den: Array, share: Array) -> Array:
+    def slopes(
+        self, rows: tuple[Array, ...], score: Array, loss: Array, den: Array, share: Array
+    ) -> Array:
         """(3, N, C): share times the derivative of 1 - q with respect to I, P and Y."""
         raise NotImplementedError
 
@@ -96,26 +100,17 @@ class Overlap(Settings):
         )
 
     def value(self, sums: Statistics) -> Array:
-        if self.empty == "nan" and isinstance(sums.array, np.ndarray):
-            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-                return self._evaluate(sums)[0]
         return self._evaluate(sums)[0]
 
     def with_derivative(self, sums: Statistics) -> tuple[Array, Array]:
-        if self.empty == "nan":
-            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-                return self._with_derivative(sums)
-        return self._with_derivative(sums)
-
-    def _with_derivative(self, sums: Statistics) -> tuple[Array, Array]:
-        value, share, rows, entered, loss, den = self._evaluate(sums)
+        value, share, rows, entered, score, loss, den = self._evaluate(sums)
         if entered is not None:
             share = share * entered
         if self.penalty is not None:
-            slope = self.penalty.slope(loss)  # 0 times an infinite share must be 0
+            slope = self.penalty.slope(score, loss)  # 0 times an infinite share must be 0
             share = np.where(slope == 0, 0.0, share) * slope
-        slopes = self.slopes(rows, loss, den, share)
-        if entered is not None and self.ignore_channel != -1:  # as in _evaluate
+        slopes = self.slopes(rows, score, loss, den, share)
+        if self.ignore_channel != -1:  # as in _evaluate
             kept = self._kept(np, sums.array)
             slopes = slopes if kept is None else np.where(kept > 0, slopes, 0.0)
         if slopes.shape == sums.array.shape:
@@ -126,22 +121,25 @@ class Overlap(Settings):
 
     def _evaluate(self, sums: Statistics) -> tuple[Any, ...]:
         """The loss; the weight of each class's 1 - q in it; the pooled sums; the factors with which
-        each class entered them; 1 - q; and its denominator.
+        each class entered them; q, 1 - q, and the denominator of q.
         """
         xp = namespace(sums.array)
         kept = None if self.ignore_channel == -1 else self._kept(xp, sums.array)
         if self.pool in ("batch", "all"):
             sums = sums.pooled()
-        rows, entered = self._rows(sums), None
+        rows, target_sum, entered = self._rows(sums), sums.target_sum, None
         if kept is not None:  # 0 times the NaN of an excluded class would be NaN
             rows = tuple(xp.where(kept > 0, row, 1.0) for row in rows)
+            target_sum = xp.where(kept > 0, target_sum, 1.0)
         if self._pools_classes:
-            entered = self._class_weights(xp, rows[2], kept)
+            entered = self._class_weights(xp, target_sum, kept)
             rows = tuple((entered * row).sum(-1)[:, None] for row in rows)
-        loss, den = self.score(xp, rows)
-        penalty = loss if self.penalty is None else self.penalty.value(loss)
+        score, loss, den = self.score(xp, rows)
+        penalty = loss if self.penalty is None else self.penalty.value(score, loss)
+        if kept is not None and entered is None:
+            penalty = xp.where(kept > 0, penalty, 0.0)
         value, share = self._average(xp, penalty, rows[2], kept)
-        return value, share, rows, entered, loss, den
+        return value, share, rows, entered, score, loss, den
 
     def _rows(self, sums: Statistics) -> tuple[Array, ...]:
         i, p, y = sums.array[:3]
@@ -198,9 +196,9 @@ class Overlap(Settings):
             share = xp.where(absent, 0.0, share)
         if self.mean_penalty is not None:
             means = value.sum(-1)
-            value = self.mean_penalty.value(means)
+            value = self.mean_penalty.value(1 - means, means)
             if xp is np:
-                share = self.mean_penalty.slope(means)[:, None] * share
+                share = self.mean_penalty.slope(1 - means, means)[:, None] * share
             if self.reduction == "mean" and samples > 1:
                 value, share = value / samples, share / samples
         if self.reduction == "none" and self.mean_penalty is None:
@@ -237,8 +235,10 @@ class LinearOverlap(Overlap):
     Settings: `Overlap`.
     """
 
-    # Coefficients of I, P and Y in numerator and denominator of 1 - q, (2, 3, 1, 1), from `linear`.
-    _coefficients: Any = field(init=False, default=None)
+    # Coefficients of I, P and Y in the numerator of q, that of 1 - q and the denominator.
+    _of_score: tuple[float, ...] = field(init=False, default=())
+    _of_rest: tuple[float, ...] = field(init=False, default=())
+    _of_den: tuple[float, ...] = field(init=False, default=())
     _ratios: dict[tuple[int, int], Ratio | None] = field(init=False, default_factory=dict)
 
     def linear(self, i: Array, p: Array, y: Array) -> tuple[Array, Array]:
@@ -247,30 +247,47 @@ class LinearOverlap(Overlap):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        assign(self, _coefficients=np.array(self.linear(*np.eye(3)))[..., None, None])
+        rest, den = self.linear(*np.eye(3))
+        of_score = tuple((den - rest).tolist())
+        assign(self, _of_score=of_score, _of_rest=tuple(rest.tolist()), _of_den=tuple(den.tolist()))
 
-    def score(self, xp: Any, rows: tuple[Array, ...]) -> tuple[Array, Array]:
-        num, den = self.linear(*rows)
+    def score(self, xp: Any, rows: tuple[Array, ...]) -> tuple[Array, Array, Array]:
+        rest, den = self.linear(*rows)  # rest: the numerator of 1 - q
         above, below = self._smoothing
+        num = above
+        for row, coefficient in zip(rows, self._of_score, strict=True):
+            if coefficient:
+                num = num + coefficient * row
         if below:
             den = den + below
         if below != above:
-            num = num + (below - above)
+            rest = rest + (below - above)
         if self.floor:
             raised = xp.clip(den, self.floor, None)
-            return (num + (raised - den)) / raised, raised
-        if not below and self.empty == "perfect":
-            den = xp.where(den == 0, math.inf, den)  # whose derivative is 0
-        return num / den, den
+            rest, den = rest + (raised - den), raised
+        if not below and not self.floor and self.empty == "perfect":
+            perfect = den == 0
+            den = xp.where(perfect, math.inf, den)  # whose derivative is 0
+            score = xp.where(perfect, 1.0, num / den)
+        else:
+            score = num / den
+        low = score < 0.5
+        # torch differentiates both branches, and 0 times an infinite derivative is NaN.
+        return score, xp.where(low, 1 - score, rest / xp.where(low, 1.0, den)), den
 
-    def slopes(self, rows: tuple[Array, ...], loss: Array, den: Array, share: Array) -> Array:
-        of_num, of_den = self._coefficients
+    def slopes(
+        self, rows: tuple[Array, ...], score: Array, loss: Array, den: Array, share: Array
+    ) -> Array:
+        of_score, of_rest, of_den = (
+            np.reshape(of, (3, 1, 1)) for of in (self._of_score, self._of_rest, self._of_den)
+        )
         if self.floor:  # below the floor, only the numerator of q varies
             raised = self.linear(*rows)[1] + self._smoothing[1] < self.floor
-            loss = np.where(raised, 1, loss)
+            score, loss = np.where(raised, 0, score), np.where(raised, 1, loss)
         if self.empty == "nan":
             den = np.where(den == 0, math.nan, den)
-        return (of_num - loss * of_den) * (share / den)
+        slopes = np.where(score < 0.5, score * of_den - of_score, of_rest - loss * of_den)
+        return slopes * share / den  # share / den may overflow where the derivative is 0
 
     def ratio(self, samples: int, classes: int) -> Ratio | None:
         if (samples, classes) not in self._ratios:
@@ -302,9 +319,9 @@ def _ratio(term: LinearOverlap, samples: int, classes: int) -> Ratio | None:
     if term.reduction == "mean":
         share = share / max(rows, 1)
     start = math.nan if term.reduction == "mean" and not rows else 0.0
-    num, den = term._coefficients.reshape(2, 3).tolist()
     per_sample, ignored = term.reduction == "none", out[0] if out else -1
-    return Ratio(pooled, per_sample, ignored, share, start, below - above, below, num, den)
+    excess, num, den = below - above, term._of_rest, term._of_den
+    return Ratio(pooled, per_sample, ignored, share, start, excess, below, num, den)
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -450,26 +467,30 @@ class MCC(Overlap):
         super().__post_init__()
         if self.p != 1:
             raise ValueError(f"p must be 1 for {self.name}, got {self.p}")
+        if self.target_square:
+            raise ValueError(f"target_square must be False for {self.name}")
 
     def _rows(self, sums: Statistics) -> tuple[Array, ...]:
         return (*sums.array[:3], sums.voxels[:, None])
 
-    def score(self, xp: Any, rows: tuple[Array, ...]) -> tuple[Array, Array]:
+    def score(self, xp: Any, rows: tuple[Array, ...]) -> tuple[Array, Array, Array]:
         i, p, y, v = rows
         above, below = self._smoothing
         square = xp.clip(p * y * (v - p) * (v - y), 0, None)
         # Where a factor is 0 the root has no derivative; the numerator is 0 there too.
-        root = xp.where(square > 0, xp.where(square > 0, square, 1.0) ** 0.5, 0.0)
+        root = xp.where(square <= 0, 0.0, xp.where(square <= 0, 1.0, square) ** 0.5)
         den = root + below
         if self.floor:
             den = xp.clip(den, self.floor, None)
         zero = den == 0
-        loss = 1 - (i * v - p * y + above) / xp.where(zero, 1.0, den)
-        if self.empty == "nan":
-            return xp.where(zero, math.nan, loss), den
-        return xp.where(zero, xp.where(p == y, 0.0, 1.0), loss), den
+        score = (i * v - p * y + above) / xp.where(zero, 1.0, den)
+        undefined = math.nan if self.empty == "nan" else xp.where(p == y, 1.0, 0.0)
+        score = xp.where(zero, undefined, score)
+        return score, 1 - score, den
 
-    def slopes(self, rows: tuple[Array, ...], loss: Array, den: Array, share: Array) -> Array:
+    def slopes(
+        self, rows: tuple[Array, ...], score: Array, loss: Array, den: Array, share: Array
+    ) -> Array:
         _, p, y, v = rows
         square = p * y * (v - p) * (v - y)
         root = np.sqrt(np.where(square > 0, square, np.inf))
@@ -477,5 +498,5 @@ class MCC(Overlap):
         if self.floor:
             of_root = np.where(den > self.floor, of_root, 0.0)
         share = share / np.where(den == 0, np.inf, den)
-        of_p = (y + (1 - loss) * of_root) * share
+        of_p = (y + score * of_root) * share
         return np.stack([-v * share, of_p, np.zeros_like(of_p)])  # labels have no gradient

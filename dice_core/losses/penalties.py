@@ -1,10 +1,13 @@
-"""Penalties: functions of the loss 1 - q of a score q, and their derivatives.
+"""Penalties: functions of a score q and of 1 - q, and their derivatives.
+
+Both are given, since one cannot be computed from the other without cancellation where it is small.
 
 Values are written for NumPy and torch alike, derivatives for NumPy.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,14 +17,14 @@ from .terms import Array, namespace
 
 
 class Penalty(Protocol):
-    """A function of 1 - q."""
+    """A function of a score q, given as q and 1 - q."""
 
-    def value(self, loss: Array) -> Array:
+    def value(self, score: Array, loss: Array) -> Array:
         """The penalty of these losses."""
         ...
 
-    def slope(self, loss: Array) -> Any:
-        """Its derivative, a single number if it is constant."""
+    def slope(self, score: Array, loss: Array) -> Any:
+        """Its derivative with respect to 1 - q, a single number if it is constant."""
         ...
 
 
@@ -31,15 +34,15 @@ class Power:
 
     gamma: float
 
-    def value(self, loss: Array) -> Array:
+    def value(self, score: Array, loss: Array) -> Array:
         """The penalty of these losses."""
         where = namespace(loss).where
-        return where(loss > 0, where(loss > 0, loss, 1.0) ** self.gamma, 0.0)
+        return where(loss <= 0, 0.0, where(loss <= 0, 1.0, loss) ** self.gamma)
 
-    def slope(self, loss: Array) -> Any:
+    def slope(self, score: Array, loss: Array) -> Any:
         """Its derivative."""
-        positive = np.where(loss > 0, loss, 1.0)
-        return np.where(loss > 0, self.gamma * positive ** (self.gamma - 1), 0.0)
+        positive = np.where(loss <= 0, 1.0, loss)
+        return np.where(loss <= 0, 0.0, self.gamma * positive ** (self.gamma - 1))
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,11 @@ class RawPower:
 
     gamma: float
 
-    def value(self, loss: Array) -> Array:
+    def value(self, score: Array, loss: Array) -> Array:
         """The penalty of these losses."""
         return loss**self.gamma
 
-    def slope(self, loss: Array) -> Any:
+    def slope(self, score: Array, loss: Array) -> Any:
         """Its derivative."""
         if self.gamma == 0:
             return np.zeros_like(loss)
@@ -67,26 +70,30 @@ class NegativeLog:
 
     eps: float
 
-    def value(self, loss: Array) -> Array:
+    def value(self, score: Array, loss: Array) -> Array:
         """The penalty of these losses."""
         xp = namespace(loss)
-        return -xp.log1p(-xp.clip(loss, None, 1 - self.eps))
+        high = -xp.log1p(-xp.clip(loss, None, min(0.5, 1 - self.eps)))
+        return xp.where(score < 0.5, -xp.log(xp.clip(score, self.eps, None)), high)
 
-    def slope(self, loss: Array) -> Any:
+    def slope(self, score: Array, loss: Array) -> Any:
         """Its derivative."""
-        return np.where(loss <= 1 - self.eps, 1 / np.maximum(1 - loss, self.eps), 0.0)
+        return np.where(score >= self.eps, 1 / np.maximum(score, self.eps), 0.0)
 
 
 @dataclass(frozen=True)
 class LogCosh:
     """log cosh (1 - q)."""
 
-    def value(self, loss: Array) -> Array:
+    def value(self, score: Array, loss: Array) -> Array:
         """The penalty of these losses."""
         xp = namespace(loss)
-        return xp.log(xp.cosh(loss))
+        size = abs(loss)
+        # cosh x = 1 + 2 sinh(x/2)^2, and log cosh x = x - log 2 + log(1 + exp(-2 x)).
+        small = xp.log1p(2 * xp.sinh(xp.clip(size, None, 1.0) / 2) ** 2)
+        return xp.where(size < 1, small, size + (xp.log1p(xp.exp(-2 * size)) - math.log(2)))
 
-    def slope(self, loss: Array) -> Any:
+    def slope(self, score: Array, loss: Array) -> Any:
         """Its derivative."""
         return np.tanh(loss)
 
@@ -95,10 +102,10 @@ class LogCosh:
 class NegativeScore:
     """-q, nnU-Net's Dice loss."""
 
-    def value(self, loss: Array) -> Array:
+    def value(self, score: Array, loss: Array) -> Array:
         """The penalty of these losses."""
-        return loss - 1
+        return -score
 
-    def slope(self, loss: Array) -> Any:
+    def slope(self, score: Array, loss: Array) -> Any:
         """Its derivative."""
         return 1.0

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
-from .. import checks, spec
+from .. import allocators, checks, spec
 from ..spec import Spec
 from ..sums import Statistics
 
@@ -104,7 +104,9 @@ class Term:
         self.check_statistics(statistics)
         if namespace(statistics.array) is np and not isinstance(statistics.array, np.ndarray):
             statistics = statistics.to_host()
-        return self.like(statistics.array).value(statistics)
+        term = self.like(statistics.array)
+        with allocators.quiet(statistics.array):
+            return term.value(statistics)
 
     def like(self: Self, array: Array) -> Self:
         """The same with its class weights as float64 arrays of the library of `array`, NumPy or
@@ -117,7 +119,9 @@ class Term:
             return self.with_weights([to_numpy(weight) for weight in self.weights])
         weights = [xp.as_tensor(weight) for weight in self.weights]
         for weight in weights:
-            refuse_complex(weight)
+            check_tensor(weight)
+            if weight.is_meta and not array.is_meta:
+                raise TypeError(_META)
         return self.with_weights([weight.to(array.device, xp.float64) for weight in weights])
 
     def check_statistics(self, statistics: Statistics) -> None:
@@ -127,6 +131,12 @@ class Term:
         if not isinstance(statistics, Statistics):
             raise TypeError(
                 f"statistics must be those of dice_core.statistics, got {type(statistics).__name__}"
+            )
+        shape = tuple(getattr(statistics.array, "shape", ()))
+        if len(shape) != 3 or shape[0] != len(statistics.spec.fields):
+            raise ValueError(
+                f"statistics must have the shape ({len(statistics.spec.fields)}, N, C) of their "
+                f"sums, got {shape}"
             )
         for option, needed in self.needs:
             found = getattr(statistics.spec, option)
@@ -150,8 +160,9 @@ class Term:
         )  # sum() starts at 0
 
     def __mul__(self, factor: Any) -> Sum:
-        factor = checks.number(factor, "a term's factor")
-        return Sum(tuple((factor * each, term) for each, term in _parts(self)))
+        name = "a term's factor"
+        factor = checks.number(factor, name)
+        return Sum(tuple((checks.number(factor * each, name), term) for each, term in _parts(self)))
 
     __rmul__ = __mul__
 
@@ -251,16 +262,20 @@ class Settings(Term):
 
     def __post_init__(self) -> None:
         reduction, pool = self.reduction, self.pool
+        checks.one_of(reduction, "reduction", REDUCTIONS)
         if reduction == "batch":  # as in the published C++ implementation
             checks.one_of(pool, "pool", self.pools)
             reduction, pool = "mean", _POOLED_BATCH[pool]
             assign(self, reduction=reduction, pool=pool)
-        checks.one_of(reduction, "reduction", REDUCTIONS)
         checks.one_of(pool, "pool", self.pools)
         if reduction == "classes" and pool in ("classes", "all"):
             raise ValueError(f"pool={pool!r} leaves no loss per class for reduction='classes'")
         if reduction == "none" and pool in ("batch", "all"):
             raise ValueError(f"pool={pool!r} leaves no loss per sample for reduction='none'")
+        for setting in fields(self):
+            if isinstance(setting.default, bool):
+                value = checks.flag(getattr(self, setting.name), setting.name)
+                assign(self, **{setting.name: value})
         for name in self.of_classes:
             value = getattr(self, name)
             if value is not None and not hasattr(value, "requires_grad"):
@@ -315,19 +330,54 @@ def assign(term: Any, **values: Any) -> None:
         object.__setattr__(term, name, value)
 
 
+_META = "weight is on the meta device, where it has no numbers"
+
+
 def to_numpy(weight: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Class weights without autograd. Raises TypeError for a tensor that requires grad."""
     if not hasattr(weight, "requires_grad"):
         return checks.weight(weight)
     checks.no_gradient(weight, "weight")
-    refuse_complex(weight)
+    refuse_unusual(weight)
+    if weight.is_meta:
+        raise TypeError(_META)
     return checks.weight(weight.detach().cpu().double().numpy())
 
 
-def refuse_complex(weight: Any) -> None:
-    """Raises TypeError for a complex tensor, whose conversion would drop the imaginary part."""
-    if weight.is_complex():
-        raise TypeError(f"weight must be numbers, one per class, got {weight.dtype}")
+def refuse_unusual(weight: Any, name: str = "weight") -> None:
+    """Raises TypeError for a complex tensor, whose conversion would drop the imaginary part, and
+    for a sparse, nested or quantized one.
+    """
+    if weight.is_complex() or weight.is_quantized:
+        raise TypeError(f"{name} must be numbers, one per class, got {weight.dtype}")
+    if weight.is_nested or weight.layout is not sys.modules["torch"].strided:
+        raise TypeError(f"{name} must be a dense tensor")
+
+
+def check_tensor(weight: Any) -> None:
+    """Raises TypeError for class weights that are not plain numbers, ValueError for infinite ones.
+
+    Those on a device are not read, which would synchronize; nor those that torch traces.
+    """
+    refuse_unusual(weight)
+    torch = sys.modules["torch"]
+    if (
+        weight.is_cpu
+        and not is_traced(torch)
+        and type(weight) in (torch.Tensor, torch.nn.Parameter)
+    ):
+        checks.weight(weight.detach().double())
+
+
+def is_traced(torch: Any) -> bool:
+    """Whether torch traces, transforms or intercepts what is computed now."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def namespace(array: Array) -> Any:

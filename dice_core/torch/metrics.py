@@ -53,7 +53,7 @@ class DiceScore(torch.nn.Module):
         super().__init__()
         checks.one_of(pool, "pool", ("batch", "none"))
         self.spec = spec.decision(activation, ignore_label)
-        self.pool, self.iou = pool, iou
+        self.pool, self.iou = pool, checks.flag(iou, "iou")
         thread_count = None if num_threads is None else threads.resolve(num_threads)
         self.options = backend, thread_count, check_labels
         self.reset()

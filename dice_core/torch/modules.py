@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, losses, threads
+from ..losses.terms import refuse_unusual
 from .functional import evaluate
 
 Reduction = Literal["mean", "sum", "none", "classes", "batch"]
@@ -22,8 +23,9 @@ Divisor = Literal["one", "classes", "kept", "weights"]
 class Loss(torch.nn.Module):
     """A term of `dice_core.losses`, or a sum of terms, as a module: `dice_core.torch.loss`.
 
-    Reduction, pool and class weights are those of the term; the weights become buffers. Settings
-    are checked once, on construction; a call only checks its tensors.
+    Reduction, pool and class weights are those of the term. The weights become buffers, which no
+    `half()` or `to(dtype)` rounds: 1e5 would become infinite. Settings are checked once, on
+    construction, and weights when they are loaded; a call only checks its tensors.
 
     >>> import torch, dice_core.torch
     >>> from dice_core.losses import CrossEntropy, Dice
@@ -50,6 +52,8 @@ class Loss(torch.nn.Module):
         self._term = losses.of(term)
         self._spec = self._term.spec(activation, ignore_label)
         thread_count = None if num_threads is None else threads.resolve(num_threads)
+        if check_labels is not None:
+            checks.flag(check_labels, "check_labels")
         self._options = backend, thread_count, check_labels
         self._weight_names: list[str] = []
         for i, weight in enumerate(self._term.weights):
@@ -57,8 +61,11 @@ class Loss(torch.nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         kind: Any = type(self)
-        lost = value is None and name in vars(self).get("_weight_names", ())
-        if lost or name in _settings(kind):
+        given = vars(self).get("_weight_names")
+        fixed = name in _settings(kind)
+        if given is not None and name in _weights(kind):  # it can be neither lost nor added
+            fixed = (value is None) == (name in given)
+        if fixed:
             raise AttributeError(f"{name} cannot be changed: create another {kind.__name__}")
         super().__setattr__(name, value)
 
@@ -79,9 +86,26 @@ class Loss(torch.nn.Module):
         more = "" if activation == "softmax" else f", activation={activation!r}"
         return f"{self.term!r}, ignore_label={self._spec.ignore_label}{more}"
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        weights = [(name, getattr(self, name)) for name in self._weight_names]
+        before = [(name, weight, weight.dtype) for name, weight in weights]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, weight, dtype in before:
+            moved = getattr(self, name)
+            if moved.dtype != dtype and isinstance(moved, torch.nn.Parameter):
+                _check_weight(moved, name)
+            elif moved.dtype != dtype:
+                wider = torch.promote_types(moved.dtype, dtype)
+                setattr(self, name, weight.to(moved.device, wider))
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+        for name in self._weight_names:
+            _check_weight(state_dict.get(prefix + name), prefix + name)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     def _register(self, name: str, weight: Any) -> None:
-        if isinstance(weight, Tensor) and not weight.is_meta:
-            checks.weight(weight.detach().double().cpu(), name)
+        _check_weight(weight, name)
         self._weight_names.append(name)
         if isinstance(weight, torch.nn.Parameter):
             self.register_parameter(name, weight)
@@ -98,11 +122,24 @@ class Loss(torch.nn.Module):
             self._register(name, weight)
 
 
+def _check_weight(weight: Any, name: str) -> None:
+    """Raises TypeError or ValueError for a tensor that is not finite numbers."""
+    if type(weight) in (Tensor, torch.nn.Parameter) and not weight.is_meta:
+        refuse_unusual(weight, name)
+        checks.weight(weight.detach().double().cpu(), name)
+
+
 @functools.cache
 def _settings(kind: Any) -> frozenset[str]:
     """The constructor parameters that cannot be changed afterwards: all but class weights."""
+    return frozenset(inspect.signature(kind).parameters) - _weights(kind)
+
+
+@functools.cache
+def _weights(kind: Any) -> frozenset[str]:
+    """The constructor parameters that are class weights, which can be changed if they are given."""
     names = inspect.signature(kind).parameters
-    return frozenset(name for name in names if not name.endswith("weight"))
+    return frozenset({"weight", *(name for name in names if name.endswith("weight"))})
 
 
 class DiceLoss(Loss):
@@ -502,10 +539,7 @@ class DeepSupervision(torch.nn.Module):
             raise TypeError(f"loss must be a module such as DiceLoss(), got {type(loss).__name__}")
         self.loss = loss
         if weights is not None:
-            checks.no_gradient(weights, "weights")
-            if isinstance(weights, str):
-                raise TypeError("weights must be numbers, one for each output, got str")
-            weights = [float(weight) for weight in weights]
+            weights = checks.output_weights(weights)
         self.weights = weights
 
     def forward(self, outputs: Sequence[Tensor], y: Tensor | Sequence[Tensor]) -> Tensor:
@@ -517,15 +551,18 @@ class DeepSupervision(torch.nn.Module):
         Raises ValueError if the sides of the labels are not integer multiples of those of an
         output.
         """
-        if isinstance(outputs, Tensor) or not outputs:
+        if not isinstance(outputs, Sequence) or not outputs:
             raise ValueError("outputs must be a sequence of logits, one for each resolution")
+        checks.all_are(Tensor, outputs, "outputs")
         weights = self.weights
         if weights is None:
             weights = [2.0**-i / (2 - 2.0 ** (1 - len(outputs))) for i in range(len(outputs))]
         if len(weights) != len(outputs):
             raise ValueError(f"there are {len(weights)} weights for {len(outputs)} outputs")
-        if not isinstance(y, Tensor) and len(y) != len(outputs):
-            raise ValueError(f"there are {len(y)} label volumes for {len(outputs)} outputs")
+        if not isinstance(y, Tensor):
+            checks.all_are(Tensor, y, "y")
+            if len(y) != len(outputs):
+                raise ValueError(f"there are {len(y)} label volumes for {len(outputs)} outputs")
         labels = [_nearest(y, x) for x in outputs] if isinstance(y, Tensor) else y
         terms = [w * self.loss(x, t) for w, x, t in zip(weights, outputs, labels, strict=True) if w]
         if not terms:

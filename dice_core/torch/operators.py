@@ -11,12 +11,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import allocators, buffers, calls, checks, spec
+from ..losses.terms import is_traced
 from ..spec import Spec
 from ..sums import Statistics
 
-# The operators' arguments after their tensors: the fields of a Spec, then options of the call.
+# The operators' arguments after their tensors: the fields of a Spec, then options of the call. The
+# ignored label is text, since labels may be uint64 and an operator's integers are int64.
 _SPEC = (
-    "str activation, int p, int? ignore_label, float? gamma, bool nll, float? binary_gamma, "
+    "str activation, int p, str? ignore_label, float? gamma, bool nll, float? binary_gamma, "
     "bool target_square, str targets"
 )
 _OPTIONS = f"{_SPEC}, str? backend, int? num_threads, bool? check_labels"
@@ -31,6 +33,8 @@ def check(x: Tensor, y: Tensor, request: Spec) -> None:
             f"{name} must be a torch tensor, got {type(value).__name__}; "
             f"dice_core.loss takes other arrays"
         )
+    if x.is_nested or y.is_nested:
+        buffers.of(x if x.is_nested else y, "x" if x.is_nested else "y")
     if y.requires_grad:
         raise NotImplementedError(
             "y requires grad, but dice_core computes no gradient for targets: pass y.detach()"
@@ -38,23 +42,17 @@ def check(x: Tensor, y: Tensor, request: Spec) -> None:
     if x.device != y.device:
         checks.same_device(str(x.device), str(y.device))
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
-        raise NotImplementedError("dice_core supports reverse-mode differentiation only")
-    label = request.ignore_label
-    if label is not None and not -(2**63) <= label < 2**63:
-        raise ValueError(f"ignore_label must fit in torch's int64, got {label}")
+        raise NotImplementedError(
+            "dice_core supports reverse-mode differentiation only, neither jvp nor jacfwd: use "
+            "backward(), torch.autograd.grad or torch.autograd.functional.jacobian"
+        )
 
 
 def is_plain(*tensors: Tensor) -> bool:
     """Whether these are tensors on the host or on one GPU that nothing traces, transforms or
     intercepts, so that their memory may be accessed outside torch.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or forward_ad._current_level >= 0
-    ):
+    if is_traced(torch):
         return False
     device = tensors[0].device
     for t in tensors:
@@ -78,10 +76,27 @@ def statistics(
     check_labels: bool | None = None,
 ) -> Statistics:
     """The sums of checked tensors, differentiable in x."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        _refuse_torch_func(x)
+    checks.backend(backend)
     request = spec.for_shapes(x.shape, y.shape, request)
     options = (*_options(request), backend, num_threads, check_labels)
     array = torch.ops.dice_core.statistics(x, y, *options)
     return Statistics(array, request, str(x.dtype).removeprefix("torch."))
+
+
+def _refuse_torch_func(x: Tensor) -> None:
+    """Raises NotImplementedError if torch.func differentiates with respect to x; `vmap` alone, and
+    derivatives with respect to class weights, work.
+    """
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_gradtrackingtensor(x) and x.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError(
+                "dice_core does not support torch.func.grad, vjp, jacrev and hessian of x: use "
+                "backward(), torch.autograd.grad or torch.autograd.functional.jacobian"
+            )
+        x = functorch.get_unwrapped(x)
 
 
 def statistics_grad(
@@ -103,7 +118,7 @@ def _options(request: Spec) -> tuple[Any, ...]:
     return (
         request.activation,
         request.p,
-        request.ignore_label,
+        None if request.ignore_label is None else str(request.ignore_label),
         request.gamma,
         request.nll,
         request.binary_gamma,
@@ -119,9 +134,14 @@ _library.define(f"statistics(Tensor x, Tensor y, {_OPTIONS}) -> Tensor")
 _library.define(f"statistics_grad(Tensor x, Tensor y, Tensor cotangent, {_OPTIONS}) -> Tensor")
 
 
+def _spec(options: tuple[Any, ...]) -> Spec:
+    activation, p, ignore_label, *others = options[:_SPEC_LENGTH]
+    return Spec(activation, p, None if ignore_label is None else int(ignore_label), *others)
+
+
 def _call(x: Tensor, y: Tensor, options: tuple[Any, ...]) -> calls.Call:
     backend, num_threads, check_labels = options[_SPEC_LENGTH:]
-    request = Spec(*options[:_SPEC_LENGTH])
+    request = _spec(options)
     return calls.call(x, y, request, backend, num_threads or torch.get_num_threads(), check_labels)
 
 
@@ -139,7 +159,7 @@ def _statistics_grad(x: Tensor, y: Tensor, cotangent: Tensor, *options: Any) -> 
 
 
 def _fake_statistics(x: Tensor, y: Tensor, *options: Any) -> Tensor:
-    request = spec.for_shapes(x.shape, y.shape, Spec(*options[:_SPEC_LENGTH]))
+    request = spec.for_shapes(x.shape, y.shape, _spec(options))
     return x.new_empty(request.sums_shape(x.shape), dtype=torch.float64)
 
 

@@ -22,7 +22,7 @@ from dice_core.torch import loss as dice_loss
 pytestmark = pytest.mark.gpu
 
 # The fields of a Spec; backend, num_threads, check_labels.
-OPTIONS = ("softmax", 1, -1, 2.0, False, None, False, "labels", None, None, None)
+OPTIONS = ("softmax", 1, "-1", 2.0, False, None, False, "labels", None, None, None)
 
 
 # ---- autograd ----------------------------------------------------------------------------------
