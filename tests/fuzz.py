@@ -22,6 +22,7 @@ What is accepted and cannot be compared is counted by reason, and all other chec
   These are ratios close to 0/0, where all probabilities of a class underflow, kinks (floor, eps,
   (1 - q)^g at 0), and square roots at 0. The gradient must be finite where the true one is.
 - "overflow": the truth, or a factor of it, is beyond the range of the arithmetic.
+- "underflow": with empty="nan", a class whose sum of s^p underflows is 0/0, and so is its gradient.
 - "not finite": a counted NaN or infinity makes sums not finite. The loss is still compared, NaN for
   NaN; the gradients of such samples are not.
 - "infinite logits in binary cross-entropy": its two sums may be NaN or infinite by torch's formula.
@@ -719,6 +720,11 @@ class Expected:
         both = small & np.isinf(error) & np.isfinite(truth)
         factors = [np.abs(row).max(initial=0) for row in (self.upstream, *self.weights())]
         both &= max(factors) < 1e30
+        sums = self.sums["P"]
+        lost = (sums > 0) & (sums < (1e-300 if data.dtype == "float64" else 1e-37))
+        if lost.any() and any(term.settings.get("empty") == "nan" for _, term in self.parts):
+            case.reasons.append("underflow")
+            both &= False
         assert np.isfinite(actual[both]).all(), (
             f"gradient: {(~np.isfinite(actual[both])).sum()} not finite where the truth is"
         )

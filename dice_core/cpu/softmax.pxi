@@ -287,11 +287,12 @@ cdef inline void grad_lines(
 
     With d_c the derivative with respect to s_c, the gradient is s_c (d_c - sum s d) + h_o (s_c - [c=o]), o the voxel's own
     class. For near-perfect predictions nothing must cancel: 1 - s_o is the sum r of the others, the gradient of o is s_o
-    (d_o r - dot) - h_o r with dot = sum s d over the others, and d_o = (a + b)_o - b_o (1 - s_o^(p-1)).
+    (d_o r - dot) - h_o r with dot = sum s d over the others, and where s_o > 1/2, d_o = (a + b)_o - b_o (1 - s_o^(p-1)).
     """
     cdef vec dot[VECTORS]
     cdef vec rest[VECTORS]  # the sum of the other classes' exponentials
     cdef vec own[VECTORS]  # the derivative with respect to the probability of the own class
+    cdef vec own_a[VECTORS]
     cdef vec own_b[VECTORS]
     cdef vec own_e[VECTORS]
     cdef vec own_h[VECTORS]
@@ -303,12 +304,14 @@ cdef inline void grad_lines(
     set_zero(&zero)
     for _ in range(lines):
         for k in range(VECTORS):
-            dot[k] = rest[k] = own[k] = own_b[k] = own_e[k] = own_h[k] = zero
+            dot[k] = rest[k] = own[k] = own_a[k] = own_b[k] = own_e[k] = own_h[k] = zero
         which = zero
         at = e
         for c in range(q.classes):
             broadcast(&a, cotangent, TARGET_SUM * q.classes + c)
             broadcast(&b, cotangent, PRED_SUM * q.classes + c)
+            if p > 1:
+                broadcast(&slope, cotangent, INTERSECTION * q.classes + c)
             if cross_entropy:
                 broadcast(&h, cotangent, CROSS_ENTROPY * q.classes + c)
             for k in range(VECTORS):
@@ -319,6 +322,7 @@ cdef inline void grad_lines(
                 own[k] = own[k] + and_mask(mask, a)
                 own_e[k] = own_e[k] + and_mask(mask, at[k])
                 if p > 1:
+                    own_a[k] = own_a[k] + and_mask(mask, slope)
                     own_b[k] = own_b[k] + and_mask(mask, b)
                 if cross_entropy:
                     own_h[k] = own_h[k] + and_mask(mask, h)
@@ -328,7 +332,10 @@ cdef inline void grad_lines(
             rest[k] = rest[k] * scale[k]
             s = own_e[k] * scale[k]
             if p > 1:
-                own[k] = own[k] - own_b[k] * complement_of_power(s, rest[k], p - 1)
+                own[k] = select(
+                    less(rest[k], s), own[k] - own_b[k] * complement_of_power(s, rest[k], p - 1),
+                    own_a[k] + own_b[k] * power(s, p - 1),
+                )
             slope = dot[k] * scale[k]
             dot[k] = own[k] * rest[k] - slope  # of the own class,
             own[k] = own[k] * s + slope  # and of the others: sum s d
