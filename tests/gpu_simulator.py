@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dice_core import _gpu
+from dice_core import _gpu, backends
 from dice_core.gpu import driver, kernels
 from dice_core.gpu import plan as plans
 from dice_core.gpu.plan import Plan
@@ -139,6 +139,8 @@ def install(
     Kernel.launched = ()
     monkeypatch.setattr(_gpu, "_kernel", kernel)
     monkeypatch.setattr(_gpu, "unavailable", list)
+    for name in ("_unavailable", "_named", "_first"):  # caches, which remember that there is no GPU
+        monkeypatch.setattr(backends, name, functools.cache(getattr(backends, name).__wrapped__))
     monkeypatch.setattr(driver, "capability", lambda device: (9, 0))
     monkeypatch.setattr(driver, "wait", lambda device, stream, other: None)
     monkeypatch.setattr(driver, "synchronize", lambda device, stream: Kernel.synchronized())
