@@ -11,7 +11,7 @@ the text, and any warning. Of an accepted call these are checked:
 
 - sums, losses, gradients, decisions, against the truth in extended precision, within the error that
   naive code in the same precision may make (`oracle`); NaN and infinities where they belong;
-- the same bits again, with another number of threads; from torch as from arrays; from statistics
+- bitwise the same again, with another number of threads; from torch as from arrays; from statistics
   added up tile by tile, the same within that error;
 - x, y and all memory around `out` unchanged; gradients of ignored voxels exactly 0.
 
@@ -48,18 +48,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parent)]  # as in pytest, so that modules of tests are found
+sys.path.insert(0, str(Path(__file__).parent))  # as in pytest
 
-import ml_dtypes  # noqa: E402
-import numpy as np  # noqa: E402
-import oracle  # noqa: E402
-import torch  # noqa: E402
-from compare import assert_bitwise_equal, kernel_rows  # noqa: E402
-from layouts import LAYOUTS  # noqa: E402
+import ml_dtypes
+import numpy as np
+import oracle
+import torch
+from compare import assert_bitwise_equal, kernel_rows
+from layouts import LAYOUTS
 
-import dice_core  # noqa: E402
-import dice_core.torch  # noqa: E402
-from dice_core import losses  # noqa: E402
+import dice_core
+import dice_core.torch
+from dice_core import losses
 
 Array = np.ndarray[Any, Any]
 FLOATS = {name: np.dtype(name) for name in ("float16", "float32", "float64")}

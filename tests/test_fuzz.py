@@ -124,7 +124,7 @@ def _raw_error(original, x, y, *args, **options):
 FAULTS = {
     "a voxel dropped": _changed("statistics", _without_last_voxel),
     "a sign": _changed("loss_and_grad", _wrong_sign),
-    "a bad label accepted": _changed("loss", _any_label),
+    "an out-of-range label accepted": _changed("loss", _any_label),
     "an argument ignored": _changed("loss", _ignores_smooth),
     "an input modified": _changed("loss", _modifies_y),
     "weights swapped": _changed("loss", _swaps_weights),
