@@ -20,7 +20,7 @@ class Penalty(Protocol):
     """A function of a score q, given as q and 1 - q."""
 
     def value(self, score: Array, loss: Array) -> Array:
-        """The penalty of these losses."""
+        """The penalty of these scores."""
         ...
 
     def slope(self, score: Array, loss: Array) -> Any:
@@ -35,7 +35,7 @@ class Power:
     gamma: float
 
     def value(self, score: Array, loss: Array) -> Array:
-        """The penalty of these losses."""
+        """The penalty of these scores."""
         where = namespace(loss).where
         return where(loss <= 0, 0.0, where(loss <= 0, 1.0, loss) ** self.gamma)
 
@@ -54,7 +54,7 @@ class RawPower:
     gamma: float
 
     def value(self, score: Array, loss: Array) -> Array:
-        """The penalty of these losses."""
+        """The penalty of these scores."""
         return loss**self.gamma
 
     def slope(self, score: Array, loss: Array) -> Any:
@@ -71,7 +71,7 @@ class NegativeLog:
     eps: float
 
     def value(self, score: Array, loss: Array) -> Array:
-        """The penalty of these losses."""
+        """The penalty of these scores."""
         xp = namespace(loss)
         high = -xp.log1p(-xp.clip(loss, None, min(0.5, 1 - self.eps)))
         return xp.where(score < 0.5, -xp.log(xp.clip(score, self.eps, None)), high)
@@ -86,7 +86,7 @@ class LogCosh:
     """log cosh (1 - q)."""
 
     def value(self, score: Array, loss: Array) -> Array:
-        """The penalty of these losses."""
+        """The penalty of these scores."""
         xp = namespace(loss)
         size = abs(loss)
         # cosh x = 1 + 2 sinh(x/2)^2, and log cosh x = x - log 2 + log(1 + exp(-2 x)).
@@ -103,7 +103,7 @@ class NegativeScore:
     """-q, nnU-Net's Dice loss."""
 
     def value(self, score: Array, loss: Array) -> Array:
-        """The penalty of these losses."""
+        """The penalty of these scores."""
         return -score
 
     def slope(self, score: Array, loss: Array) -> Any:
