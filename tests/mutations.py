@@ -703,6 +703,9 @@ class Copy:
             line for text in others for line in text.splitlines() if line.startswith("import ")
         ]
         (packages / "mutations.pth").write_text("\n".join(map(str, [*paths, *hooks])))
+        libraries = [path / "nvidia" for path in paths if (path / "nvidia").is_dir()]
+        if libraries and not (packages / "nvidia").exists():  # cuda.pathfinder searches only here
+            (packages / "nvidia").symlink_to(libraries[0])
 
     def _configure(self) -> None:
         _output(

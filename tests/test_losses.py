@@ -194,6 +194,11 @@ def test_by_hand(term, value):
     assert_close(value_of(term, ONE), np.asarray(value), rtol=1e-14)
 
 
+def test_the_floor_of_a_large_negative_denominator():
+    sums = np.array([7e4, -1e20, 5.0]).reshape(3, 1, 1)  # of "probabilities" that are negative
+    assert_close(value_of(Dice(floor=1e-3), sums), np.asarray(1 - 1.4e5 / 1e-3), rtol=1e-14)
+
+
 def test_matthews_correlation_is_scikit_learn_s_formula():
     i, p, y, v = 3.0, 4.0, 4.0, 7.0
     tp, fp, fn, tn = i, p - i, y - i, v - p - y + i

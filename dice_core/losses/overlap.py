@@ -263,8 +263,9 @@ class LinearOverlap(Overlap):
         if below != above:
             rest = rest + (below - above)
         if self.floor:
-            raised = xp.clip(den, self.floor, None)
-            rest, den = rest + (raised - den), raised
+            raised = den < self.floor
+            rest = xp.where(raised, self.floor - num, rest)
+            den = xp.where(raised, self.floor, den)
         if not below and not self.floor and self.empty == "perfect":
             perfect = den == 0
             den = xp.where(perfect, math.inf, den)  # whose derivative is 0
