@@ -49,7 +49,7 @@ RESOLUTION = 2  # of the template, in mm
 PATCH = 16  # voxels along each side
 BATCH = 32
 REQUIRED_DICE = 0.93
-LOSSES: dict[str, Callable[[], nn.Module]] = {  # smooth > 0, since a patch may lack a class
+LOSSES: dict[str, Callable[..., nn.Module]] = {  # smooth > 0, since a patch may lack a class
     "dice": partial(DiceLoss, smooth=1.0),
     "dice-ce": partial(DiceCELoss, smooth=1.0),
     "dice-focal": partial(DiceFocalLoss, smooth=1.0),
@@ -204,7 +204,7 @@ def train(
     net: UNet, image: Tensor, labels: Tensor, classes: int, steps: int, loss_name: str
 ) -> None:
     """Train the network on random patches, showing the loss and the mean Dice of each batch."""
-    loss_function, score = LOSSES[loss_name](), DiceScore()
+    loss_function, score = LOSSES[loss_name](inplace=True), DiceScore()
     optimizer = torch.optim.SGD(
         net.parameters(), lr=0.01, momentum=0.99, nesterov=True, weight_decay=3e-5
     )
@@ -215,12 +215,12 @@ def train(
     for patches, targets in progress:
         logits = net(patches)
         loss = loss_function(logits, targets)
+        dice = score(logits, targets)[1:].nanmean()  # before their gradient overwrites the logits
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), max_norm=12)
         optimizer.step()
         schedule.step()
-        dice = score(logits, targets)[1:].nanmean()
         progress.set_postfix(loss=f"{loss.item():.3f}", dice=f"{dice.item():.3f}")
 
 

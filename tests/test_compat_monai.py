@@ -536,7 +536,7 @@ def test_masks_that_do_not_broadcast():
 
 # ---- constructors, errors ----------------------------------------------------------------------
 
-OURS_ALONE = ["backend", "num_threads", "check_labels"]
+OURS_ALONE = ["backend", "num_threads", "check_labels", "inplace"]
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -548,7 +548,7 @@ def test_signatures(name):
         )
         extras = mine[len(other) :]
         assert [p.name for p in extras] == OURS_ALONE * (method == "__init__")
-        assert all(p.kind is p.KEYWORD_ONLY and p.default is None for p in extras)
+        assert all(p.kind is p.KEYWORD_ONLY and not p.default for p in extras)
         mine, other = (
             [(p.name, p.kind, p.default) for p in each] for each in (mine[: len(other)], other)
         )

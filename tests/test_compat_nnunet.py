@@ -520,7 +520,7 @@ def test_nnunets_dice_classes_are_replaced_by_ours():
 def test_signatures_are_nnunets():
     for kind in (*DICE, DC_and_CE_loss, DC_and_BCE_loss):
         ours, others = inspect.signature(kind), inspect.signature(theirs(kind))
-        extras = ["backend", "num_threads", "check_labels"]
+        extras = ["backend", "num_threads", "check_labels", "inplace"]
         assert list(ours.parameters) == [*others.parameters, *extras]
         for name in extras:
             assert ours.parameters[name].kind is inspect.Parameter.KEYWORD_ONLY

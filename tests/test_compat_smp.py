@@ -370,7 +370,7 @@ def test_soft_targets_are_refused(mode):
 def test_names_are_smps():
     for kind in KINDS:
         ours, others = inspect.signature(kind), inspect.signature(getattr(SMP, kind.__name__))
-        extras = ["backend", "num_threads", "check_labels"]
+        extras = ["backend", "num_threads", "check_labels", "inplace"]
         assert list(ours.parameters) == [*others.parameters, *extras]
         for name in extras:
             assert ours.parameters[name].kind is inspect.Parameter.KEYWORD_ONLY

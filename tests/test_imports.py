@@ -22,14 +22,15 @@ ARROWS = {
     "api": {"calls", "losses.__init__", "sums", "spec", "checks", "allocators"},
     "torch.__init__": {"torch.functional", "torch.modules", "torch.metrics"},
     "torch.modules": {
-        *("torch.functional", "losses.__init__", "losses.terms", "checks", "threads"),
+        *("torch.functional", "losses.__init__", "losses.terms", "checks"),
     },
     "torch.metrics": {"torch.operators", "spec", "checks", "threads"},
     "torch.functional": {
-        *("torch.operators", "calls", "losses.__init__", "losses.terms", "sums", "spec"),
-        "threads",
+        *("torch.operators", "torch.processes", "calls", "losses.__init__", "losses.terms"),
+        *("sums", "spec", "checks", "threads"),
         *ARRAYS,
     },
+    "torch.processes": {"losses.__init__", "sums"},
     "torch.operators": {"calls", "losses.terms", "sums", "spec", "checks", *ARRAYS},
     "calls": {"backends", "sums", "spec", "checks", "threads", *ARRAYS},
     "backends": {"spec", "checks"},

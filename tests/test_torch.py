@@ -580,6 +580,7 @@ def test_every_module_has_the_common_parameters(name):
     kind = getattr(dice_core.torch, name)
     parameters = inspect.signature(kind).parameters
     common = {"activation", "reduction", "backend", "num_threads", "check_labels", "ignore_label"}
+    common |= {"inplace", "process_group"}
     assert common | {"weight", "pool"} <= set(parameters)
     assert all(p.kind is not p.VAR_KEYWORD for p in parameters.values())
     x, y = example(2, 3, 10)
@@ -595,7 +596,8 @@ def test_the_functions_have_the_same_parameters():
         [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
         for function in (dice_core.loss, loss, dice_core.loss_and_grad)
     ]
-    assert parameters[0] == parameters[1] == parameters[2][:-2]
+    assert parameters[0] == parameters[1][:-2] == parameters[2][:-2]
+    assert [name for name, *_ in parameters[1][-2:]] == ["inplace", "process_group"]
     parameters = [
         [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
         for function in (dice_core.statistics, statistics)

@@ -7,12 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks, threads
-
-
-def options(backend: Any, num_threads: Any, check_labels: Any) -> tuple[Any, Any, Any]:
-    """The options of a call, with a checked number of threads."""
-    return backend, None if num_threads is None else threads.resolve(num_threads), check_labels
+from .. import checks
 
 
 def number(value: Any, name: str, signed: bool = False) -> float:

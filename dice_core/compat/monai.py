@@ -22,8 +22,9 @@ The only differences from MONAI:
   and the infinite loss of a class with target 0 contributes nothing either. Conversely, a NaN in an
   excluded background may have gradient NaN instead of 0.
 - Second derivatives raise RuntimeError, and torch.jit.script does not take these modules.
-- The keyword-only arguments `backend`, `num_threads` and `check_labels` are those of
-  `dice_core.torch.loss`. Integer and bool targets are accepted everywhere.
+- The keyword-only arguments `backend`, `num_threads`, `check_labels` and `inplace` are those of
+  `dice_core.torch.loss`; with other_act, `inplace` has no effect.
+- Integer and bool targets are accepted everywhere.
 
 Anything that is not a function of the sums computed in one pass is refused, with a
 NotImplementedError naming the argument, or with ValueError where it depends on the values of the
@@ -43,11 +44,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .. import checks, losses, threads
+from .. import checks, losses
 from ..spec import Spec
 from ..sums import Statistics
 from ..torch import operators
-from ..torch.functional import evaluate
+from ..torch.functional import Options, evaluate, options
+from ..torch.functional import sums as sums_of
 
 __all__ = [
     "DiceCELoss",
@@ -97,6 +99,7 @@ class _Overlap(torch.nn.Module):
         backend: str | None,
         num_threads: int | None,
         check_labels: bool | None,
+        inplace: bool,
     ) -> None:
         super().__init__()
         self.reduction = _one_of(reduction, "reduction", ("none", "mean", "sum"))
@@ -114,8 +117,9 @@ class _Overlap(torch.nn.Module):
         if ignore_index is not None:
             ignore_index = checks.integer(ignore_index, "ignore_index")
         self.ignore_index = ignore_index
-        thread_count = None if num_threads is None else threads.resolve(num_threads)
-        self._options = backend, thread_count, check_labels
+        self._options = options(backend, num_threads, check_labels, inplace)
+        if other_act is not None:  # which may have saved its output
+            self._options = self._options._replace(inplace=False)
         _check_activation(sigmoid, softmax, other_act)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -211,6 +215,7 @@ class DiceLoss(_Overlap):
         backend: str | None = None,
         num_threads: int | None = None,
         check_labels: bool | None = None,
+        inplace: bool = False,
     ) -> None:
         super().__init__(
             include_background=include_background,
@@ -227,6 +232,7 @@ class DiceLoss(_Overlap):
             backend=backend,
             num_threads=num_threads,
             check_labels=check_labels,
+            inplace=inplace,
         )
         self.squared_pred = squared_pred
         self.jaccard = jaccard
@@ -310,6 +316,7 @@ class MaskedDiceLoss(DiceLoss):
         backend: str | None = None,
         num_threads: int | None = None,
         check_labels: bool | None = None,
+        inplace: bool = False,
     ) -> None:
         super().__init__(
             include_background=include_background,
@@ -328,6 +335,7 @@ class MaskedDiceLoss(DiceLoss):
             backend=backend,
             num_threads=num_threads,
             check_labels=check_labels,
+            inplace=inplace,
         )
 
     def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -386,6 +394,7 @@ class GeneralizedDiceLoss(_Overlap):
         backend: str | None = None,
         num_threads: int | None = None,
         check_labels: bool | None = None,
+        inplace: bool = False,
     ) -> None:
         super().__init__(
             include_background=include_background,
@@ -402,6 +411,7 @@ class GeneralizedDiceLoss(_Overlap):
             backend=backend,
             num_threads=num_threads,
             check_labels=check_labels,
+            inplace=inplace,
         )
         self.w_type = _one_of(w_type, "w_type", ("square", "simple", "uniform"))
 
@@ -454,6 +464,7 @@ class TverskyLoss(_Overlap):
         backend: str | None = None,
         num_threads: int | None = None,
         check_labels: bool | None = None,
+        inplace: bool = False,
     ) -> None:
         super().__init__(
             include_background=include_background,
@@ -470,6 +481,7 @@ class TverskyLoss(_Overlap):
             backend=backend,
             num_threads=num_threads,
             check_labels=check_labels,
+            inplace=inplace,
         )
         self.alpha = _number(alpha, "alpha")
         self.beta = _number(beta, "beta")
@@ -531,6 +543,7 @@ class DiceCELoss(torch.nn.Module):
         backend: str | None = None,
         num_threads: int | None = None,
         check_labels: bool | None = None,
+        inplace: bool = False,
     ) -> None:
         super().__init__()
         reduction = _one_of(reduction, "reduction", ("mean", "sum"))
@@ -552,6 +565,7 @@ class DiceCELoss(torch.nn.Module):
             backend=backend,
             num_threads=num_threads,
             check_labels=check_labels,
+            inplace=inplace,
         )
         # These only hold settings, under MONAI's names, and are never called.
         smoothing = checks.number(label_smoothing, "label_smoothing", largest=1)
@@ -638,6 +652,7 @@ class DiceFocalLoss(torch.nn.Module):
         backend: str | None = None,
         num_threads: int | None = None,
         check_labels: bool | None = None,
+        inplace: bool = False,
     ) -> None:
         super().__init__()
         self.dice = DiceLoss(
@@ -656,6 +671,7 @@ class DiceFocalLoss(torch.nn.Module):
             backend=backend,
             num_threads=num_threads,
             check_labels=check_labels,
+            inplace=inplace,
         )
         self.focal = _FocalSettings(
             include_background=include_background,
@@ -897,25 +913,23 @@ def _sigmoid_focal(
 
 
 def _evaluate(
-    call: _Read, parts: tuple[Any, ...], weights: list[Tensor], options: tuple[Any, ...]
+    call: _Read, parts: tuple[Any, ...], weights: list[Tensor], options: Options
 ) -> Tensor:
     """The sum of these parts, see `_built`."""
     term, request = _built(parts, call.spec_arguments)
     if weights:
         term = term.with_weights(weights)
     try:
-        return evaluate(call.x, call.y, term, request, *options)
+        return evaluate(call.x, call.y, term, request, options)
     except ValueError as error:
         raise _explained(error, call.reason) from None
 
 
-def _with_background(
-    call: _Read, mask: Tensor, request: Spec, options: tuple[Any, ...]
-) -> Statistics:
+def _with_background(call: _Read, mask: Tensor, request: Spec, options: Options) -> Statistics:
     """The sums of unmasked voxels, with the number of masked voxels added to Y of class 0."""
     operators.check(call.x, call.y, request)
     try:
-        sums = operators.statistics(call.x, call.y, request, *options)
+        sums = sums_of(call.x, call.y, request, options)
     except ValueError as error:
         raise _explained(error, call.reason) from None
     more = torch.zeros_like(sums.array)

@@ -20,7 +20,9 @@ Values and gradients are those of nnU-Net 2.8, including its 0/0. The difference
 - There are no second derivatives, and no gradients for targets and masks: if they require grad they
   raise NotImplementedError.
 - DC_and_CE_loss without a Dice part returns a tensor 0, not the int 0, if all voxels are ignored.
-- backend, num_threads and check_labels, all by keyword, are those of `dice_core.torch.loss`.
+- backend, num_threads, check_labels and inplace, all by keyword, are those of
+  `dice_core.torch.loss`; inplace has no effect where apply_nonlin, or a second pass, needs memory
+  of the size of the logits.
 
 An error naming the argument is raised for anything that is not a function of sums over voxels: loss
 maps (reduction="none"), masks of several channels, weights of individual voxels, other Dice
@@ -51,7 +53,8 @@ from ..losses.terms import namespace
 from ..spec import ACTIVATIONS, Spec
 from ..sums import Statistics
 from ..torch import operators
-from ..torch.functional import evaluate
+from ..torch.functional import Options, evaluate, options
+from ..torch.functional import sums as sums_of
 from . import _shared
 
 __all__ = [
@@ -80,7 +83,7 @@ class _DiceLoss(nn.Module):
         smooth: float,
         ddp: bool,
         clip_tp: float | None,
-        options: tuple[Any, ...],
+        options: Options,
     ) -> None:
         super().__init__()
         self.do_bg = do_bg
@@ -89,7 +92,7 @@ class _DiceLoss(nn.Module):
         self.smooth = smooth
         self.clip_tp = clip_tp
         self.ddp = ddp
-        self._options = _shared.options(*options)
+        self._options = options
         self._prepare(self._settings())
 
     def forward(self, x: Tensor, y: Tensor, loss_mask: Tensor | None = None) -> Tensor:
@@ -107,7 +110,10 @@ class _DiceLoss(nn.Module):
         settings = self._settings()
         if settings != self._prepared:
             self._prepare(settings)
-        x, activation = _probabilities(x, self.apply_nonlin)
+        logits, options = x, self._options
+        x, activation = _probabilities(logits, self.apply_nonlin)
+        if x is not logits:
+            options = options._replace(inplace=False)  # apply_nonlin may have saved its output
         y, targets = _targets(x, y, "y")
         _check_channels(self, x)
         ignored = None
@@ -115,7 +121,7 @@ class _DiceLoss(nn.Module):
             y, ignored = _masked(y, loss_mask, x.shape[1])
         term, requests = self._plan
         pooled = self.ddp and self.batch_dice
-        return _evaluate(x, y, term, requests[activation, ignored, targets], pooled, self._options)
+        return _evaluate(x, y, term, requests[activation, ignored, targets], pooled, options)
 
     def _settings(self) -> tuple[Any, ...]:
         """The settings from which the term is derived."""
@@ -143,7 +149,7 @@ class MemoryEfficientSoftDiceLoss(_DiceLoss):
         Added to numerator and denominator, >= 0.
     ddp : bool
         With batch_dice the sums of all ranks are added too, which needs a process group.
-    backend, num_threads, check_labels : optional
+    backend, num_threads, check_labels, inplace : optional
         As in `dice_core.torch.loss`.
 
     Raises
@@ -163,9 +169,10 @@ class MemoryEfficientSoftDiceLoss(_DiceLoss):
         backend: str | None = None,
         num_threads: int | None = None,
         check_labels: bool | None = None,
+        inplace: bool = False,
     ) -> None:
-        options = backend, num_threads, check_labels
-        super().__init__(apply_nonlin, batch_dice, do_bg, smooth, ddp, None, options)
+        given = options(backend, num_threads, check_labels, inplace)
+        super().__init__(apply_nonlin, batch_dice, do_bg, smooth, ddp, None, given)
 
 
 class SoftDiceLoss(_DiceLoss):
@@ -192,9 +199,10 @@ class SoftDiceLoss(_DiceLoss):
         backend: str | None = None,
         num_threads: int | None = None,
         check_labels: bool | None = None,
+        inplace: bool = False,
     ) -> None:
-        options = backend, num_threads, check_labels
-        super().__init__(apply_nonlin, batch_dice, do_bg, smooth, ddp, clip_tp, options)
+        given = options(backend, num_threads, check_labels, inplace)
+        super().__init__(apply_nonlin, batch_dice, do_bg, smooth, ddp, clip_tp, given)
 
 
 class DC_and_CE_loss(nn.Module):
@@ -218,7 +226,7 @@ class DC_and_CE_loss(nn.Module):
         an ignore_label a mean over no voxels is NaN.
     dice_class : class
         SoftDiceLoss or MemoryEfficientSoftDiceLoss; nnU-Net's are replaced by this module's.
-    backend, num_threads, check_labels : optional
+    backend, num_threads, check_labels, inplace : optional
         As in `dice_core.torch.loss`.
 
     Raises
@@ -239,6 +247,7 @@ class DC_and_CE_loss(nn.Module):
         backend: str | None = None,
         num_threads: int | None = None,
         check_labels: bool | None = None,
+        inplace: bool = False,
     ) -> None:
         super().__init__()
         if ignore_label is not None:
@@ -248,7 +257,7 @@ class DC_and_CE_loss(nn.Module):
         self.ignore_label = ignore_label
         self.ce = nn.CrossEntropyLoss(**ce_kwargs)
         self.dc = _dice_class(dice_class)(apply_nonlin=softmax_helper_dim1, **soft_dice_kwargs)
-        self._options = _shared.options(backend, num_threads, check_labels)
+        self._options = options(backend, num_threads, check_labels, inplace)
         self._prepare(self._settings(self.dc, self.ce), self.ce.weight)
 
     def forward(self, net_output: Tensor, target: Tensor) -> Tensor | float:
@@ -297,12 +306,14 @@ class DC_and_CE_loss(nn.Module):
                 parts[0] = x, of_both, activation, ignored, pooled
             else:
                 parts.append((x, of_entropy, "softmax", index, False))
-        values = []
+        values, options = [], self._options
+        if len(parts) > 1 or parts[0][0] is not net_output:
+            options = options._replace(inplace=False)
         for x, (term, requests), activation, ignored, pooled in parts:
             if term.weights and term.weights[0] is not weight:  # moved to a device, for example
                 term = term.with_weights([weight])
             request = requests[activation, ignored, targets]
-            values.append(_evaluate(x, y, term, request, pooled, self._options))
+            values.append(_evaluate(x, y, term, request, pooled, options))
         return values[0] if len(values) == 1 else values[0] + values[1]
 
     def _settings(self, dice: Any, entropy: nn.CrossEntropyLoss) -> tuple[Any, ...]:
@@ -344,7 +355,7 @@ class DC_and_BCE_loss(nn.Module):
         valid; "none" is written into bce_kwargs as its reduction, as nnU-Net does.
     dice_class : class
         SoftDiceLoss or MemoryEfficientSoftDiceLoss; nnU-Net's are replaced by this module's.
-    backend, num_threads, check_labels : optional
+    backend, num_threads, check_labels, inplace : optional
         As in `dice_core.torch.loss`.
 
     Raises
@@ -365,6 +376,7 @@ class DC_and_BCE_loss(nn.Module):
         backend: str | None = None,
         num_threads: int | None = None,
         check_labels: bool | None = None,
+        inplace: bool = False,
     ) -> None:
         super().__init__()
         if use_ignore_label:
@@ -374,7 +386,7 @@ class DC_and_BCE_loss(nn.Module):
         self.use_ignore_label = use_ignore_label
         self.ce = nn.BCEWithLogitsLoss(**bce_kwargs)
         self.dc = _dice_class(dice_class)(apply_nonlin=torch.sigmoid, **soft_dice_kwargs)
-        self._options = _shared.options(backend, num_threads, check_labels)
+        self._options = options(backend, num_threads, check_labels, inplace)
         self._prepare(self._settings(self.dc, self.ce))
 
     def forward(self, net_output: Tensor, target: Tensor) -> Tensor:
@@ -413,12 +425,13 @@ class DC_and_BCE_loss(nn.Module):
         both, alone = (of_both if scores is x else of_dice), of_entropy
         term = both.term.with_weights(weights) if both.term.weights else both.term
         request = both.requests[activation, ignored, "soft"]
-        value = _evaluate(scores, y, term, request, pooled, self._options)
         if scores is x:
-            return value
+            return _evaluate(x, y, term, request, pooled, self._options)
+        options = self._options._replace(inplace=False)
+        value = _evaluate(scores, y, term, request, pooled, options)
         term = alone.term.with_weights(weights)
         request = alone.requests["sigmoid", ignored, "soft"]
-        return value + _evaluate(x, y, term, request, False, self._options)
+        return value + _evaluate(x, y, term, request, False, options)
 
     def _settings(self, dice: Any, entropy: nn.BCEWithLogitsLoss) -> tuple[Any, ...]:
         """The settings from which terms and requests are derived."""
@@ -726,17 +739,17 @@ def _plans(
 
 
 def _evaluate(
-    x: Tensor, y: Tensor, term: losses.Term, request: Spec, pooled: bool, options: tuple[Any, ...]
+    x: Tensor, y: Tensor, term: losses.Term, request: Spec, pooled: bool, options: Options
 ) -> Tensor:
     """The loss; if `pooled`, its Dice part is that of the sums over the batch and all ranks."""
     if not pooled:
-        return evaluate(x, y, term, request, *options)
+        return evaluate(x, y, term, request, options)
     operators.check(x, y, request)
     if term.weights:
         weights = [weight.to(x.device, torch.float64) for weight in term.weights]
         term = term.with_weights(weights)
         term.check(x.shape[1])
-    sums = operators.statistics(x, y, request, *options)
+    sums = sums_of(x, y, request, options)
     added = _SumOfRanks.apply(sums.array[:3].sum(1, keepdim=True))  # type: ignore[no-untyped-call]
     of_ranks = Statistics(added, request, sums.dtype)
     parts = term.parts if isinstance(term, losses.Sum) else ((1.0, term),)

@@ -26,7 +26,7 @@ differences:
   NotImplementedError.
 - Labels of mode "multiclass" may have any integer dtype, or be floating-point numbers, which are
   truncated before they are compared with ignore_index; without ignore_index SMP accepts int64 only.
-- The keyword-only arguments backend, num_threads and check_labels are those of
+- The keyword-only arguments backend, num_threads, check_labels and inplace are those of
   `dice_core.torch.loss`.
 
 An error naming the argument is raised for everything else: from_logits=False (the derivative of
@@ -50,7 +50,7 @@ from .. import checks, losses
 from ..losses.penalties import NegativeLog, RawPower
 from ..losses.terms import assign
 from ..spec import Spec
-from ..torch.functional import evaluate
+from ..torch.functional import evaluate, options
 from . import _shared
 
 __all__ = [
@@ -88,6 +88,7 @@ class _OverlapLoss(nn.Module):
         backend: str | None = None,
         num_threads: int | None = None,
         check_labels: bool | None = None,
+        inplace: bool = False,
     ) -> None:
         super().__init__()
         if mode not in (BINARY_MODE, MULTICLASS_MODE, MULTILABEL_MODE):
@@ -105,7 +106,7 @@ class _OverlapLoss(nn.Module):
         self.ignore_index = ignore_index
         self.class_weights = _numbers(class_weights, "class_weights", torch.float)
         _check_weights(self.classes, self.class_weights)
-        self._options = _shared.options(backend, num_threads, check_labels)
+        self._options = options(backend, num_threads, check_labels, inplace)
         self._prepare(self._settings())
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
@@ -146,7 +147,7 @@ class _OverlapLoss(nn.Module):
             weight = self._weight(x.shape[1])
             if weight is not term.weights[0]:
                 term = term.with_weights([weight])
-        return evaluate(x, y, term, self._request, *self._options)
+        return evaluate(x, y, term, self._request, self._options)
 
     def _settings(self) -> tuple[Any, ...]:
         """The settings from which the term and the request are derived."""
@@ -212,7 +213,7 @@ class DiceLoss(_OverlapLoss):
         with log_loss.
     class_weights : (C,) numbers, optional
         The weights of the average. Not in mode "binary".
-    backend, num_threads, check_labels : optional
+    backend, num_threads, check_labels, inplace : optional
         As in `dice_core.torch.loss`.
 
     Raises
@@ -267,6 +268,7 @@ class TverskyLoss(DiceLoss):
         backend: str | None = None,
         num_threads: int | None = None,
         check_labels: bool | None = None,
+        inplace: bool = False,
     ) -> None:
         super().__init__(
             mode,
@@ -280,6 +282,7 @@ class TverskyLoss(DiceLoss):
             backend=backend,
             num_threads=num_threads,
             check_labels=check_labels,
+            inplace=inplace,
         )
         self.alpha = alpha
         self.beta = beta

@@ -70,6 +70,11 @@ class Term:
         """
         raise NotImplementedError
 
+    @property
+    def pools_samples(self) -> bool:
+        """Whether it is a loss of sums that are added over the samples."""
+        return self.pool in ("batch", "all")
+
     def ratio(self, samples: int, classes: int) -> Ratio | None:
         """This loss of this many samples and classes as a Ratio; None if it is not one."""
         return None
@@ -210,6 +215,10 @@ class Sum(Term):
     @property
     def name(self) -> str:
         return " + ".join(term.name for _, term in self.parts)
+
+    @property
+    def pools_samples(self) -> bool:
+        return all(term.pools_samples for _, term in self.parts)
 
     def value(self, sums: Statistics) -> Array:
         (factor, first), *others = self.parts

@@ -6,14 +6,49 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from .. import allocators, buffers, calls, losses, spec, threads
+from .. import allocators, buffers, calls, checks, losses, spec, threads
 from ..losses import Term
 from ..losses.terms import to_numpy
 from ..spec import Spec
 from ..sums import Statistics
-from . import operators
+from . import operators, processes
 from .operators import is_plain
+
+
+class Options(NamedTuple):
+    """How a loss is computed; see `loss`."""
+
+    backend: str | None = None
+    num_threads: int | None = None
+    check_labels: bool | None = None
+    inplace: bool = False
+    process_group: Any = None
+
+    @property
+    def of_sums(self) -> tuple[str | None, int | None, bool | None]:
+        """Those of the operators."""
+        return self[:3]
+
+
+def options(
+    backend: str | None = None,
+    num_threads: int | None = None,
+    check_labels: bool | None = None,
+    inplace: bool = False,
+    process_group: Any = None,
+) -> Options:
+    """Options, checked but for the backend, which may be registered later."""
+    if num_threads is not None:
+        num_threads = threads.resolve(num_threads)
+    if check_labels is not None:
+        checks.flag(check_labels, "check_labels")
+    if inplace is not False:
+        inplace = checks.flag(inplace, "inplace")
+    if process_group is not None:
+        processes.check(process_group)
+    return Options(backend, num_threads, check_labels, inplace, process_group)
 
 
 def loss(
@@ -31,6 +66,8 @@ def loss(
     backend: str | None = None,
     num_threads: int | None = None,
     check_labels: bool | None = None,
+    inplace: bool = False,
+    process_group: Any = None,
 ) -> Tensor:
     """`dice_core.loss` on torch tensors, with autograd: the same arguments, formula and errors.
 
@@ -43,6 +80,23 @@ def loss(
     Gradients reach x, in its dtype, memory format and device, and class weights that are tensors
     and require grad. `num_threads` defaults to torch's own setting.
 
+    Parameters
+    ----------
+    inplace : bool
+        The backward pass overwrites x with its gradient: no memory, and half the time, of a new
+        one. Afterwards x holds its gradient and not logits, for whoever reads it later, and a
+        backward pass that has saved x as well, as of another loss of it, raises torch's error. A
+        new gradient is allocated after all where saved tensors are moved or recomputed, as in
+        activation checkpointing, and with create_graph=True.
+    process_group : torch.distributed.ProcessGroup or "world", optional
+        Sums are added over the ranks of this group, or of all ranks, before the loss is computed,
+        in one collective call per loss: a volume split in space, or with a loss that pools the
+        batch, batches of any size, gives the loss of a single process on every rank. Gradients are
+        those of the sum of the ranks' equal losses, W times those of a single process of W ranks,
+        so that the mean over ranks that DistributedDataParallel and FSDP take is exact.
+
+    The other parameters are those of `dice_core.loss`.
+
     Returns
     -------
     Tensor () for reduction "mean", "sum" and "batch", (N,) for "none", (N, C) for "classes", on x's
@@ -51,15 +105,18 @@ def loss(
     Raises
     ------
     TypeError, ValueError, BackendError
-        As `dice_core.loss` does.
+        As `dice_core.loss` does. With inplace, ValueError for an x that is a leaf, or a view of
+        one, or has elements that share memory.
     NotImplementedError
-        For a y that requires grad, and for forward-mode derivatives.
+        For a y that requires grad, and for forward-mode derivatives; with inplace, for tensors that
+        are traced or transformed, as in torch.compile.
     RuntimeError
         In a second derivative.
     """
     term = losses.of(term, weight, ignore_channel, smooth, p, reduction)
     request = term.spec(activation, ignore_label)
-    return evaluate(x, y, term, request, backend, num_threads, check_labels)
+    given = options(backend, num_threads, check_labels, inplace, process_group)
+    return evaluate(x, y, term, request, given)
 
 
 def statistics(
@@ -108,78 +165,117 @@ def statistics(
         binary_gamma=binary_gamma,
         target_square=target_square,
     )
+    given = options(backend, num_threads, check_labels)
     operators.check(x, y, request)
-    if num_threads is not None:
-        num_threads = threads.resolve(num_threads)
-    return operators.statistics(x, y, request, backend, num_threads, check_labels)
+    return operators.statistics(x, y, request, *given.of_sums)
 
 
-def evaluate(
-    x: Tensor,
-    y: Tensor,
-    term: Term,
-    request: Spec,
-    backend: str | None = None,
-    num_threads: int | None = None,
-    check_labels: bool | None = None,
-) -> Tensor:
+def evaluate(x: Tensor, y: Tensor, term: Term, request: Spec, options: Options) -> Tensor:
     """The loss `term` of the tensors, computed from the sums `request`."""
     operators.check(x, y, request)
-    if num_threads is not None:
-        num_threads = threads.resolve(num_threads)
-    fused = is_plain(x, y) and (x.is_cpu or _is_ratio(x, y, term, request))
+    fused = (
+        is_plain(x, y)
+        and options.process_group is None
+        and (x.is_cpu or _is_ratio(x, y, term, request))
+    )
     if term.weights:
         classes = spec.for_shapes(x.shape, y.shape, request).classes(x.shape[1])
         fused = fused and _are_constants(term.weights)
         term = _with_arrays(term, x) if fused else term.like(x)
         term.check(classes)
     if not fused:
-        sums = operators.statistics(x, y, request, backend, num_threads, check_labels)
-        value: Tensor = term.value(sums)
-        return value if x.dtype == torch.float64 else value.float()
-    evaluation = _Evaluation(term, request, backend, num_threads, check_labels)
+        return of_sums(sums(x, y, request, options), term, options)
+    evaluation = _Evaluation(term, request, options)
     if x.requires_grad and torch.is_grad_enabled():
+        if options.inplace:
+            _check_inplace(x, y)
         return _Loss.apply(x, y, evaluation)  # type: ignore[no-untyped-call]
     result = evaluation.call(x, y).value(term)
     return torch.from_numpy(result) if x.is_cpu else result
 
 
-class _Evaluation(NamedTuple):
-    """A loss and the options of its computation, without the tensors."""
+def of_sums(sums: Statistics, term: Term, options: Options) -> Tensor:
+    """The loss `term` of these sums of one process, in torch arithmetic."""
+    if options.process_group is not None:
+        sums = processes.total(sums, term, options.process_group)
+    value: Tensor = term.value(sums)
+    return value if sums.dtype == "float64" else value.float()
 
-    term: Term
+
+def sums(x: Tensor, y: Tensor, request: Spec, options: Options) -> Statistics:
+    """The sums of checked tensors, differentiable in x; with options.inplace, their gradient
+    overwrites x.
+    """
+    if not (options.inplace and x.requires_grad and torch.is_grad_enabled()):
+        return operators.statistics(x, y, request, *options.of_sums)
+    _check_inplace(x, y)
+    array = _Loss.apply(x, y, _Evaluation(None, request, options))  # type: ignore[no-untyped-call]
+    request = spec.for_shapes(x.shape, y.shape, request)
+    return Statistics(array, request, str(x.dtype).removeprefix("torch."))
+
+
+def _check_inplace(x: Tensor, y: Tensor) -> None:
+    """Raises unless the gradient of x may overwrite it in the backward pass."""
+    if not is_plain(x, y):
+        raise NotImplementedError(
+            "inplace=True needs plain tensors on one device; it cannot be used within "
+            "torch.compile, torch.export or torch.func, or with subclasses of Tensor"
+        )
+    base = x if x._base is None else x._base
+    if base.is_leaf:
+        what = "x is a leaf tensor" if base is x else "x is a view of a leaf tensor"
+        raise ValueError(
+            f"inplace=True would overwrite x with its gradient, but {what}: pass the output of a "
+            f"network, or leave inplace=True out"
+        )
+    if buffers.may_overlap_itself(buffers.of(x, "x").layout):
+        raise ValueError(
+            f"inplace=True needs an x without elements that share memory, got strides {x.stride()}"
+        )
+
+
+class _Evaluation(NamedTuple):
+    """A loss, or None for the sums themselves, and its options, without the tensors."""
+
+    term: Term | None
     spec: Spec
-    backend: str | None
-    num_threads: int | None
-    check_labels: bool | None
+    options: Options
 
     def call(self, x: Tensor, y: Tensor) -> calls.Call:
         """The call for these tensors."""
-        count = self.num_threads or torch.get_num_threads()
-        return calls.call(x, y, self.spec, self.backend, count, self.check_labels)
+        backend, num_threads, check_labels = self.options.of_sums
+        count = num_threads or torch.get_num_threads()
+        return calls.call(x, y, self.spec, backend, count, check_labels)
 
 
 class _Loss(torch.autograd.Function):
-    """A loss of plain tensors as one node of the graph."""
+    """A loss of plain tensors, or their sums, as one node of the graph."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, evaluation: _Evaluation) -> Tensor:
         call = evaluation.call(x, y)
-        value, ctx.derivative = call.value_and_derivative(evaluation.term)
+        if evaluation.term is None:
+            value, ctx.derivative = call.statistics().array, None
+        else:
+            value, ctx.derivative = call.value_and_derivative(evaluation.term)
         ctx.save_for_backward(x, y)
         call.logits.owner = call.labels.owner = None  # only the saved tensors keep them alive
         ctx.call, ctx.evaluation, ctx.strides = call, evaluation, (x.stride(), y.stride())
+        if evaluation.options.inplace:
+            ctx.storage, ctx.version = StorageWeakRef(x.untyped_storage()), x._version
         return torch.from_numpy(value) if x.is_cpu else value
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None]:
         x, y = ctx.saved_tensors
-        call, evaluation = ctx.call, ctx.evaluation
-        if torch.is_grad_enabled() or not is_plain(x, y, grad_loss):
+        call, options = ctx.call, ctx.evaluation.options
+        if torch.is_grad_enabled() or not is_plain(x, y, grad_output):
             # The operator, unlike its kernel, can be traced and refuses a second derivative.
-            cotangent = calls.cotangent(torch.as_tensor(ctx.derivative), grad_loss)
+            cotangent = grad_output
+            if ctx.derivative is not None:
+                cotangent = calls.cotangent(torch.as_tensor(ctx.derivative), grad_output)
             grad = operators.statistics_grad(
-                x, y, cotangent, call.spec, evaluation.backend, evaluation.num_threads
+                x, y, cotangent, call.spec, options.backend, options.num_threads
             )
             return grad, None, None
         if (
@@ -189,12 +285,27 @@ class _Loss(torch.autograd.Function):
         ):
             call.logits.owner, call.labels.owner = x, y
         else:  # on a GPU, or after hooks have moved the saved tensors
-            call = evaluation.call(x, y)
-        grad = allocators.empty_like(x, "x")
-        at = buffers.of(grad, "grad")
-        call.gradient(ctx.derivative, grad_loss.numpy() if x.is_cpu else grad_loss, at)
+            call = ctx.evaluation.call(x, y)
+        if options.inplace and ctx.storage == StorageWeakRef(x.untyped_storage()):
+            grad = _overwritten(x, ctx.version)
+        else:
+            grad = allocators.empty_like(x, "x")
+        scale: Any = grad_output.numpy() if x.is_cpu else grad_output.contiguous()
+        derivative, scale = (scale, None) if ctx.derivative is None else (ctx.derivative, scale)
+        call.gradient(derivative, scale, buffers.of(grad, "grad"))
         call.logits.owner = call.labels.owner = None
         return grad, None, None
+
+
+def _overwritten(x: Tensor, version: int) -> Tensor:
+    """The memory of x, of this version, as the tensor for its gradient."""
+    if x._version != version:  # torch does not check it where saved tensors have hooks
+        raise RuntimeError(
+            f"x, whose gradient inplace=True would write over it, has been modified since the "
+            f"loss was computed: it is at version {x._version}, expected {version}"
+        )
+    allocators.mark_changed(x)
+    return x.detach()
 
 
 def _is_ratio(x: Tensor, y: Tensor, term: Term, request: Spec) -> bool:

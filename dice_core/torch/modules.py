@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import checks, losses, threads
+from .. import checks, losses
 from ..losses.terms import refuse_unusual
-from .functional import evaluate
+from .functional import evaluate, options
 
 Reduction = Literal["mean", "sum", "none", "classes", "batch"]
 Activation = Literal["softmax", "sigmoid", "none"]
@@ -45,16 +45,15 @@ class Loss(torch.nn.Module):
         backend: str | None = None,
         num_threads: int | None = None,
         check_labels: bool | None = None,
+        inplace: bool = False,
+        process_group: Any = None,
     ) -> None:
         super().__init__()
         if term is None:
             raise TypeError("term must be a loss such as dice_core.losses.Dice(), got None")
         self._term = losses.of(term)
         self._spec = self._term.spec(activation, ignore_label)
-        thread_count = None if num_threads is None else threads.resolve(num_threads)
-        if check_labels is not None:
-            checks.flag(check_labels, "check_labels")
-        self._options = backend, thread_count, check_labels
+        self._options = options(backend, num_threads, check_labels, inplace, process_group)
         self._weight_names: list[str] = []
         for i, weight in enumerate(self._term.weights):
             self._register(f"weight{i}" if i else "weight", weight)
@@ -78,7 +77,7 @@ class Loss(torch.nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Logits (N, C, *) and labels (N, *) or (N, 1, *), or soft targets like x -> the loss."""
-        return evaluate(x, y, self.term, self._spec, *self._options)
+        return evaluate(x, y, self.term, self._spec, self._options)
 
     def extra_repr(self) -> str:
         """The term, its settings and the current class weights."""
@@ -173,6 +172,8 @@ class DiceLoss(Loss):
         backend: str | None = None,
         num_threads: int | None = None,
         check_labels: bool | None = None,
+        inplace: bool = False,
+        process_group: Any = None,
     ) -> None:
         term = losses.Dice(
             weight=weight,
@@ -192,6 +193,8 @@ class DiceLoss(Loss):
             backend=backend,
             num_threads=num_threads,
             check_labels=check_labels,
+            inplace=inplace,
+            process_group=process_group,
         )
 
 
@@ -215,6 +218,8 @@ class JaccardLoss(Loss):
         backend: str | None = None,
         num_threads: int | None = None,
         check_labels: bool | None = None,
+        inplace: bool = False,
+        process_group: Any = None,
     ) -> None:
         term = losses.Jaccard(
             weight=weight,
@@ -234,6 +239,8 @@ class JaccardLoss(Loss):
             backend=backend,
             num_threads=num_threads,
             check_labels=check_labels,
+            inplace=inplace,
+            process_group=process_group,
         )
 
 
@@ -259,6 +266,8 @@ class TverskyLoss(Loss):
         backend: str | None = None,
         num_threads: int | None = None,
         check_labels: bool | None = None,
+        inplace: bool = False,
+        process_group: Any = None,
     ) -> None:
         term = losses.Tversky(
             alpha=alpha,
@@ -280,6 +289,8 @@ class TverskyLoss(Loss):
             backend=backend,
             num_threads=num_threads,
             check_labels=check_labels,
+            inplace=inplace,
+            process_group=process_group,
         )
 
 
@@ -307,6 +318,8 @@ class FocalTverskyLoss(Loss):
         backend: str | None = None,
         num_threads: int | None = None,
         check_labels: bool | None = None,
+        inplace: bool = False,
+        process_group: Any = None,
     ) -> None:
         term = losses.FocalTversky(
             alpha=alpha,
@@ -330,6 +343,8 @@ class FocalTverskyLoss(Loss):
             backend=backend,
             num_threads=num_threads,
             check_labels=check_labels,
+            inplace=inplace,
+            process_group=process_group,
         )
 
 
@@ -354,6 +369,8 @@ class GeneralizedDiceLoss(Loss):
         backend: str | None = None,
         num_threads: int | None = None,
         check_labels: bool | None = None,
+        inplace: bool = False,
+        process_group: Any = None,
     ) -> None:
         term = losses.GeneralizedDice(
             weighting=weighting,
@@ -374,6 +391,8 @@ class GeneralizedDiceLoss(Loss):
             backend=backend,
             num_threads=num_threads,
             check_labels=check_labels,
+            inplace=inplace,
+            process_group=process_group,
         )
 
 
@@ -408,6 +427,8 @@ class DiceCELoss(Loss):
         backend: str | None = None,
         num_threads: int | None = None,
         check_labels: bool | None = None,
+        inplace: bool = False,
+        process_group: Any = None,
     ) -> None:
         dice = losses.Dice(
             weight=weight,
@@ -442,6 +463,8 @@ class DiceCELoss(Loss):
             backend=backend,
             num_threads=num_threads,
             check_labels=check_labels,
+            inplace=inplace,
+            process_group=process_group,
         )
         self._rename(*_given(weight=weight, ce_weight=ce_weight))
 
@@ -477,6 +500,8 @@ class DiceFocalLoss(Loss):
         backend: str | None = None,
         num_threads: int | None = None,
         check_labels: bool | None = None,
+        inplace: bool = False,
+        process_group: Any = None,
     ) -> None:
         dice = losses.Dice(
             weight=weight,
@@ -501,6 +526,8 @@ class DiceFocalLoss(Loss):
             backend=backend,
             num_threads=num_threads,
             check_labels=check_labels,
+            inplace=inplace,
+            process_group=process_group,
         )
         self._rename(*_given(weight=weight, focal_weight=focal_weight))
 
