@@ -548,9 +548,9 @@ FAULTS = (
     Fault(
         "the incoming gradient multiplies the rounded gradient",
         "dice_core/torch/functional.py",
-        "call.gradient(ctx.derivative, grad_loss.numpy() if x.is_cpu else grad_loss, at)",
-        "call.gradient(ctx.derivative, None, at)\n"
-        "        grad *= grad_loss.view(-1, *[1] * (x.ndim - 1))",
+        'call.gradient(derivative, scale, buffers.of(grad, "grad"))',
+        'call.gradient(derivative, None, buffers.of(grad, "grad"))\n'
+        "        grad *= grad_output.view(-1, *[1] * (x.ndim - 1))",
         "tests/test_torch.py -k upstream",
     ),
     Fault(
@@ -563,8 +563,8 @@ FAULTS = (
     Fault(
         "torch losses run on one thread by default",
         "dice_core/torch/functional.py",
-        "self.num_threads or torch.get_num_threads()",
-        "self.num_threads or 1",
+        "count = num_threads or torch.get_num_threads()",
+        "count = num_threads or 1",
         "tests/test_threads.py -k torch",
     ),
     Fault(
@@ -577,9 +577,37 @@ FAULTS = (
     Fault(
         "the loss of half-precision logits is in half precision",
         "dice_core/torch/functional.py",
-        "value if x.dtype == torch.float64 else value.float()",
-        "value.to(x.dtype)",
+        'value if sums.dtype == "float64" else value.float()',
+        "value.to(getattr(torch, sums.dtype))",
         "tests/test_torch.py -k half",
+    ),
+    Fault(
+        "logits are overwritten without a new version",
+        "dice_core/torch/functional.py",
+        "    allocators.mark_changed(x)\n",
+        "",
+        "tests/test_inplace.py",
+    ),
+    Fault(
+        "recomputed logits are overwritten",
+        "dice_core/torch/functional.py",
+        " and ctx.storage == StorageWeakRef(x.untyped_storage())",
+        "",
+        "tests/test_inplace.py",
+    ),
+    Fault(
+        "a leaf is overwritten",
+        "dice_core/torch/functional.py",
+        "if base.is_leaf:",
+        "if base.is_leaf and base is not x:",
+        "tests/test_inplace.py",
+    ),
+    Fault(
+        "an axis of vmap comes after the samples",
+        "dice_core/torch/transforms.py",
+        "return array.movedim(batch, samples)",
+        "return array.movedim(batch, samples + 1)",
+        "tests/test_transforms.py",
     ),
     Fault(
         "the gradient of a tensor is C-contiguous",

@@ -118,94 +118,6 @@ def test_a_second_backward_is_refused():
         value.backward()
 
 
-def test_second_derivatives_are_refused():
-    x, y = example(1, 2, 5)
-    scale = torch.ones((), requires_grad=True)
-    (grad,) = torch.autograd.grad(loss(x, y) * scale, x, create_graph=True)
-    for to in (x, scale):
-        with pytest.raises(RuntimeError, match="first derivatives only"):
-            torch.autograd.grad(grad.sum(), to, retain_graph=True)
-
-
-# torch itself compiles decompositions when forward mode is first used.
-FORWARD_MODE = pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
-
-
-def of_statistics(x, y):
-    return statistics(x, y).array
-
-
-@FORWARD_MODE
-@pytest.mark.parametrize("function", [loss, DiceLoss(), DiceCELoss(), of_statistics])
-def test_transforms_of_torch_func_are_refused(function):
-    x, y = example(2, 3, 5)
-    x = x.detach()
-    net = torch.nn.Conv1d(3, 3, 1, dtype=torch.float64)
-
-    def number(x):
-        return function(x, y).sum()
-
-    def of_net(parameters, x):
-        return number(torch.func.functional_call(net, parameters, (x,)))
-
-    reverse = (
-        lambda: torch.func.grad(number)(x),
-        lambda: torch.func.vjp(number, x),
-        lambda: torch.func.jacrev(number)(x),
-        lambda: torch.func.hessian(number)(x),
-        lambda: torch.func.vmap(torch.func.grad(number))(x[None]),
-        lambda: torch.func.grad(lambda x: torch.func.vmap(number)(x).sum())(x[None]),
-        lambda: torch.func.grad(of_net)(dict(net.named_parameters()), x),
-    )
-    for transform in reverse:
-        with pytest.raises(NotImplementedError, match=r"torch.func.grad, vjp, .*: use backward()"):
-            transform()
-    for transform in (
-        lambda: torch.func.jvp(number, (x,), (x,)),
-        lambda: torch.func.jacfwd(number)(x),
-    ):
-        with pytest.raises(NotImplementedError, match=r"neither jvp nor jacfwd: use backward()"):
-            transform()
-
-
-def test_transforms_of_torch_func_that_do_not_differentiate_logits():
-    x, y = example(2, 3, 5)
-    weight = torch.rand(3, dtype=torch.float64, requires_grad=True)
-    expected = loss(x, y, weight=weight)
-    (slope,) = torch.autograd.grad(expected, weight)
-
-    def of_weight(w, x=x):
-        return loss(x, y, weight=w)
-
-    assert_close(torch.func.grad(of_weight)(weight.detach()).detach(), slope, rtol=1e-13)
-    assert_close(torch.func.grad(of_weight)(weight.detach(), x.detach()), slope, rtol=1e-13)
-    both = torch.func.vmap(of_weight)(torch.stack([weight, 2 * weight])).detach()
-    assert_close(both, [expected.item(), 2 * expected.item()], rtol=1e-13)
-    module = DiceLoss([1, 1, 1])
-    value = torch.func.functional_call(module, {"weight": weight}, (x, y))
-    assert_close(value.detach(), expected.detach(), rtol=1e-13)
-
-    def constant(x):
-        with torch.no_grad():
-            value = loss(x, y)
-        return value * x.sum()
-
-    grad = torch.func.grad(constant)(x.detach())
-    assert_close(grad, loss(x, y).detach().expand(x.shape), rtol=1e-13)
-
-
-@FORWARD_MODE
-@pytest.mark.parametrize("function", [loss, statistics])
-def test_forward_mode_is_refused(function):
-    x, y = example(1, 2, 5)
-    x = x.detach()
-    with (
-        forward_ad.dual_level(),
-        pytest.raises(NotImplementedError, match="reverse-mode differentiation only"),
-    ):
-        function(forward_ad.make_dual(x, x), y)
-
-
 def test_no_graph_without_grad():
     x, y = example(1, 2, 5)
     assert loss(x.detach(), y).grad_fn is None
@@ -240,7 +152,8 @@ def test_weight_gradient():
     assert_close(weight.grad, (1 - 2 * i / (p + t)).sum(0), rtol=1e-6)
 
 
-@FORWARD_MODE
+# torch itself compiles decompositions when forward mode is first used.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
 def test_weight_tangent():
     x, y = example(2, 3, 20)
     ones = torch.ones(3)
@@ -343,13 +256,6 @@ def test_tensors_of_other_kinds(wrap):
     assert_close(grad, expected_grad, rtol=1e-13, atol=1e-16)
 
 
-def test_inference_mode():
-    x, y = example(2, 3, 5)
-    with torch.inference_mode():
-        value = loss(x * 1, y.clone())
-    assert_close(value, loss(x, y).detach(), rtol=1e-15)
-
-
 def test_the_default_device_has_no_effect():
     x, y = example(2, 3, 5)
     expected = loss_and_grad(x, y, None, weight=[1, 2, 3])
@@ -357,34 +263,6 @@ def test_the_default_device_has_no_effect():
         value, grad, _ = loss_and_grad(x, y, None, weight=[1, 2, 3])
     assert torch.equal(value, expected[0])
     assert torch.equal(grad, expected[1])
-
-
-def test_vmap_over_weights():
-    x, y = example(2, 3, 5)
-    weights = torch.rand(4, 3, dtype=torch.float64)
-    values = torch.vmap(lambda weight: loss(x.detach(), y, weight=weight))(weights)
-    expected = [loss(x.detach(), y, weight=weight) for weight in weights]
-    assert_close(values, torch.stack(expected), rtol=1e-14)
-
-
-def test_compiled_whole():
-    criterion = DiceLoss(weight=[1.0, 2.0, 3.0], smooth=1, ignore_channel=0)
-
-    def step(x, y):
-        return criterion(2 * x, y)
-
-    x, y = example(2, 3, 4, 5)
-    eager = step(x, y)
-    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)(x, y)
-    assert_close(compiled.detach(), eager.detach(), rtol=1e-15)
-    grads = [torch.autograd.grad(value, x)[0] for value in (compiled, eager)]
-    assert_close(grads[0], grads[1], rtol=1e-12, atol=1e-16)
-
-
-def test_meta_tensors_have_shapes():
-    x = torch.empty(2, 3, 4, 5, device="meta")
-    y = torch.empty(2, 4, 5, dtype=torch.int64, device="meta")
-    assert loss(x, y, reduction="none").shape == (2,)
 
 
 def test_module():

@@ -14,6 +14,7 @@ from .. import allocators, buffers, calls, checks, spec
 from ..losses.terms import is_traced
 from ..spec import Spec
 from ..sums import Statistics
+from . import transforms
 
 # The operators' arguments after their tensors: the fields of a Spec, then options of the call. The
 # ignored label is text, since labels may be uint64 and an operator's integers are int64.
@@ -42,10 +43,7 @@ def check(x: Tensor, y: Tensor, request: Spec) -> None:
     if x.device != y.device:
         checks.same_device(str(x.device), str(y.device))
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
-        raise NotImplementedError(
-            "dice_core supports reverse-mode differentiation only, neither jvp nor jacfwd: use "
-            "backward(), torch.autograd.grad or torch.autograd.functional.jacobian"
-        )
+        raise NotImplementedError(transforms.REVERSE_ONLY)
 
 
 def is_plain(*tensors: Tensor) -> bool:
@@ -76,27 +74,14 @@ def statistics(
     check_labels: bool | None = None,
 ) -> Statistics:
     """The sums of checked tensors, differentiable in x."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        _refuse_torch_func(x)
     checks.backend(backend)
     request = spec.for_shapes(x.shape, y.shape, request)
     options = (*_options(request), backend, num_threads, check_labels)
-    array = torch.ops.dice_core.statistics(x, y, *options)
+    if transforms.is_active():
+        array = transforms.Sums.apply(x, y, options)  # type: ignore[no-untyped-call]
+    else:
+        array = torch.ops.dice_core.statistics(x, y, *options)
     return Statistics(array, request, str(x.dtype).removeprefix("torch."))
-
-
-def _refuse_torch_func(x: Tensor) -> None:
-    """Raises NotImplementedError if torch.func differentiates with respect to x; `vmap` alone, and
-    derivatives with respect to class weights, work.
-    """
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(x):
-        if functorch.is_gradtrackingtensor(x) and x.requires_grad and torch.is_grad_enabled():
-            raise NotImplementedError(
-                "dice_core does not support torch.func.grad, vjp, jacrev and hessian of x: use "
-                "backward(), torch.autograd.grad or torch.autograd.functional.jacobian"
-            )
-        x = functorch.get_unwrapped(x)
 
 
 def statistics_grad(
@@ -179,9 +164,7 @@ def _backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    raise RuntimeError(
-        "dice_core computes first derivatives only and cannot be differentiated twice"
-    )
+    raise RuntimeError(transforms.FIRST_ONLY)
 
 
 for _name, _kernel, _fake, _setup, _vjp in (
