@@ -406,7 +406,7 @@ def stopped(arguments, capsys, monkeypatch):
     ("arguments", "message"),
     [
         (["z"], "z: no such name; choose from a, b, c"),
-        (["--only", "ours,mine"], "mine: no such name; choose from ours, ours-out"),
+        (["--only", "ours,mine"], "mine: no such name; choose from ours, ours-inplace, ours-out"),
         (["--rounds", "0"], "argument --rounds: 0 is not a positive integer"),
         (["--json", "nowhere/x.json"], "argument --json: there is no folder nowhere"),
         (["--plot", "x.gif"], "--plot: x.gif does not end in .png, .svg or .pdf"),

@@ -54,6 +54,26 @@ def _ours(term: Any, inputs: Inputs) -> Step:
     return _autograd(lambda x, y: loss(x, y, term), inputs)
 
 
+def _overwriting(term: Any, inputs: Inputs) -> Step:
+    """Forward, then backward with inplace=True, over logits that an operation has just written."""
+    import torch
+
+    from ..torch import loss
+
+    pairs = cycle([(x.detach().requires_grad_(), y) for x, y in inputs])
+
+    def step() -> Iterator[Any]:
+        x, y = next(pairs)
+        logits = x * 1
+        yield
+        value = loss(logits, y, term, inplace=True)
+        yield
+        torch.autograd.grad(value, logits)
+        yield value.detach()
+
+    return step
+
+
 def _at_once(term: Any, inputs: Inputs, in_place: bool = False) -> Step:
     """Loss and gradient in one call; the gradient goes to resident memory or over the logits."""
     import torch
@@ -178,6 +198,7 @@ _Row = Implementation
 
 IMPLEMENTATIONS = {
     "ours": _Row("dice_core", _dice, start=_ours),
+    "ours-inplace": _Row("dice_core, inplace=True", _dice, start=_overwriting),
     "ours-out": _Row("dice_core, into out=", _dice, start=_at_once),
     "ours-over": _Row("dice_core, in place", _dice, start=_in_place),
     "ours-ce": _Row("dice_core, Dice + CE", _dice_ce, _CE, start=_ours),

@@ -17,6 +17,7 @@ _CE, _FOCAL = ("monai-ce", "nnunet-ce", ""), ("monai-focal", "", "")
 COMPARISONS = {
     "forward": ("forward", "ours", *_DICE),
     "step, fresh gradient": ("step", "ours", *_DICE),
+    "step, inplace=True": ("step", "ours-inplace", *_DICE),
     "step, gradient into out=": ("step", "ours-out", *_DICE),
     "step, gradient in place": ("step", "ours-over", *_DICE),
     "step of Dice + cross-entropy, fresh gradient": ("step", "ours-ce", "ours", *_CE),
