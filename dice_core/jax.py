@@ -81,8 +81,9 @@ def loss(
         As `dice_core.loss` does, while JAX traces the call; TypeError, from JAX, for `jax.jvp` and
         `jacfwd`.
     jax.errors.JaxRuntimeError
-        For labels outside [0, C), with the text of `dice_core.loss`, and for arrays on a GPU, which
-        would have to be copied; when the loss is computed, which may be after the call returned.
+        (Outside `jit` JAX may raise ValueError instead.) For labels outside [0, C), with the text
+        of `dice_core.loss` at the end, and for arrays on a GPU, which would have to be copied; when
+        the loss is computed, which may be after the call returned.
     NotImplementedError
         In a second derivative, and for a y that is differentiated.
     """

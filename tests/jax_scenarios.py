@@ -234,7 +234,7 @@ def scan() -> None:
 
 
 def sharded() -> None:
-    """Arrays on several devices: the loss of the whole batch, and in shard_map that of a shard."""
+    """Arrays that lie on several devices: the loss is that of the whole batch."""
     assert jax.device_count() == 2
     x, y = volume()
     mesh = jax.sharding.Mesh(np.array(jax.devices()), "n")
