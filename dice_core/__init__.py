@@ -2,9 +2,9 @@
 
 `loss`, `loss_and_grad`, `statistics`, `gradient` and `score` accept NumPy arrays, anything that
 shares memory with them (torch tensors, DLPack), and GPU arrays (CuPy, numba). `dice_core.torch`
-provides the same losses with autograd, as functions and as modules; `dice_core.losses` lists all of
-them; `dice_core.compat` provides drop-in replacements for the losses of MONAI, nnU-Net and
-segmentation_models_pytorch.
+provides the same losses with autograd, as functions and as modules, `dice_core.jax` for JAX;
+`dice_core.losses` lists all of them; `dice_core.compat` provides drop-in replacements for the
+losses of MONAI, nnU-Net and segmentation_models_pytorch.
 """
 
 import importlib
@@ -18,6 +18,7 @@ from .sums import Statistics
 
 if TYPE_CHECKING:
     from . import compat as compat
+    from . import jax as jax
     from . import torch as torch
 
 __version__ = "0.1.0"
@@ -34,7 +35,8 @@ __all__ = [
     "statistics",
 ]
 
-_LAZY = ("compat", "torch")  # these import torch, so they are imported on first access (PEP 562)
+# Imported on first access (PEP 562), and the library that each needs.
+_LAZY = {"compat": "torch", "jax": "jax", "torch": "torch"}
 
 
 def __getattr__(name: str) -> Any:
@@ -47,5 +49,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    lazy = _LAZY if importlib.util.find_spec("torch") else ()
+    lazy = (name for name, library in _LAZY.items() if importlib.util.find_spec(library))
     return sorted({*globals(), *lazy})

@@ -15,7 +15,7 @@ import dice_core
 
 from . import backends, threads
 
-PACKAGES = ("numpy", "torch", "numba", "numba-cuda", "cupy")
+PACKAGES = ("numpy", "torch", "jax", "numba", "numba-cuda", "cupy")
 
 
 def report() -> dict[str, Any]:

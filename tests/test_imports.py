@@ -17,9 +17,12 @@ KERNELS = sorted(PACKAGE.glob("_*.pyx"))
 # The layers, from the public interfaces down to memory access.
 ARRAYS = {"allocators", "buffers"}
 ARROWS = {
-    "__init__": {"api", "torch.__init__", "compat.__init__", "losses.__init__", "backends", "sums"},
+    "__init__": {
+        *("api", "torch.__init__", "jax", "compat.__init__", "losses.__init__", "backends", "sums"),
+    },
     "__main__": {"__init__", "backends", "threads"},
     "api": {"calls", "losses.__init__", "sums", "spec", "checks", "allocators"},
+    "jax": {"calls", "losses.__init__", "spec", "checks", "buffers"},
     "torch.__init__": {"torch.functional", "torch.modules", "torch.metrics"},
     "torch.modules": {
         *("torch.functional", "losses.__init__", "losses.terms", "checks"),
@@ -218,7 +221,7 @@ def test_the_reader_finds_what_is_forbidden_to_kernels(line):
 
 # ---- modules loaded by an import ---------------------------------------------------------------
 
-HEAVY = {"torch", "numba", "cupy", "scipy", "matplotlib", "rich"}
+HEAVY = {"torch", "jax", "numba", "cupy", "scipy", "matplotlib", "rich"}
 
 
 def modules_after(statements, cwd):
