@@ -2,9 +2,9 @@
 
 `loss`, `loss_and_grad`, `statistics`, `gradient` and `score` accept NumPy arrays, anything that
 shares memory with them (torch tensors, DLPack), and GPU arrays (CuPy, numba). `dice_core.torch`
-provides the same losses with autograd, as functions and as modules; `dice_core.losses` lists all of
-them; `dice_core.compat` provides drop-in replacements for the losses of MONAI, nnU-Net and
-segmentation_models_pytorch.
+provides the same losses with autograd, as functions and as modules; `import dice_core.dask` those
+of dask arrays, larger than memory; `dice_core.losses` lists all of them; `dice_core.compat`
+provides drop-in replacements for the losses of MONAI, nnU-Net and segmentation_models_pytorch.
 """
 
 import importlib

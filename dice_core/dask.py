@@ -11,8 +11,9 @@ a block may have some tens of megabytes. All results are lazy.
 
 x and y are dask arrays, or NumPy arrays such as a memmap, whose blocks are views of the array
 (`dask.array.from_array` copies a memmap into memory). Chunks may divide the samples and the spatial
-axes of x, not its channels; y gets those of x. Blocks are passed on as they are: those in GPU
-memory (CuPy) are summed there, which has not been tested.
+axes of x, not its channels; y gets those of x. A block that is not in C order is copied first,
+since its layout in memory decides the order of the sums. Blocks in GPU memory (CuPy) are summed
+there, which has not been tested.
 """
 
 from __future__ import annotations
@@ -31,8 +32,7 @@ try:
     import dask.array as da
 except ModuleNotFoundError as error:
     raise ImportError(
-        f"dice_core.dask needs dask, and {error.name} is not installed: "
-        f'pip install "dice_core[dask]"'
+        f'dice_core.dask needs {error.name}, which is not installed: pip install "dice_core[dask]"'
     ) from None
 
 from . import allocators, api, calls, checks, losses, spec
@@ -354,17 +354,29 @@ def _of(total: Statistics, function: Callable[..., Any], shape: Any, dtype: str)
 
 
 def _sums(options: tuple[Any, ...], x: Array, y: Array) -> Array:
+    x, y = _uniform(x), _uniform(y)
     with _errors_of_block(x):
         array = calls.call(x, y, *options).statistics().to_host().array
     return array.reshape(*array.shape, *(1 for _ in x.shape[2:]))
 
 
 def _gradient(options: tuple[Any, ...], x: Array, y: Array, cotangent: Array) -> Array:
+    x, y = _uniform(x), _uniform(y)
     with _errors_of_block(x):
         call = calls.call(x, y, *options)
         grad, out = call.gradient_buffer(x, None)
         call.gradient(call.from_host(cotangent), None, grad)
     return out
+
+
+def _uniform(block: Array) -> Array:
+    """The block in C order. The order in which its voxels are added depends on its strides, and
+    those on the scheduler: a view of an array loses them, and its alignment, when it is sent to
+    another process.
+    """
+    if isinstance(block, np.ndarray):
+        return np.require(block, requirements=["C", "ALIGNED"])
+    return block
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ ARROWS = {
     "__init__": {"api", "torch.__init__", "compat.__init__", "losses.__init__", "backends", "sums"},
     "__main__": {"__init__", "backends", "threads"},
     "api": {"calls", "losses.__init__", "sums", "spec", "checks", "allocators"},
+    "dask": {"api", "calls", "losses.__init__", "sums", "spec", "checks", "allocators"},
     "torch.__init__": {"torch.functional", "torch.modules", "torch.metrics"},
     "torch.modules": {
         *("torch.functional", "losses.__init__", "losses.terms", "checks", "threads"),
@@ -208,7 +209,7 @@ def test_the_reader_finds_what_is_forbidden_to_kernels(line):
 
 # ---- modules loaded by an import ---------------------------------------------------------------
 
-HEAVY = {"torch", "numba", "cupy", "scipy", "matplotlib", "rich"}
+HEAVY = {"torch", "dask", "numba", "cupy", "scipy", "matplotlib", "rich"}
 
 
 def modules_after(statements, cwd):
