@@ -4,16 +4,18 @@
     value = Dice()(total)
     dice_core.dask.gradient(x, y, total, Dice()).to_zarr("dx.zarr")  # and a second one
 
-A task of dask's computes the sums of one block, which are added in an order that depends on nothing
-but the chunks: results are bitwise reproducible, whatever the scheduler (threads, processes, a
-cluster) and the number of its workers. There are as many blocks in memory as tasks run at a time;
-a block may have some tens of megabytes. All results are lazy.
+A task of dask's computes the sums of one block, and these are added in an order that depends on
+nothing but the chunks: results are bitwise reproducible, whatever the scheduler (threads,
+processes, a cluster of machines with the same instruction set) and the number of its workers. There
+are as many blocks in memory as tasks run at a time; a block may have some tens of megabytes. All
+results are lazy.
 
 x and y are dask arrays, or NumPy arrays such as a memmap, whose blocks are views of the array
-(`dask.array.from_array` copies a memmap into memory). Chunks may divide the samples and the spatial
-axes of x, not its channels; y gets those of x. A block that is not in C order is copied first,
-since its layout in memory decides the order of the sums. Blocks in GPU memory (CuPy) are summed
-there, which has not been tested.
+(`dask.array.from_array` copies a memmap into memory). Views are sent to other processes as part of
+the graph; there, arrays in storage that the workers read, such as zarr, are better. Chunks may
+divide the samples and the spatial axes of x, not its channels; y gets those of x. A block that is
+not in C order is copied first, since its layout in memory decides the order of the sums. Blocks in
+GPU memory (CuPy) are summed there, which has not been tested.
 """
 
 from __future__ import annotations
@@ -246,7 +248,7 @@ class _Volume:
         check_labels: bool | None,
     ) -> None:
         logits, targets = _without_memory(x, "x"), _without_memory(y, "y")
-        # The table of backends is about memory, and this is the host's.
+        # These are in host memory; a backend for blocks elsewhere is checked when it gets them.
         named = backend if isinstance(getattr(x, "_meta", x), np.ndarray) else None
         self.call = calls.call(logits, targets, request, named, num_threads, check_labels)
         self.options = self.call.spec, backend, num_threads, check_labels
@@ -306,7 +308,7 @@ class _Volume:
 
 
 def _without_memory(array: Any, name: str) -> Array:
-    """A NumPy array of this shape and dtype, all of whose elements are one."""
+    """A NumPy array of this shape and dtype that is one number, broadcast."""
     if not isinstance(array, (da.Array, np.ndarray)):
         raise TypeError(
             f"{name} must be a dask array or a NumPy array, got {type(array).__name__}; "
@@ -328,7 +330,7 @@ def _automatic_chunks(x: Array) -> tuple[tuple[int, ...], ...]:
 
 
 def _views(array: Array, chunks: tuple[tuple[int, ...], ...]) -> Lazy:
-    """A dask array whose blocks are views, which pickle by themselves."""
+    """A dask array whose blocks are views of this array."""
     name = f"dice_core-views-{uuid.uuid4().hex}"
     keys = itertools.product([name], *(range(len(sizes)) for sizes in chunks))
     blocks = (array[where] for where in da.core.slices_from_chunks(chunks))

@@ -389,6 +389,11 @@ def test_errors_of_terms_and_statistics():
         dice_core.dask.gradient(ALL, Y, total, grad_loss=[1, 2, 3])
 
 
+def test_functions_of_arrays_in_memory_name_the_module():
+    with pytest.raises(TypeError, match=r"^x is a dask Array; use dice_core\.dask$"):
+        dice_core.loss(ALL, Y)
+
+
 def test_out_of_range_labels_raise_in_their_block():
     x, y = arrays((2, 3, 6, 7))
     blocks = da.from_array(x, chunks=(1, -1, 4, 4))
