@@ -2,9 +2,10 @@
 
 `loss`, `loss_and_grad`, `statistics`, `gradient` and `score` accept NumPy arrays, anything that
 shares memory with them (torch tensors, DLPack), and GPU arrays (CuPy, numba). `dice_core.torch`
-provides the same losses with autograd, as functions and as modules, `dice_core.jax` for JAX;
-`dice_core.losses` lists all of them; `dice_core.compat` provides drop-in replacements for the
-losses of MONAI, nnU-Net and segmentation_models_pytorch.
+provides the same losses with autograd, as functions and as modules, `dice_core.jax` for JAX,
+`dice_core.dask` for dask arrays, larger than memory; `dice_core.losses` lists all of them;
+`dice_core.compat` provides drop-in replacements for the losses of MONAI, nnU-Net and
+segmentation_models_pytorch.
 """
 
 import importlib
@@ -18,6 +19,7 @@ from .sums import Statistics
 
 if TYPE_CHECKING:
     from . import compat as compat
+    from . import dask as dask
     from . import jax as jax
     from . import torch as torch
 
@@ -36,7 +38,7 @@ __all__ = [
 ]
 
 # Imported on first access (PEP 562), and the library that each needs.
-_LAZY = {"compat": "torch", "jax": "jax", "torch": "torch"}
+_LAZY = {"compat": "torch", "dask": "dask", "jax": "jax", "torch": "torch"}
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 
 from . import allocators, calls, checks, losses, spec
 from .losses import Term
-from .sums import Statistics
+from .sums import Statistics, check_is_statistics
 
 Array = Any  # a NumPy array or a device array
 Activation = Literal["softmax", "sigmoid", "none"]
@@ -373,22 +373,13 @@ def gradient(
         As `loss_and_grad` does, and if x and y do not match the statistics, or these lack a sum
         that the term needs. Out-of-range labels raise only after `out` has been written.
     """
-    if not isinstance(statistics, Statistics):
-        raise TypeError(
-            f"statistics must be those of dice_core.statistics, got {type(statistics).__name__}"
-        )
+    check_is_statistics(statistics)
     request = statistics.spec
     p = request.p if term is None else 1
     term = _term(term, weight, ignore_channel, smooth, p, reduction)
     _check_plain(x, y)
     call = calls.call(x, y, request, backend, num_threads, None)
-    expected = tuple(statistics.array.shape), statistics.spec, statistics.dtype
-    actual = call.shape, call.spec, call.logits.dtype
-    if actual != expected:
-        raise ValueError(
-            f"x and y do not match these statistics: (K, N, C), sums and dtype are "
-            f"{', '.join(map(str, actual))}, not {', '.join(map(str, expected))}"
-        )
+    call.check_statistics(statistics)
     term.check_statistics(statistics)
     grad_loss = call.checked_grad_loss(grad_loss, term.shape(*call.shape[1:]))
     grad, out = call.gradient_buffer(x, out)
@@ -446,10 +437,15 @@ def score(
     checks.one_of(pool, "pool", ("none", "batch"))
     _check_plain(x, y)
     request = spec.decision(activation, ignore_label)
-    sums = calls.call(x, y, request, backend, num_threads, check_labels).statistics().to_host()
+    counts = calls.call(x, y, request, backend, num_threads, check_labels).statistics()
+    return score_of(counts.to_host(), pool)
+
+
+def score_of(counts: Statistics, pool: str) -> Score:
+    """The Score of the sums of hard decisions, in host memory."""
     if pool == "batch":
-        sums = sums.pooled()
-    both, total = sums.intersection, sums.pred_sum + sums.target_sum
+        counts = counts.pooled()
+    both, total = counts.intersection, counts.pred_sum + counts.target_sum
     with allocators.quiet(total):
         return Score(2 * both / total, both / (total - both))
 

@@ -92,6 +92,8 @@ def of(array: Any, name: str) -> Buffer:
         return _of_torch(array, name, torch)
     if isinstance(array, type):
         raise TypeError(f"{name} must be an array, got the class {array.__name__}")
+    if hasattr(array, "__dask_graph__"):
+        raise TypeError(f"{name} is a dask {type(array).__name__}; use dice_core.dask")
     if hasattr(array, "__cuda_array_interface__"):
         return _of_cuda_array(array, name)
     if hasattr(array, "__dlpack__"):

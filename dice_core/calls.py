@@ -106,13 +106,23 @@ class Call:
         self._check(found, at)
         return value, derivative
 
+    def check_statistics(self, statistics: Statistics) -> None:
+        """Raises ValueError unless these may include the sums of this call's arrays."""
+        expected = tuple(statistics.array.shape), statistics.spec, statistics.dtype
+        actual = self.shape, self.spec, self.logits.dtype
+        if actual != expected:
+            raise ValueError(
+                f"x and y do not match these statistics: (K, N, C), sums and dtype are "
+                f"{', '.join(map(str, actual))}, not {', '.join(map(str, expected))}"
+            )
+
     def evaluate(self, term: Any, sums: Statistics) -> tuple[Array, Array]:
         """The loss of these sums and its derivative, computed by the term in host memory."""
         sums = sums.to_host()
         with allocators.quiet(sums.array):
             value, derivative = term.with_derivative(sums)
             value = np.asarray(value, self.loss_dtype)
-        return self._from_host(value), self._from_host(derivative)
+        return self.from_host(value), self.from_host(derivative)
 
     def gradient(self, derivative: Array, grad_loss: Array | None, grad: Buffer) -> None:
         """Fills grad with the gradient with respect to the logits of a loss with this derivative,
@@ -143,7 +153,7 @@ class Call:
         """(C,) class weights in that memory, in float64."""
         raise NotImplementedError
 
-    def _from_host(self, numbers: Array) -> Array:
+    def from_host(self, numbers: Array) -> Array:
         """A NumPy array in that memory."""
         raise NotImplementedError
 
@@ -176,7 +186,7 @@ class HostCall(Call):
     def _weight(self, weight: Array) -> Array:
         return np.ascontiguousarray(weight)
 
-    def _from_host(self, numbers: Array) -> Array:
+    def from_host(self, numbers: Array) -> Array:
         return numbers
 
     def _check(self, found: int, sums: Buffer) -> None:
@@ -221,7 +231,7 @@ class DeviceCall(Call):
     def _weight(self, weight: Array) -> Array:
         return allocators.on_device(weight, self.logits)
 
-    def _from_host(self, numbers: Array) -> Array:
+    def from_host(self, numbers: Array) -> Array:
         return allocators.from_host(numbers, self.logits)
 
     def _check(self, found: int, sums: Buffer) -> None:

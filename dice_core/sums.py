@@ -24,9 +24,9 @@ class Statistics:
     """Sums over the valid voxels of each sample and class, (N, C) float64 each, by name.
 
     They are arrays of the logits' library on the logits' device; those of `dice_core.torch` are
-    differentiable tensors. ``+`` adds statistics of the same kind, which gives the sums over both
-    sets of voxels. Statistics can be iterated over and unpacked in the order of `spec.fields`, and
-    can be pickled.
+    differentiable tensors, those of `dice_core.dask` lazy arrays. ``+`` adds statistics of the same
+    kind, which gives the sums over both sets of voxels. Statistics can be iterated over and
+    unpacked in the order of `spec.fields`, and can be pickled.
 
     - array: all of them, (K, N, C).
     - spec: what was summed.
@@ -142,8 +142,20 @@ class Statistics:
         return f"<Statistics of {samples} samples, {classes} classes: {self.spec}>"
 
     def to_host(self) -> Statistics:
-        """The same statistics as NumPy arrays; synchronizes with the device."""
+        """The same statistics as NumPy arrays; synchronizes with the device, and computes those of
+        `dice_core.dask`.
+        """
         if isinstance(self.array, np.ndarray):
             return self
+        if hasattr(self.array, "__dask_graph__"):
+            return Statistics(self.array.compute(), self.spec, self.dtype)
         array = allocators.to_host(buffers.of(self.array, "statistics"))
         return Statistics(array, self.spec, self.dtype)
+
+
+def check_is_statistics(statistics: Any) -> None:
+    """Raises TypeError if these are not Statistics."""
+    if not isinstance(statistics, Statistics):
+        raise TypeError(
+            f"statistics must be those of dice_core.statistics, got {type(statistics).__name__}"
+        )

@@ -18,11 +18,13 @@ KERNELS = sorted(PACKAGE.glob("_*.pyx"))
 ARRAYS = {"allocators", "buffers"}
 ARROWS = {
     "__init__": {
-        *("api", "torch.__init__", "jax", "compat.__init__", "losses.__init__", "backends", "sums"),
+        *("api", "torch.__init__", "dask", "jax", "compat.__init__", "losses.__init__"),
+        *("backends", "sums"),
     },
     "__main__": {"__init__", "backends", "threads"},
     "api": {"calls", "losses.__init__", "sums", "spec", "checks", "allocators"},
     "jax": {"calls", "losses.__init__", "spec", "checks", "buffers"},
+    "dask": {"api", "calls", "losses.__init__", "sums", "spec", "checks", "allocators"},
     "torch.__init__": {"torch.functional", "torch.modules", "torch.metrics"},
     "torch.modules": {
         *("torch.functional", "losses.__init__", "losses.terms", "checks"),
@@ -221,7 +223,7 @@ def test_the_reader_finds_what_is_forbidden_to_kernels(line):
 
 # ---- modules loaded by an import ---------------------------------------------------------------
 
-HEAVY = {"torch", "jax", "numba", "cupy", "scipy", "matplotlib", "rich"}
+HEAVY = {"torch", "dask", "jax", "numba", "cupy", "scipy", "matplotlib", "rich"}
 
 
 def modules_after(statements, cwd):

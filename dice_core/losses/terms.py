@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import allocators, checks, spec
 from ..spec import Spec
-from ..sums import Statistics
+from ..sums import Statistics, check_is_statistics
 
 Array = Any  # NumPy array or torch tensor
 Self = TypeVar("Self", bound="Term")
@@ -133,10 +133,7 @@ class Term:
         """Raises TypeError if these are not Statistics, ValueError if they lack a needed sum or
         have the wrong number of classes.
         """
-        if not isinstance(statistics, Statistics):
-            raise TypeError(
-                f"statistics must be those of dice_core.statistics, got {type(statistics).__name__}"
-            )
+        check_is_statistics(statistics)
         shape = tuple(getattr(statistics.array, "shape", ()))
         if len(shape) != 3 or shape[0] != len(statistics.spec.fields):
             raise ValueError(
