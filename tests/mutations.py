@@ -610,6 +610,20 @@ FAULTS = (
         "tests/test_transforms.py",
     ),
     Fault(
+        "the gradient of a sum over ranks is that of one rank's loss",
+        "dice_core/torch/processes.py",
+        "return ctx.size * grad",
+        "return grad",
+        "tests/test_distributed.py",
+    ),
+    Fault(
+        "sums of shards in space are those of samples",
+        "dice_core/torch/dtensors.py",
+        "Shard(1) if placement.is_shard(0) else Partial()",
+        "Shard(1)",
+        "tests/test_distributed.py",
+    ),
+    Fault(
         "the gradient of a tensor is C-contiguous",
         "dice_core/allocators.py",
         "torch.empty_like(array, requires_grad=False)",

@@ -13,7 +13,7 @@ from ..losses import Term
 from ..losses.terms import to_numpy
 from ..spec import Spec
 from ..sums import Statistics
-from . import operators, processes
+from . import dtensors, operators, processes
 from .operators import is_plain
 
 
@@ -183,6 +183,10 @@ def evaluate(x: Tensor, y: Tensor, term: Term, request: Spec, options: Options) 
         fused = fused and _are_constants(term.weights)
         term = _with_arrays(term, x) if fused else term.like(x)
         term.check(classes)
+    if options.process_group is not None and dtensors.is_one(x):
+        raise ValueError(
+            "process_group was given, but x is a DTensor, whose mesh has the ranks to be added"
+        )
     if not fused:
         return of_sums(sums(x, y, request, options), term, options)
     evaluation = _Evaluation(term, request, options)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .. import checks, spec, threads
-from . import operators
+from . import operators, processes
 
 
 class DiceScore(torch.nn.Module):
@@ -31,6 +31,9 @@ class DiceScore(torch.nn.Module):
         Whether to compute the IoU (Jaccard index) instead.
     backend, num_threads, check_labels
         As in `dice_core.loss`.
+    process_group : torch.distributed.ProcessGroup or "world", optional
+        `compute` adds the batches of the ranks of this group, or of all ranks, which must all call
+        it; a rank may have had none. What is accumulated, and what a call returns, stays local.
 
     >>> import torch, dice_core.torch
     >>> score = dice_core.torch.DiceScore()
@@ -49,6 +52,7 @@ class DiceScore(torch.nn.Module):
         backend: str | None = None,
         num_threads: int | None = None,
         check_labels: bool | None = None,
+        process_group: Any = None,
     ) -> None:
         super().__init__()
         checks.one_of(pool, "pool", ("batch", "none"))
@@ -56,6 +60,9 @@ class DiceScore(torch.nn.Module):
         self.pool, self.iou = pool, checks.flag(iou, "iou")
         thread_count = None if num_threads is None else threads.resolve(num_threads)
         self.options = backend, thread_count, check_labels
+        if process_group is not None:
+            processes.check(process_group)
+        self.process_group = process_group
         self.reset()
 
     def reset(self) -> None:
@@ -69,9 +76,12 @@ class DiceScore(torch.nn.Module):
 
     def compute(self) -> Tensor:
         """The scores of all accumulated batches, (C,). Raises RuntimeError before the first."""
-        if self.total is None:
+        total = self.total
+        if self.process_group is not None:
+            total = processes.added_counts(total, self.process_group)
+        if total is None:
             raise RuntimeError("DiceScore.compute was called before update")
-        return self.total[0] / self.total[1]
+        return total[0] / total[1]
 
     @torch.no_grad()
     def forward(self, x: Tensor, y: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from .. import allocators, buffers, calls, checks, spec
 from ..losses.terms import is_traced
 from ..spec import Spec
 from ..sums import Statistics
-from . import transforms
+from . import dtensors, transforms
 
 # The operators' arguments after their tensors: the fields of a Spec, then options of the call. The
 # ignored label is text, since labels may be uint64 and an operator's integers are int64.
@@ -74,6 +74,9 @@ def statistics(
     check_labels: bool | None = None,
 ) -> Statistics:
     """The sums of checked tensors, differentiable in x."""
+    if dtensors.is_one(x) or dtensors.is_one(y):
+        given = request, backend, num_threads, check_labels
+        return dtensors.statistics(x, y, request, lambda x, y: statistics(x, y, *given))
     checks.backend(backend)
     request = spec.for_shapes(x.shape, y.shape, request)
     options = (*_options(request), backend, num_threads, check_labels)

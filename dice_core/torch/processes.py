@@ -32,17 +32,43 @@ def total(sums: Statistics, term: Term, process_group: Any) -> Statistics:
 
 
 def added(array: Tensor, process_group: Any) -> Tensor:
-    """The sum of the ranks' arrays, differentiable."""
+    """The sum of the ranks' arrays, of the same shape, differentiable."""
+    group = _group(process_group)
+    size = distributed.get_world_size(group)
+    result: Tensor = _Sum.apply(array, group, size)  # type: ignore[no-untyped-call]
+    return result
+
+
+def added_counts(counts: Tensor | None, process_group: Any) -> Tensor | None:
+    """The sum of the ranks' (K, C) counts, which some of them may lack; None if all do.
+
+    Raises ValueError on every rank if they have different numbers of classes.
+    """
+    group = _group(process_group)
+    device = torch.device("cuda" if distributed.get_backend(group) == "nccl" else "cpu")
+    classes = 0 if counts is None else counts.shape[1]
+    extremes = torch.tensor([classes, -(classes or 2**31)], device=device)
+    distributed.all_reduce(extremes, distributed.ReduceOp.MAX, group)
+    most, fewest = int(extremes[0]), -int(extremes[1])
+    if not most:
+        return None
+    if most != fewest:
+        raise ValueError(f"the ranks have different numbers of classes, {fewest} to {most}")
+    if counts is None:
+        counts = torch.zeros(2, most, dtype=torch.float64, device=device)
+    return added(counts, process_group)
+
+
+def _group(process_group: Any) -> Any:
+    """The group as torch.distributed takes it, None for that of all ranks."""
     if not distributed.is_available() or not distributed.is_initialized():
         raise RuntimeError(
             "process_group needs torch.distributed.init_process_group to be called first"
         )
     group = None if isinstance(process_group, str) else process_group
-    size = distributed.get_world_size(group)
-    if size < 1:
+    if distributed.get_rank(group) < 0:
         raise ValueError("process_group does not contain this process")
-    result: Tensor = _Sum.apply(array, group, size)  # type: ignore[no-untyped-call]
-    return result
+    return group
 
 
 class _Sum(torch.autograd.Function):
