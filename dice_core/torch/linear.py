@@ -26,9 +26,11 @@ from ..sums import Statistics
 from . import operators
 from .modules import Loss
 
-# A block of logits stays in a CPU's cache. On a GPU, where each block is several launches, they are
-# larger.
-BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 16 << 20}
+# There are at most about so many blocks: each costs several launches or, on a CPU, barriers between
+# threads, which are slow where other processes need the cores. A smaller block than so many bytes
+# would not be worth that.
+BLOCKS = 32
+BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 8 << 20}
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -41,10 +43,10 @@ class LinearLoss(torch.nn.Module):
         x = conv(features)  # a 1x1x1 convolution: (N, F, *) -> (N, C, *)
         value = loss(x, y)
 
-    `loss` is a module such as `DiceCELoss`. Beside the gradients of features, weight and bias only
-    a few megabytes are allocated, and between forward and backward nothing is kept but the
-    arguments. The network returns its features in training and logits in evaluation;
-    `examples/fused_head.py` shows how.
+    `loss` is a module such as `DiceCELoss`. Beside the gradients of features, weight and bias, what
+    is allocated is about a thirtieth of the logits, and at least a few megabytes; between forward
+    and backward nothing is kept but the arguments. The network returns its features in training,
+    and logits in evaluation; `examples/fused_head.py` shows how.
 
     >>> import torch, dice_core.torch
     >>> conv = torch.nn.Conv2d(8, 3, 1)
@@ -267,8 +269,8 @@ class _Head:
         self.weight = weight.flatten(1).to(dtype)
         self.bias = None if bias is None else bias.to(dtype)[:, None]
         shape = features.shape[0], *features.shape[2:]
-        size = BLOCK_BYTES[features.device.type] // dtype.itemsize
-        self.blocks = list(_blocks(shape, max(1, size // max(self.weight.shape))))
+        least = BLOCK_BYTES[features.device.type] // (dtype.itemsize * max(self.weight.shape))
+        self.blocks = list(_blocks(shape, max(1, least, math.prod(shape) // BLOCKS)))
         largest = max(math.prod(s.stop - s.start for s in block) for block in self.blocks)
         self.buffer = self.weight.new_empty(len(self.weight) * largest)
 
@@ -303,6 +305,18 @@ class _Head:
         if not request.soft_targets and self.y.ndim == self.features.ndim:
             y = replace(y, layout=y.layout.without_axis(1))
         checks.targets(y, request, self.sums_shape[2])
+
+
+def _fill(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """Fills out, (F, *), with the product of the matrices; in place where out can be one."""
+    try:
+        matrix = out.view(len(a), b.shape[1])
+    except RuntimeError:  # for these strides there is no such view
+        matrix = None
+    if matrix is None or matrix.dtype != a.dtype:
+        out.copy_((a @ b).view(out.shape))
+    else:
+        torch.mm(a, b, out=matrix)
 
 
 # ---- the operators -------------------------------------------------------------------------------
@@ -366,8 +380,7 @@ def _statistics_grad(
         part = cotangent[:, block[0]].detach().contiguous()
         call.gradient(part.numpy() if part.is_cpu else part, None, in_place)
         if grad_features is not None:
-            target = grad_features[_with_channels(block)].movedim(1, 0)
-            target.copy_((head.weight.T @ x).view(target.shape))
+            _fill(grad_features[_with_channels(block)].movedim(1, 0), head.weight.T, x)
         if grad_weight is not None:
             grad_weight += x.to(wide) @ matrix.T.to(wide)
         if grad_bias is not None:
