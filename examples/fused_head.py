@@ -72,7 +72,7 @@ def train(way: str, network: str, side: int, classes: int, steps: int) -> dict[s
     net = {"nnunet": nnunet, "monai": monai}[network](classes, way == "fused")
     loss = dice_core.torch.DiceCELoss(smooth=1e-5)
     fused_loss = dice_core.torch.LinearLoss(loss)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.99, nesterov=True)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.99, nesterov=True)
     torch.manual_seed(1)
     image = torch.rand(1, 1, side, side, side)
     labels = (image[:, 0] * classes).to(torch.uint8)
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--network", choices=("nnunet", "monai"), default="monai")
     parser.add_argument("--side", type=int, default=64, help="voxels along each axis")
     parser.add_argument("--classes", type=int, default=105)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=4, help="of training")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)  # of a process
     settings = parser.parse_args()
     if settings.way:

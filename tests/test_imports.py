@@ -20,7 +20,11 @@ ARROWS = {
     "__init__": {"api", "torch.__init__", "compat.__init__", "losses.__init__", "backends", "sums"},
     "__main__": {"__init__", "backends", "threads"},
     "api": {"calls", "losses.__init__", "sums", "spec", "checks", "allocators"},
-    "torch.__init__": {"torch.functional", "torch.modules", "torch.metrics"},
+    "torch.__init__": {"torch.functional", "torch.linear", "torch.modules", "torch.metrics"},
+    "torch.linear": {
+        *("torch.modules", "torch.operators", "calls", "sums", "spec", "checks"),
+        *ARRAYS,
+    },
     "torch.modules": {
         *("torch.functional", "losses.__init__", "losses.terms", "checks", "threads"),
     },
