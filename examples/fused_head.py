@@ -55,7 +55,7 @@ def nnunet(classes: int, fused: bool) -> torch.nn.Module:
     )
     if fused:  # with deep supervision: every one of the seg_layers
         net.decoder.seg_layers[-1] = head_like(net.decoder.seg_layers[-1])
-    return net  # type: ignore[no-any-return]
+    return net
 
 
 def monai(classes: int, fused: bool) -> torch.nn.Module:
