@@ -26,9 +26,9 @@ from ..sums import Statistics
 from . import operators
 from .modules import Loss
 
-# There are at most about so many blocks: each costs several launches or, on a CPU, barriers between
-# threads, which are slow where other processes need the cores. A smaller block than so many bytes
-# would not be worth that.
+# There are about so many blocks, fewer where they would be smaller than so many bytes: each costs
+# several launches or, on a CPU, barriers between threads, which are slow where other processes need
+# the cores.
 BLOCKS = 32
 BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 8 << 20}
 
@@ -46,7 +46,8 @@ class LinearLoss(torch.nn.Module):
     `loss` is a module such as `DiceCELoss`. Beside the gradients of features, weight and bias, what
     is allocated is about a thirtieth of the logits, and at least a few megabytes; between forward
     and backward nothing is kept but the arguments. The network returns its features in training,
-    and logits in evaluation; `examples/fused_head.py` shows how.
+    and logits in evaluation; `examples/fused_head.py` shows how. The products follow torch's
+    settings for matrix products (threads, TF32), which may differ from those for convolutions.
 
     >>> import torch, dice_core.torch
     >>> conv = torch.nn.Conv2d(8, 3, 1)
@@ -269,7 +270,8 @@ class _Head:
         self.weight = weight.flatten(1).to(dtype)
         self.bias = None if bias is None else bias.to(dtype)[:, None]
         shape = features.shape[0], *features.shape[2:]
-        least = BLOCK_BYTES[features.device.type] // (dtype.itemsize * max(self.weight.shape))
+        size = BLOCK_BYTES.get(features.device.type, 0)  # 0: a device that the kernels refuse
+        least = size // (dtype.itemsize * max(self.weight.shape))
         self.blocks = list(_blocks(shape, max(1, least, math.prod(shape) // BLOCKS)))
         largest = max(math.prod(s.stop - s.start for s in block) for block in self.blocks)
         self.buffer = self.weight.new_empty(len(self.weight) * largest)
