@@ -20,9 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dice_core.torch
 from dice_core import losses
-from dice_core.torch import DiceCELoss, DiceLoss, DiceScore, loss, statistics
+from dice_core.torch import DiceCELoss, DiceLoss, DiceScore, LinearLoss, loss, statistics
 
-LinearLoss = getattr(dice_core.torch, "LinearLoss", None)
 LIMIT = timedelta(seconds=60)
 
 
@@ -235,12 +234,11 @@ def fully_sharded(rank, size):
     close(of_rank, value)
     for a, b in zip(net.parameters(), single.parameters(), strict=True):
         close(a.full_tensor().detach(), b.detach(), rtol=1e-10)
-    if LinearLoss is not None:
-        weight = net.head.weight
-        head = LinearLoss(DiceLoss(smooth=1))
-        features = torch.randn(1, 6, 3, 3).double()
-        labels = torch.zeros(1, 3, 3, dtype=torch.uint8)
-        raises(NotImplementedError, "full_tensor()", head, features, weight, None, labels)
+    weight = net.head.weight
+    head = LinearLoss(DiceLoss(smooth=1))
+    features = torch.randn(1, 6, 3, 3).double()
+    labels = torch.zeros(1, 3, 3, dtype=torch.uint8)
+    raises(NotImplementedError, "full_tensor()", head, features, weight, None, labels)
 
 
 def compiled(rank, size):

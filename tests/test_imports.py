@@ -25,7 +25,12 @@ ARROWS = {
     "api": {"calls", "losses.__init__", "sums", "spec", "checks", "allocators"},
     "jax": {"calls", "losses.__init__", "spec", "checks", "buffers"},
     "dask": {"api", "calls", "losses.__init__", "sums", "spec", "checks", "allocators"},
-    "torch.__init__": {"torch.functional", "torch.modules", "torch.metrics"},
+    "torch.__init__": {"torch.functional", "torch.linear", "torch.modules", "torch.metrics"},
+    "torch.linear": {
+        *("torch.modules", "torch.functional", "torch.operators", "torch.transforms"),
+        *("calls", "sums", "spec", "checks"),
+        *ARRAYS,
+    },
     "torch.modules": {
         *("torch.functional", "losses.__init__", "losses.terms", "checks"),
     },

@@ -1,9 +1,10 @@
 """The losses with autograd, on torch tensors.
 
-Only two torch operators access voxels; a loss is ordinary torch arithmetic on their (N, C) sums.
-For many images that arithmetic would take longer than the passes over the voxels. On plain tensors
-a loss is therefore a single node of the autograd graph, computed by NumPy or, on a GPU, by the
-kernels. Between forward and backward only x, y and arrays of the size of the sums are kept.
+Only two torch operators access voxels, and two more those of a fused head (`LinearLoss`); a loss is
+ordinary torch arithmetic on their (N, C) sums. For many images that arithmetic would take longer
+than the passes over the voxels. On plain tensors a loss is therefore a single node of the autograd
+graph, computed by NumPy or, on a GPU, by the kernels. Between forward and backward only x, y and
+arrays of the size of the sums are kept.
 """
 
 try:
@@ -17,6 +18,7 @@ except ModuleNotFoundError as error:
     ) from None
 
 from .functional import loss, statistics
+from .linear import LinearLoss
 from .metrics import DiceScore
 from .modules import (
     DeepSupervision,
@@ -39,6 +41,7 @@ __all__ = [
     "FocalTverskyLoss",
     "GeneralizedDiceLoss",
     "JaccardLoss",
+    "LinearLoss",
     "Loss",
     "TverskyLoss",
     "loss",

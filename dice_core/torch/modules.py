@@ -36,6 +36,8 @@ class Loss(torch.nn.Module):
     tensor(0.9964, grad_fn=<_LossBackward>)
     """
 
+    output_type = Tensor  # of a network, as DeepSupervision passes it on
+
     def __init__(
         self,
         term: losses.Term,
@@ -551,7 +553,8 @@ class DeepSupervision(torch.nn.Module):
         sum(w * loss(x, nearest(y, x.shape[2:])) for w, x in zip(weights, outputs))
 
     `weights` has one number per output; None halves the weight from each output to the next, with
-    sum 1. Outputs of weight 0 are skipped.
+    sum 1. Outputs of weight 0 are skipped. With a `LinearLoss` each output is a tuple of features,
+    weight and bias.
 
     >>> import torch, dice_core.torch
     >>> criterion = dice_core.torch.DeepSupervision(dice_core.torch.DiceLoss(smooth=1))
@@ -569,8 +572,13 @@ class DeepSupervision(torch.nn.Module):
             weights = checks.output_weights(weights)
         self.weights = weights
 
-    def forward(self, outputs: Sequence[Tensor], y: Tensor | Sequence[Tensor]) -> Tensor:
-        """Logits (N, C, *) of each resolution and their labels -> the loss.
+    def forward(
+        self,
+        outputs: Sequence[Tensor | tuple[Tensor, ...]],
+        y: Tensor | Sequence[Tensor],
+    ) -> Tensor:
+        """Logits (N, C, *) of each resolution and their labels -> the loss. An output that is a
+        tuple is passed to the loss as several arguments, the first of this shape.
 
         y is one label volume, which is downsampled by strided views (every second voxel, for
         example) without copies, or a list of one volume per output, as in nnU-Net.
@@ -580,7 +588,11 @@ class DeepSupervision(torch.nn.Module):
         """
         if not isinstance(outputs, Sequence) or not outputs:
             raise ValueError("outputs must be a sequence of logits, one for each resolution")
-        checks.all_are(Tensor, outputs, "outputs")
+        kind = getattr(self.loss, "output_type", None)
+        if kind is not None:
+            checks.all_are(kind, outputs, "outputs")
+        inputs = [output if isinstance(output, tuple) else (output,) for output in outputs]
+        checks.all_are(Tensor, [each[0] if each else None for each in inputs], "outputs")
         weights = self.weights
         if weights is None:
             weights = [2.0**-i / (2 - 2.0 ** (1 - len(outputs))) for i in range(len(outputs))]
@@ -590,8 +602,8 @@ class DeepSupervision(torch.nn.Module):
             checks.all_are(Tensor, y, "y")
             if len(y) != len(outputs):
                 raise ValueError(f"there are {len(y)} label volumes for {len(outputs)} outputs")
-        labels = [_nearest(y, x) for x in outputs] if isinstance(y, Tensor) else y
-        terms = [w * self.loss(x, t) for w, x, t in zip(weights, outputs, labels, strict=True) if w]
+        labels = [_nearest(y, x) for x, *_ in inputs] if isinstance(y, Tensor) else y
+        terms = [w * self.loss(*x, t) for w, x, t in zip(weights, inputs, labels, strict=True) if w]
         if not terms:
             raise ValueError("all weights are 0: there is no loss")
         return torch.stack(terms).sum(0)

@@ -1,5 +1,5 @@
 """Two torch operators, `dice_core::statistics` and its vector-Jacobian product
-`dice_core::statistics_grad`. Only they access voxels.
+`dice_core::statistics_grad`. Only they, and those of `linear.py`, access voxels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SPEC = (
     "str activation, int p, str? ignore_label, float? gamma, bool nll, float? binary_gamma, "
     "bool target_square, str targets"
 )
-_OPTIONS = f"{_SPEC}, str? backend, int? num_threads, bool? check_labels"
+OPTIONS = f"{_SPEC}, str? backend, int? num_threads, bool? check_labels"
 _SPEC_LENGTH = _SPEC.count(",") + 1
 
 
@@ -36,12 +36,22 @@ def check(x: Tensor, y: Tensor, request: Spec) -> None:
         )
     if x.is_nested or y.is_nested:
         buffers.of(x if x.is_nested else y, "x" if x.is_nested else "y")
+    refuse_grad(y)
+    if x.device != y.device:
+        checks.same_device(str(x.device), str(y.device))
+    refuse_tangent(x)
+
+
+def refuse_grad(y: Tensor) -> None:
+    """Raises NotImplementedError for targets that require grad."""
     if y.requires_grad:
         raise NotImplementedError(
             "y requires grad, but dice_core computes no gradient for targets: pass y.detach()"
         )
-    if x.device != y.device:
-        checks.same_device(str(x.device), str(y.device))
+
+
+def refuse_tangent(x: Tensor) -> None:
+    """Raises NotImplementedError in forward-mode differentiation with respect to x."""
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
         raise NotImplementedError(transforms.REVERSE_ONLY)
 
@@ -79,7 +89,7 @@ def statistics(
         return dtensors.statistics(x, y, request, lambda x, y: statistics(x, y, *given))
     checks.backend(backend)
     request = spec.for_shapes(x.shape, y.shape, request)
-    options = (*_options(request), backend, num_threads, check_labels)
+    options = (*spec_options(request), backend, num_threads, check_labels)
     if transforms.is_active():
         array = transforms.Sums.apply(x, y, options)  # type: ignore[no-untyped-call]
     else:
@@ -97,12 +107,13 @@ def statistics_grad(
 ) -> Tensor:
     """The gradient of sum(cotangent * statistics) with respect to x; can be traced."""
     grad: Tensor = torch.ops.dice_core.statistics_grad(
-        x, y, cotangent, *_options(request), backend, num_threads, None
+        x, y, cotangent, *spec_options(request), backend, num_threads, None
     )
     return grad
 
 
-def _options(request: Spec) -> tuple[Any, ...]:
+def spec_options(request: Spec) -> tuple[Any, ...]:
+    """The first of the operators' OPTIONS: those of the Spec."""
     return (
         request.activation,
         request.p,
@@ -118,36 +129,47 @@ def _options(request: Spec) -> tuple[Any, ...]:
 # ---- the operators: in torch.library, so that torch.compile and export do not trace into them ----
 
 _library = torch.library.Library("dice_core", "DEF")
-_library.define(f"statistics(Tensor x, Tensor y, {_OPTIONS}) -> Tensor")
-_library.define(f"statistics_grad(Tensor x, Tensor y, Tensor cotangent, {_OPTIONS}) -> Tensor")
 
 
-def _spec(options: tuple[Any, ...]) -> Spec:
+def register(schema: str, kernel: Any, fake: Any, vjp: Any, save: Any = None) -> None:
+    """Defines an operator: its kernel, for all devices; the shapes of its result, `fake`; its
+    vector-Jacobian product, and what it saves for that.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dice_core::{name}", fake, lib=_library)
+    torch.library.register_autograd(f"dice_core::{name}", vjp, setup_context=save, lib=_library)
+
+
+def spec_of(options: tuple[Any, ...]) -> Spec:
+    """The Spec of an operator's OPTIONS."""
     activation, p, ignore_label, *others = options[:_SPEC_LENGTH]
     return Spec(activation, p, None if ignore_label is None else int(ignore_label), *others)
 
 
-def _call(x: Tensor, y: Tensor, options: tuple[Any, ...]) -> calls.Call:
+def call(x: Tensor, y: Tensor, options: tuple[Any, ...]) -> calls.Call:
+    """The call of an operator's OPTIONS on these tensors."""
     backend, num_threads, check_labels = options[_SPEC_LENGTH:]
-    request = _spec(options)
+    request = spec_of(options)
     return calls.call(x, y, request, backend, num_threads or torch.get_num_threads(), check_labels)
 
 
 def _statistics(x: Tensor, y: Tensor, *options: Any) -> Tensor:
     """(K, N, C) float64 on x's device."""
-    return torch.as_tensor(_call(x, y, options).statistics().array)
+    return torch.as_tensor(call(x, y, options).statistics().array)
 
 
 def _statistics_grad(x: Tensor, y: Tensor, cotangent: Tensor, *options: Any) -> Tensor:
     grad: Tensor = allocators.empty_like(x, "x")
     cotangent = cotangent.detach().contiguous()
     numbers = cotangent.numpy() if x.is_cpu else cotangent
-    _call(x, y, options).gradient(numbers, None, buffers.of(grad, "grad"))
+    call(x, y, options).gradient(numbers, None, buffers.of(grad, "grad"))
     return grad
 
 
 def _fake_statistics(x: Tensor, y: Tensor, *options: Any) -> Tensor:
-    request = spec.for_shapes(x.shape, y.shape, _spec(options))
+    request = spec.for_shapes(x.shape, y.shape, spec_of(options))
     return x.new_empty(request.sums_shape(x.shape), dtype=torch.float64)
 
 
@@ -166,14 +188,21 @@ def _backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
     return grad, None, *(None for _ in ctx.options)
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+def no_second_derivative(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+    """Raises RuntimeError: the derivative of an operator that is a derivative."""
     raise RuntimeError(transforms.FIRST_ONLY)
 
 
-for _name, _kernel, _fake, _setup, _vjp in (
-    ("statistics", _statistics, _fake_statistics, _save, _backward),
-    ("statistics_grad", _statistics_grad, _fake_statistics_grad, None, _no_second_derivative),
-):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"dice_core::{_name}", _fake, lib=_library)
-    torch.library.register_autograd(f"dice_core::{_name}", _vjp, setup_context=_setup, lib=_library)
+register(
+    f"statistics(Tensor x, Tensor y, {OPTIONS}) -> Tensor",
+    _statistics,
+    _fake_statistics,
+    _backward,
+    _save,
+)
+register(
+    f"statistics_grad(Tensor x, Tensor y, Tensor cotangent, {OPTIONS}) -> Tensor",
+    _statistics_grad,
+    _fake_statistics_grad,
+    no_second_derivative,
+)
