@@ -72,6 +72,10 @@ WRONG: dict[str, Wrong] = {
     "pos_weight": WEIGHT,
     "backend": [(1, T), (["cpu"], T), (b"cpu", T), ("nonsense", V), ("", V), ("CPU", V)],
     "num_threads": [*INTEGER, ([1], T), (0, V), (-1, V), (-(10**30), V)],
+    "inplace": [
+        (None, T), ("yes", T), (2, T), (-1, T), (1.0, T), (NAN, T), ([], T), ([True], T), (PAIR, T),
+        (object(), T), (len, T), (np.int64(1), T), (torch.ones(()), T),
+    ],
     "term": [(losses.Dice, T), ("dice", T), (1, T), ([], T), (object(), T), (len, T), ({}, T)],
     "statistics": [("sums", T), (None, T), (np.ones((3, 1, 2)), T), (1, T), ([], T)],
 }  # fmt: skip

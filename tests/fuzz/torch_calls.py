@@ -13,7 +13,7 @@ import dice_core
 import dice_core.torch
 from dice_core import losses
 
-from .arrays import array_of
+from .arrays import array_of, nan_alike
 from .cases import NAN, TV, Case, T, V
 from .data import Data
 from .judge import (
@@ -41,42 +41,80 @@ from .terms import (
 
 def torch_loss(case: Case) -> None:
     """`dice_core.torch.loss` and its backward pass, as arrays have it."""
-    case.spoil(ARGUMENTS)
+    case.spoil([*ARGUMENTS, "inplace"])
     data = Data(case, "torch", ACTIVATIONS)
     arguments, parts = term_or_options(case, data)
     options = {
         "ignore_label": data.ignore_label, "activation": data.activation,
         **running_options(case, data, "torch"),
     }  # fmt: skip
-    x = data.x
-    differentiable = isinstance(x, torch.Tensor) and x.is_floating_point() and case.may(0.8)
-    if differentiable:
-        x = x.requires_grad_()
-    value = dice_core.torch.loss(x, data.y, **arguments(), **options)
+    x, leaf, inplace = logits_for(case, data, case.may(0.8))
+    before: Any = None if case.bad else x.detach().clone()
+    value = dice_core.torch.loss(x, data.y, **arguments(), **options, **inplace)
     accepted(case)
-    check_torch(case, data, parts, value, x if differentiable else None)
+    grad, upstream = check_torch(case, data, parts, value, leaf)
+    if any(inplace.values()) and leaf is not None:
+        fresh = before.requires_grad_()
+        again = dice_core.torch.loss(fresh, data.y, **arguments(), **options)
+        check_overwritten(x, value, grad, fresh, again, upstream)
     if case.may(0.3):
         with torch.no_grad():
             arrays = dice_core.loss(data.x.detach(), data.y, **arguments(), **options)
         assert_bitwise_equal(np.asarray(arrays), value.detach().numpy(), what="torch and arrays")
 
 
-def check_torch(case: Case, data: Data, parts: Parts, value: Any, x: Any) -> None:
-    """Asserts that a loss of tensors and its gradient are right."""
+def logits_for(case: Case, data: Data, differentiable: bool) -> tuple[Any, Any, dict[str, Any]]:
+    """x, the leaf that its gradient reaches, if any, and `inplace` as an argument."""
+    x = data.x
+    value = case.value("inplace", False, False, False, True, True, 1, np.True_)
+    inplace = {"inplace": value} if value is not False or case.may(0.2) else {}
+    case.note(f"{inplace}")
+    if not (isinstance(x, torch.Tensor) and x.is_floating_point() and differentiable):
+        return x, None, inplace
+    leaf = x.requires_grad_()
+    if not inplace or inplace["inplace"] is False:
+        return leaf, leaf, inplace
+    kind = case.one(*["computed"] * 7, "leaf", "view of a leaf")
+    if kind == "computed" and not case.bad:
+        return leaf * 1, leaf, inplace
+    case.note(f"inplace: {kind}")
+    case.refuse((ValueError, NotImplementedError), "inplace")
+    return (leaf if kind != "view of a leaf" else leaf[...]), leaf, inplace
+
+
+def check_torch(case: Case, data: Data, parts: Parts, value: Any, leaf: Any) -> tuple[Any, Any]:
+    """Asserts that a loss of tensors and its gradient are right; returns the gradient, None without
+    a leaf, and the incoming one.
+    """
     upstream = case.rng.standard_normal(tuple(value.shape))
     if case.may(0.5):
         upstream = np.ones(tuple(value.shape)) * case.one(1, 65536.0)
     incoming = torch.as_tensor(np.asarray(upstream), dtype=value.dtype)
     upstream = incoming.numpy()
-    if x is None:
+    if leaf is None:
         assert not value.requires_grad
         Expected(case, data, parts, upstream).check_loss(value.numpy())
-        return
-    (grad,) = torch.autograd.grad(value, x, incoming)
-    assert grad.dtype == x.dtype
+        return None, incoming
+    (grad,) = torch.autograd.grad(value, leaf, incoming)
+    assert grad.dtype == leaf.dtype
     expected = Expected(case, data, parts, upstream)
     expected.check_gradient(grad)
     expected.check_loss(value.detach().numpy())
+    return grad, incoming
+
+
+def check_overwritten(
+    x: torch.Tensor, value: Any, grad: Any, fresh: torch.Tensor, again: Any, upstream: Any
+) -> None:
+    """Asserts that x holds its gradient, that of a copy of it to the bit: the loss of `fresh`."""
+    (expected,) = torch.autograd.grad(again, fresh, upstream)
+    given, wanted = value.detach().numpy(), again.detach().numpy()
+    if x.stride() == fresh.stride():  # else sums are added in another order
+        assert_bitwise_equal(given, wanted, what="loss with inplace=True")
+        bits = nan_alike(array_of(expected))
+        assert_bitwise_equal(nan_alike(array_of(grad)), bits, what="gradient with inplace=True")
+    bits = nan_alike(array_of(grad))
+    assert_bitwise_equal(nan_alike(array_of(x)), bits, what="x overwritten")
 
 
 def torch_statistics(case: Case) -> None:
@@ -131,7 +169,10 @@ MODULES = {  # and their terms, of compounds the first
 def module(case: Case) -> None:
     """The modules of `dice_core.torch`."""
     case.spoil(
-        [name for name in ARGUMENTS if name not in ("term", "combined", "factor", "eps", "empty")]
+        [
+            "inplace",
+            *(n for n in ARGUMENTS if n not in ("term", "combined", "factor", "eps", "empty")),
+        ]
     )
     data = Data(case, "torch", ACTIVATIONS[:4])
     name = case.one(*MODULES)
@@ -172,16 +213,17 @@ def module(case: Case) -> None:
         "ignore_label": data.ignore_label, "activation": data.activation,
         **running_options(case, data, "torch"),
     }  # fmt: skip
-    criterion = getattr(dice_core.torch, name)(**given, **options)
+    x, leaf, inplace = logits_for(case, data, True)
+    before: Any = None if case.bad else x.detach().clone()
+    criterion = getattr(dice_core.torch, name)(**given, **options, **inplace)
     assert repr(criterion)
-    x = (
-        data.x.requires_grad_()
-        if isinstance(data.x, torch.Tensor) and data.x.is_floating_point()
-        else data.x
-    )
     value = criterion(x, data.y)
     accepted(case)
-    check_torch(case, data, parts, value, x)
+    grad, upstream = check_torch(case, data, parts, value, leaf)
+    if any(inplace.values()):
+        fresh = before.requires_grad_()
+        again = getattr(dice_core.torch, name)(**given, **options)(fresh, data.y)
+        check_overwritten(x, value, grad, fresh, again, upstream)
 
 
 def supervision(case: Case) -> None:
