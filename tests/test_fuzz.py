@@ -10,10 +10,12 @@ import oracle
 import pytest
 import torch
 from compare import assert_close
-from fuzz import array_calls, run
+from fuzz import array_calls, compat_calls, run, torch_calls
 
 import dice_core
 from dice_core import losses
+from dice_core.compat import monai
+from dice_core.torch import functional
 
 CALLS = 1000
 
@@ -136,6 +138,27 @@ FAULTS = {
 @pytest.fixture(params=FAULTS.values(), ids=FAULTS)
 def fault(request):
     return request.param
+
+
+def _fails(monkeypatch, function):
+    """Whether some of a few hundred calls of this function fail."""
+    monkeypatch.setattr(run, "CALLS", ((function, 1),))
+    return any(run.call(2, index)[1] for index in range(300))
+
+
+def test_a_copy_in_place_of_overwritten_logits_is_found(monkeypatch):
+    monkeypatch.setattr(functional, "_overwritten", lambda x, version: x.detach().clone())
+    assert _fails(monkeypatch, torch_calls.torch_loss)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda value: value.half(), lambda value: value[None], lambda value: value * math.nan],
+)
+def test_a_wrong_result_of_compat_is_found(monkeypatch, change):
+    original = monai.evaluate
+    monkeypatch.setattr(monai, "evaluate", lambda *given: change(original(*given)))
+    assert _fails(monkeypatch, compat_calls.compat)
 
 
 # ---- the oracle ----------------------------------------------------------------------------------

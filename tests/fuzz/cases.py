@@ -98,6 +98,7 @@ class Case:
         self.random = r = random.Random(f"{seed}/{index}")
         self.rng = np.random.default_rng(r.getrandbits(64))
         self.bad: list[Bad] = []
+        self.doubts: list[Bad] = []
         self.text: list[str] = []
         self.reasons: list[str] = []
         self.unchanged: list[tuple[str, Array, bytes]] = []
@@ -130,6 +131,10 @@ class Case:
     def refuse(self, types: tuple[type, ...], *names: str) -> None:
         """The call must be refused."""
         self.bad.append(Bad(types, *names))
+
+    def doubt(self, types: tuple[type, ...], *names: str) -> None:
+        """The call may be refused."""
+        self.doubts.append(Bad(types, *names))
 
     def note(self, text: str) -> None:
         """A part of the description of the call."""

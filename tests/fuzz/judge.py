@@ -26,24 +26,30 @@ Parts = list[tuple[float, oracle.Term]]  # a loss: factors and terms
 def refused(case: Case, error: BaseException) -> str:
     """The outcome of a refused call; AssertionError if it should not have been, or not so."""
     kind, text = type(error), str(error)
-    if not case.bad:
+    reasons = case.bad + case.doubts
+    if not reasons:
         raise AssertionError(f"refused a valid call: {kind.__name__}: {text}") from error
     if isinstance(error, MemoryError):
         assert any(MemoryError in bad.types for bad in case.bad), "MemoryError"
         return "refused: MemoryError"
     frame = traceback.extract_tb(error.__traceback__)[-1]
     line = linecache.getline(frame.filename, frame.lineno or 0).strip()
-    ours = Path(frame.filename).is_relative_to(Path(dice_core.__file__).parent)
     fits = any(
         kind in bad.types and any(re.search(rf"\b{re.escape(name)}\b", text) for name in bad.names)
-        for bad in case.bad
+        for bad in reasons
     )
-    if not (fits and ours and line.startswith("raise ")):
+    if not (fits and is_ours(error) and line.startswith("raise ")):
         raise AssertionError(
             f"refused with {kind.__name__}: {text!r} from {frame.filename}:{frame.lineno} "
-            f"{line!r}, expected {case.bad}"
+            f"{line!r}, expected {reasons}"
         ) from error
     return f"refused: {kind.__name__}"
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether dice_core has raised it."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(frame.filename).is_relative_to(Path(dice_core.__file__).parent)
 
 
 def accepted(case: Case) -> None:
