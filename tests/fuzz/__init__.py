@@ -14,6 +14,9 @@ the text, and any warning. Of an accepted call these are checked:
 - bitwise the same again, with another number of threads; from torch as from arrays; from statistics
   added up tile by tile, the same within that error;
 - x, y and all memory around `out` unchanged; gradients of ignored voxels exactly 0.
+- with inplace=True bitwise the same, and x holds its gradient.
+
+Of dice_core.compat only shapes, dtypes and refusals are checked, and that gradients are finite.
 
 What is accepted and cannot be compared is counted by reason, and all other checks still hold:
 
