@@ -660,7 +660,7 @@ def test_settings_that_are_tensors():
         ({"to_onehot_y": True}, (2, 3, 4), (2, 3, 4), AssertionError, AssertionError),
         ({"to_onehot_y": True}, (2, 3, 4), (2, 4), AssertionError, ValueError),
         ({"to_onehot_y": True}, (2, 3, 4), (2, 1, 5), AssertionError, AssertionError),
-        ({}, (3,), (3,), IndexError, IndexError),
+        ({}, (3,), (3,), *[(IndexError, ValueError)] * 2),
     ],
 )
 @pytest.mark.filterwarnings("ignore:No mask value:UserWarning")
@@ -669,6 +669,44 @@ def test_shapes_that_do_not_fit(name, settings, x, target, error, of_compound):
     for kind in (getattr(ours, name), getattr(theirs, name)):
         with pytest.raises(error):
             kind(**settings)(torch.zeros(x), torch.zeros(target))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.filterwarnings("ignore:No mask value:UserWarning")
+def test_flags_and_tensors_of_a_wrong_kind(name):
+    kind, x, target = getattr(ours, name), torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)
+    for flag in ("include_background", "to_onehot_y", "sigmoid", "softmax", "batch"):
+        for wrong in ("yes", None, torch.ones(2)):
+            with pytest.raises(TypeError, match=f"{flag} must be True or False"):
+                kind(**{flag: wrong})
+    for wrong in (None, x.numpy(), x.to_sparse()):
+        with pytest.raises(TypeError, match="input must be a"):
+            kind()(wrong, target)
+        with pytest.raises(TypeError, match="target must be a"):
+            kind()(x, wrong)
+    with pytest.raises(ValueError, match="target is on meta but input is on cpu"):
+        kind()(x, target.to("meta"))
+
+
+def test_masks_of_a_wrong_kind():
+    x = torch.zeros(2, 3, 4)
+    with pytest.raises(TypeError, match="mask must be a"):
+        ours.MaskedDiceLoss()(x, x, "mask")
+    with pytest.raises(ValueError, match="mask is on meta but input is on cpu"):
+        ours.MaskedDiceLoss()(x, x, x[:, :1].to("meta"))
+
+
+def test_settings_of_a_wrong_kind():
+    for weight in (["1", "2"], [1, [2]], torch.ones(2, dtype=torch.cfloat)):
+        with pytest.raises(TypeError, match="weight must be"):
+            ours.DiceLoss(weight=weight)
+    with pytest.raises(ValueError, match="weight must be one number per class"):
+        ours.DiceCELoss(weight=torch.tensor(2.0), include_background=False)
+    for factor in ("1", None, [1.0]):
+        with pytest.raises(TypeError, match="lambda_dice must be a number"):
+            ours.DiceCELoss(lambda_dice=factor)
+    with pytest.raises(TypeError, match="alpha must be numbers"):
+        ours.DiceFocalLoss(alpha=[[1], 2])
 
 
 @pytest.mark.parametrize(

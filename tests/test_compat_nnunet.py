@@ -407,6 +407,43 @@ def test_float64_is_summed_in_float64():
 
 
 @pytest.mark.parametrize("kind", DICE, ids=lambda kind: kind.__name__)
+def test_arguments_of_a_wrong_kind(kind):
+    x, y = example(2, 3, 4, 5)
+    for name in ("batch_dice", "do_bg", "ddp"):
+        with pytest.raises(TypeError, match=f"{name} must be True or False"):
+            kind(**{name: "yes"})
+    with pytest.raises(TypeError, match="apply_nonlin must be None or callable"):
+        kind("softmax")
+    loss = kind(softmax_helper_dim1)
+    for wrong in (None, y.numpy(), y.to_sparse()):
+        with pytest.raises(TypeError, match="x must be a"):
+            loss(wrong, y)
+        with pytest.raises(TypeError, match="y must be a"):
+            loss(x, wrong)
+    for wrong in ("mask", y.numpy()):
+        with pytest.raises(TypeError, match="loss_mask must be a"):
+            loss(x, y, wrong)
+    with pytest.raises(ValueError, match="loss_mask is on meta but x is on cpu"):
+        loss(x, y, y.to("meta"))
+
+
+def test_arguments_of_compounds_of_a_wrong_kind():
+    for wrong in (None, [1], "ab"):
+        with pytest.raises(TypeError, match="ce_kwargs must be a dict"):
+            DC_and_CE_loss({}, wrong)
+        with pytest.raises(TypeError, match="soft_dice_kwargs must be a dict"):
+            DC_and_CE_loss(wrong, {})
+        with pytest.raises(TypeError, match="bce_kwargs must be a dict"):
+            DC_and_BCE_loss(wrong, {})
+    for name in ("weight_ce", "weight_dice"):
+        for wrong in ("1", 1j, None, math.nan):
+            with pytest.raises((TypeError, ValueError), match=f"{name} must be"):
+                DC_and_CE_loss({}, {}, **{name: wrong})
+    with pytest.raises(TypeError, match="clip_tp must be a number"):
+        SoftDiceLoss(clip_tp=[1, 2])
+
+
+@pytest.mark.parametrize("kind", DICE, ids=lambda kind: kind.__name__)
 def test_masks(kind):
     x, y = example(2, 3, 4, 5)
     loss, valid = kind(softmax_helper_dim1), y != 1
@@ -426,7 +463,7 @@ def test_masks(kind):
     ):
         with pytest.raises(NotImplementedError, match="loss_mask"):
             loss(x, y, loss_mask=mask)
-    with pytest.raises(RuntimeError, match="size"):
+    with pytest.raises(ValueError, match="loss_mask of shape"):
         loss(x, y, loss_mask=torch.ones(2, 1, 4, 3, dtype=torch.bool))
     y[0, 0, 0, 0] = -1  # whose voxel is valid
     with pytest.raises(ValueError, match="1 label outside"):

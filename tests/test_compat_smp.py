@@ -330,8 +330,27 @@ def test_arguments(kind):
         with pytest.raises(ValueError, match="class_weights that are averaged with sum to 0"):
             kind("multiclass", classes=classes, class_weights=[1.0, 0.0, -1.0])
     for classes in ([3], [-4]):
-        with pytest.raises(IndexError, match="out of"):
+        with pytest.raises(ValueError, match=r"classes .* are not among the channels of y_pred, 3"):
             kind("multiclass", classes=classes)(x, y)
+    with pytest.raises(ValueError, match="are not among the entries of class_weights, 3"):
+        kind("multiclass", classes=[3], class_weights=[1.0] * 3)
+    with pytest.raises(ValueError, match="class_weights must have one entry per class, got shape"):
+        kind("multiclass", class_weights=[[1.0, 1.0]])
+    for weights in (["a"], [1, [2]], [1j]):
+        with pytest.raises(TypeError, match="class_weights must be"):
+            kind("multiclass", class_weights=weights)
+    for name in ("log_loss", "from_logits"):
+        with pytest.raises(TypeError, match=f"{name} must be True or False"):
+            kind("multiclass", **{name: "yes"})
+    for wrong in (None, y.numpy(), y.to_sparse()):
+        with pytest.raises(TypeError, match="y_true must be a"):
+            kind("multiclass")(x, wrong)
+        with pytest.raises(TypeError, match="y_pred must be a"):
+            kind("multiclass")(wrong, y)
+    with pytest.raises(ValueError, match="y_true has too few axes"):
+        kind("multiclass")(x, y.new_zeros(()))
+    with pytest.raises(ValueError, match="y_true is on meta but y_pred is on cpu"):
+        kind("multiclass")(x, y.to("meta"))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -4,23 +4,25 @@ import itertools
 import math
 import warnings
 
-import fuzz
 import naive
 import numpy as np
 import oracle
 import pytest
 import torch
 from compare import assert_close
+from fuzz import array_calls, compat_calls, run, torch_calls
 
 import dice_core
 from dice_core import losses
+from dice_core.compat import monai
+from dice_core.torch import functional
 
 CALLS = 1000
 
 
 def test_calls():
     """Every call is right or refused as documented; few cannot be compared."""
-    counts, failures = fuzz.calls(1, range(CALLS))
+    counts, failures = run.calls(1, range(CALLS))
     assert not failures, "\n\n".join(failures[:5])
     share = dict.fromkeys(("right", "refused", "accepted"), 0.0)
     for outcome, count in counts.items():
@@ -33,8 +35,8 @@ def test_calls():
 
 
 def test_a_call_is_a_function_of_seed_and_index():
-    first = [fuzz.call(5, index) for index in range(20)]
-    assert first == [fuzz.call(5, index) for index in range(20)]
+    first = [run.call(5, index) for index in range(20)]
+    assert first == [run.call(5, index) for index in range(20)]
 
 
 # ---- faults are found ----------------------------------------------------------------------------
@@ -43,9 +45,9 @@ def test_a_call_is_a_function_of_seed_and_index():
 def test_faults_are_found(monkeypatch, fault):
     """Each fault makes some of a few hundred calls fail, and the report says how to repeat it."""
     name = fault(monkeypatch)
-    monkeypatch.setattr(fuzz, "CALLS", ((getattr(fuzz, name), 1),))
+    monkeypatch.setattr(run, "CALLS", ((getattr(array_calls, name), 1),))
     for index in range(300):
-        outcome, failure = fuzz.call(2, index)
+        outcome, failure = run.call(2, index)
         if failure:
             assert outcome.endswith("FAILED")
             assert f"--seed 2 --only {index}" in failure
@@ -136,6 +138,27 @@ FAULTS = {
 @pytest.fixture(params=FAULTS.values(), ids=FAULTS)
 def fault(request):
     return request.param
+
+
+def _fails(monkeypatch, function):
+    """Whether some of a few hundred calls of this function fail."""
+    monkeypatch.setattr(run, "CALLS", ((function, 1),))
+    return any(run.call(2, index)[1] for index in range(300))
+
+
+def test_a_copy_in_place_of_overwritten_logits_is_found(monkeypatch):
+    monkeypatch.setattr(functional, "_overwritten", lambda x, version: x.detach().clone())
+    assert _fails(monkeypatch, torch_calls.torch_loss)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda value: value.half(), lambda value: value[None], lambda value: value * math.nan],
+)
+def test_a_wrong_result_of_compat_is_found(monkeypatch, change):
+    original = monai.evaluate
+    monkeypatch.setattr(monai, "evaluate", lambda *given: change(original(*given)))
+    assert _fails(monkeypatch, compat_calls.compat)
 
 
 # ---- the oracle ----------------------------------------------------------------------------------

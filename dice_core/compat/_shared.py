@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
@@ -14,9 +15,58 @@ def number(value: Any, name: str, signed: bool = False) -> float:
     """A finite number, at least 0 unless `signed`. Refuses tensors, which might change later."""
     if isinstance(value, Tensor):
         raise TypeError(f"{name} must be a number, got a tensor")
-    if signed and value < 0:
+    if signed and isinstance(value, numbers.Real) and value < 0:
         return -checks.number(-value, name)
     return checks.number(value, name)
+
+
+def check_tensors(x: Any, y: Any, x_name: str, y_name: str) -> None:
+    """Raises TypeError unless both are dense tensors; ValueError if they are on two devices, or one
+    has no axis of samples, or x none of channels.
+    """
+    for value, name, axes in ((x, x_name, 2), (y, y_name, 1)):
+        check_tensor(value, name)
+        if value.ndim < axes:
+            raise ValueError(f"{name} has too few axes, got shape {tuple(value.shape)}")
+    check_device(y, x, y_name, x_name)
+
+
+def check_tensor(value: Any, name: str) -> None:
+    """Raises TypeError unless this is a dense tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else str(value.layout)
+        raise TypeError(f"{name} must be a dense tensor, got one that is {layout}")
+
+
+def check_mask(mask: Any, x: Tensor, name: str, x_name: str) -> None:
+    """Raises TypeError or ValueError unless this is a dense tensor on the logits' device."""
+    check_tensor(mask, name)
+    check_device(mask, x, name, x_name)
+
+
+def check_device(tensor: Tensor, x: Tensor, name: str, x_name: str) -> None:
+    """Raises ValueError unless this tensor is on the logits' device."""
+    if tensor.device != x.device:
+        raise ValueError(f"{name} is on {tensor.device} but {x_name} is on {x.device}")
+
+
+def as_tensor(values: Any, name: str) -> Tensor:
+    """Class weights, or classes, as a tensor of numbers."""
+    try:
+        result = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be numbers, one per class, got {values!r}") from None
+    if result.is_complex():
+        raise TypeError(f"{name} must be real numbers, got {result.dtype}")
+    return result
+
+
+def check_callable(value: Any, name: str) -> None:
+    """Raises TypeError unless this is a function of a tensor, or None."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be None or callable, got {type(value).__name__}")
 
 
 def refuse_gradient(target: Tensor, name: str) -> None:

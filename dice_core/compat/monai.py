@@ -29,8 +29,8 @@ The only differences from MONAI:
 Anything that is not a function of the sums computed in one pass is refused, with a
 NotImplementedError naming the argument, or with ValueError where it depends on the values of the
 targets; see each loss. All losses refuse targets that require grad, and input without spatial axes,
-with NotImplementedError; and negative or infinite settings (smooth_nr, weight, gamma and so on)
-with ValueError on construction.
+with NotImplementedError; negative or infinite settings (smooth_nr, weight, gamma and so on) with
+ValueError, and flags other than True and False with TypeError, on construction.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ from ..sums import Statistics
 from ..torch import operators
 from ..torch.functional import Options, evaluate, options
 from ..torch.functional import sums as sums_of
+from . import _shared
 
 __all__ = [
     "DiceCELoss",
@@ -103,17 +104,16 @@ class _Overlap(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.reduction = _one_of(reduction, "reduction", ("none", "mean", "sum"))
-        if other_act is not None and not callable(other_act):
-            raise TypeError(f"other_act must be None or callable, got {type(other_act).__name__}")
-        self.include_background = include_background
-        self.to_onehot_y = to_onehot_y
-        self.sigmoid = sigmoid
-        self.softmax = softmax
+        _shared.check_callable(other_act, "other_act")
+        self.include_background = checks.flag(include_background, "include_background")
+        self.to_onehot_y = checks.flag(to_onehot_y, "to_onehot_y")
+        self.sigmoid = checks.flag(sigmoid, "sigmoid")
+        self.softmax = checks.flag(softmax, "softmax")
         self.other_act = other_act
         self.smooth_nr = _number(smooth_nr, "smooth_nr")
         self.smooth_dr = _number(smooth_dr, "smooth_dr")
-        self.batch = batch
-        self.soft_label = soft_label
+        self.batch = checks.flag(batch, "batch")
+        self.soft_label = checks.flag(soft_label, "soft_label")
         if ignore_index is not None:
             ignore_index = checks.integer(ignore_index, "ignore_index")
         self.ignore_index = ignore_index
@@ -132,6 +132,7 @@ class _Overlap(torch.nn.Module):
     def _read(self, input: Tensor, target: Tensor, to_onehot_y: bool | None = None) -> _Read:
         """The checked call; `to_onehot_y` defaults to that of the loss."""
         to_onehot_y = self.to_onehot_y if to_onehot_y is None else to_onehot_y
+        _check_tensors(input, target)
         sigmoid, softmax, other_act = self.sigmoid, self.softmax, self.other_act
         single = input.shape[1] == 1
         if single:
@@ -141,7 +142,7 @@ class _Overlap(torch.nn.Module):
         x = input if other_act is None else other_act(input)
         labels = to_onehot_y and not single
         wanted = (x.shape[0], 1, *x.shape[2:]) if labels else x.shape
-        if target.shape != wanted or x.ndim < 3 or x.shape != input.shape:
+        if target.shape != wanted or x.shape != input.shape:
             _refuse_shapes(input, x, target, labels)
         if target.requires_grad:
             raise _refusal("a target that requires grad", "detach it")
@@ -234,8 +235,8 @@ class DiceLoss(_Overlap):
             check_labels=check_labels,
             inplace=inplace,
         )
-        self.squared_pred = squared_pred
-        self.jaccard = jaccard
+        self.squared_pred = checks.flag(squared_pred, "squared_pred")
+        self.jaccard = checks.flag(jaccard, "jaccard")
         self.register_buffer("class_weight", _weight(weight))
 
     def _loss(self, call: _Read) -> Tensor:
@@ -343,6 +344,7 @@ class MaskedDiceLoss(DiceLoss):
         if mask is None:
             warnings.warn("No mask value specified for the MaskedLoss.", stacklevel=2)
             return self._loss(self._read(input, target))
+        _check_tensors(input, target)
         _check_mask(input, mask)
         call = self._read(input, target)
         mask = mask.expand(len(input), 1, *input.shape[2:])
@@ -549,6 +551,9 @@ class DiceCELoss(torch.nn.Module):
         reduction = _one_of(reduction, "reduction", ("mean", "sum"))
         if weight is not None and not isinstance(weight, Tensor):
             raise TypeError(f"weight must be a tensor or None, got {type(weight).__name__}")
+        include_background = checks.flag(include_background, "include_background")
+        if weight is not None and not (include_background or weight.ndim):
+            raise ValueError("weight must be one number per class with include_background=False")
         self.dice = DiceLoss(
             include_background=include_background,
             to_onehot_y=to_onehot_y,
@@ -581,6 +586,7 @@ class DiceCELoss(torch.nn.Module):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """(B, C, *) and (B, 1, *) or (B, C, *) -> the loss."""
+        _check_tensors(input, target)
         if input.ndim != target.ndim or target.shape[1] not in (1, input.shape[1]):
             _refuse_channels(input, target)
         dice, weights = self.dice, []
@@ -681,12 +687,13 @@ class DiceFocalLoss(torch.nn.Module):
             reduction=self.dice.reduction,
         )
         self.reduction = "mean"  # for any reduction, as in MONAI
-        self.to_onehot_y = to_onehot_y
+        self.to_onehot_y = checks.flag(to_onehot_y, "to_onehot_y")
         self.lambda_dice = _factor(lambda_dice, "lambda_dice")
         self.lambda_focal = _factor(lambda_focal, "lambda_focal")
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """(B, C, *) and (B, 1, *) or (B, C, *) -> the loss."""
+        _check_tensors(input, target)
         if input.ndim != target.ndim or target.shape[1] not in (1, input.shape[1]):
             _refuse_channels(input, target)
         dice, focal = self.dice, self.focal
@@ -734,7 +741,7 @@ class _FocalSettings(torch.nn.Module):
         super().__init__()
         self.include_background = include_background
         self.gamma = _number(gamma, "gamma")
-        several = alpha is not None and torch.as_tensor(alpha).ndim > 0
+        several = alpha is not None and _shared.as_tensor(alpha, "alpha").ndim > 0
         if alpha is not None and not several:
             alpha = checks.number(_number(alpha, "alpha"), "alpha", largest=1)
         self.alpha: Any = _weight(alpha, "alpha") if several else alpha
@@ -1003,7 +1010,7 @@ def _number(value: Any, name: str) -> float:
 
 
 def _factor(value: Any, name: str) -> float:
-    if value < 0.0:
+    if isinstance(value, (int, float)) and value < 0.0:
         raise ValueError(f"{name} should be no less than 0.0, got {value}")
     return _number(value, name)
 
@@ -1012,7 +1019,7 @@ def _weight(weight: Any, name: str = "weight") -> Tensor | None:
     """The class weights as a tensor of numbers >= 0."""
     if weight is None:
         return None
-    weight = torch.as_tensor(weight)
+    weight = _shared.as_tensor(weight, name)
     numbers = weight.detach()
     if weight.ndim > 1 or not bool(((numbers >= 0) & numbers.isfinite()).all()):
         raise ValueError(
@@ -1056,13 +1063,17 @@ def _check_activation(sigmoid: bool, softmax: bool, other_act: Activation | None
         )
 
 
+def _check_tensors(input: Any, target: Any) -> None:
+    _shared.check_tensors(input, target, "input", "target")
+    if input.ndim < 3:
+        what = f"input of shape {tuple(input.shape)}, without spatial axes,"
+        raise _refusal(what, "give it one")
+
+
 def _refuse_shapes(input: Tensor, x: Tensor, target: Tensor, labels: bool) -> None:
     """Raises AssertionError, as MONAI does, for a target of a wrong shape; NotImplementedError for
     shapes that MONAI supports and this module does not.
     """
-    if input.ndim < 3:
-        what = f"input of shape {tuple(input.shape)}, without spatial axes,"
-        raise _refusal(what, "give it one")
     if x.shape != input.shape:
         raise _refusal(
             f"other_act that changes the shape {tuple(input.shape)} to {tuple(x.shape)}",
@@ -1089,6 +1100,7 @@ def _refuse_channels(input: Tensor, target: Tensor) -> None:
 
 
 def _check_mask(input: Tensor, mask: Tensor) -> None:
+    _shared.check_mask(mask, input, "mask", "input")
     shapes = f"of input {tuple(input.shape)} and mask {tuple(mask.shape)}"
     if mask.requires_grad:
         raise _refusal("a mask that requires grad", "detach it")

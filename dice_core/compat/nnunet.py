@@ -28,7 +28,8 @@ An error naming the argument is raised for anything that is not a function of su
 maps (reduction="none"), masks of several channels, weights of individual voxels, other Dice
 classes. The same holds for a target whose spatial shape differs from the logits', for a one-hot
 target of DC_and_CE_loss, whose first channel nnU-Net's cross-entropy would read as labels, for
-do_bg=False with a single channel, whose loss would be NaN, and for a negative smooth.
+do_bg=False with a single channel, whose loss would be NaN, for a negative smooth, and for flags
+other than True and False.
 
 `apply_nonlin` is part of the pass if it is None, torch.sigmoid, nn.Sigmoid(), nn.Softmax(1),
 partial(torch.softmax, dim=1) or softmax_helper_dim1, nnU-Net's or this module's. The output of any
@@ -47,7 +48,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import losses
+from .. import checks, losses
 from ..losses.penalties import NegativeScore, Penalty
 from ..losses.terms import namespace
 from ..spec import ACTIVATIONS, Spec
@@ -86,12 +87,13 @@ class _DiceLoss(nn.Module):
         options: Options,
     ) -> None:
         super().__init__()
-        self.do_bg = do_bg
-        self.batch_dice = batch_dice
+        _shared.check_callable(apply_nonlin, "apply_nonlin")
+        self.do_bg = checks.flag(do_bg, "do_bg")
+        self.batch_dice = checks.flag(batch_dice, "batch_dice")
         self.apply_nonlin = apply_nonlin
         self.smooth = smooth
         self.clip_tp = clip_tp
-        self.ddp = ddp
+        self.ddp = checks.flag(ddp, "ddp")
         self._options = options
         self._prepare(self._settings())
 
@@ -110,6 +112,7 @@ class _DiceLoss(nn.Module):
         settings = self._settings()
         if settings != self._prepared:
             self._prepare(settings)
+        _shared.check_tensors(x, y, "x", "y")
         logits, options = x, self._options
         x, activation = _probabilities(logits, self.apply_nonlin)
         if x is not logits:
@@ -118,6 +121,7 @@ class _DiceLoss(nn.Module):
         _check_channels(self, x)
         ignored = None
         if loss_mask is not None:
+            _shared.check_mask(loss_mask, x, "loss_mask", "x")
             y, ignored = _masked(y, loss_mask, x.shape[1])
         term, requests = self._plan
         pooled = self.ddp and self.batch_dice
@@ -250,6 +254,8 @@ class DC_and_CE_loss(nn.Module):
         inplace: bool = False,
     ) -> None:
         super().__init__()
+        _check_mapping(ce_kwargs, "ce_kwargs")
+        _check_mapping(soft_dice_kwargs, "soft_dice_kwargs")
         if ignore_label is not None:
             ce_kwargs["ignore_index"] = ignore_label
         self.weight_dice = weight_dice
@@ -272,12 +278,13 @@ class DC_and_CE_loss(nn.Module):
         """
         if self.weight_ce == 0 and self.weight_dice == 0:
             return self.weight_ce * 0 + self.weight_dice * 0
+        _shared.check_tensors(net_output, target, "net_output", "target")
         dice, entropy = self.dc, self.ce
         settings, weight = self._settings(dice, entropy), entropy.weight
         if settings != self._prepared:
             self._prepare(settings, weight)
         x, ignored, index = net_output, self.ignore_label, entropy.ignore_index
-        if ignored is not None and target.shape[1] != 1:
+        if ignored is not None and target.shape[1:2] != (1,):
             raise AssertionError(
                 f"with an ignore_label target must be labels (N, 1, *), got {tuple(target.shape)}"
             )
@@ -379,6 +386,9 @@ class DC_and_BCE_loss(nn.Module):
         inplace: bool = False,
     ) -> None:
         super().__init__()
+        _check_mapping(bce_kwargs, "bce_kwargs")
+        _check_mapping(soft_dice_kwargs, "soft_dice_kwargs")
+        use_ignore_label = checks.flag(use_ignore_label, "use_ignore_label")
         if use_ignore_label:
             bce_kwargs["reduction"] = "none"
         self.weight_dice = weight_dice
@@ -399,6 +409,7 @@ class DC_and_BCE_loss(nn.Module):
         target : (N, C, *) tensor, with use_ignore_label (N, C + 1, *)
             One-hot or soft targets of any dtype.
         """
+        _shared.check_tensors(net_output, target, "net_output", "target")
         dice, entropy = self.dc, self.ce
         settings = self._settings(dice, entropy)
         if settings != self._prepared:
@@ -509,6 +520,12 @@ def __getattr__(name: str) -> Any:
 # ---- arguments -----------------------------------------------------------------------------------
 
 
+def _check_mapping(value: Any, name: str) -> None:
+    """Raises TypeError unless these are keyword arguments."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a dict of arguments, got {type(value).__name__}")
+
+
 def _dice_class(dice_class: Any) -> Any:
     """A Dice class of this module, also for nnU-Net's class of the same name."""
     ours = {each.__name__: each for each in (MemoryEfficientSoftDiceLoss, SoftDiceLoss)}
@@ -574,6 +591,10 @@ def _masked(y: Tensor, mask: Tensor, classes: int) -> tuple[Tensor, int]:
         raise NotImplementedError(
             f"loss_mask must have shape (N, 1, *), got {tuple(mask.shape)} for a target of "
             f"{tuple(y.shape)}"
+        )
+    if any(m not in (1, n) for m, n in zip(mask.shape, y.shape, strict=True)):
+        raise ValueError(
+            f"loss_mask of shape {tuple(mask.shape)} does not fit a target of {tuple(y.shape)}"
         )
     if mask.requires_grad:
         _shared.refuse_gradient(mask, "loss_mask")
@@ -727,10 +748,10 @@ def _plans(
     weight_ce: float,
     ignored: tuple[int | None, ...],
 ) -> tuple[_Plan, _Plan, _Plan]:
-    for name, factor in (("weight_dice", weight_dice), ("weight_ce", weight_ce)):
-        if isinstance(factor, Tensor):
-            raise TypeError(f"{name} must be a number, got a tensor")
-    parts = (float(weight_dice), dice), (float(weight_ce), entropy)
+    parts = (
+        (_shared.number(weight_dice, "weight_dice", signed=True), dice),
+        (_shared.number(weight_ce, "weight_ce", signed=True), entropy),
+    )
     of_dice, of_entropy, both = (losses.Sum(each) for each in (parts[:1], parts[1:], parts))
     return _planned(of_dice, ignored), _planned(of_entropy, ignored), _planned(both, ignored)
 

@@ -99,10 +99,10 @@ class _OverlapLoss(nn.Module):
             raise AssertionError("classes are not supported with mode='binary'")
         self.mode = mode
         self.classes = _numbers(classes, "classes", torch.long)
-        self.from_logits = from_logits
+        self.from_logits = checks.flag(from_logits, "from_logits")
         self.smooth = smooth
         self.eps = eps
-        self.log_loss = log_loss
+        self.log_loss = checks.flag(log_loss, "log_loss")
         self.ignore_index = ignore_index
         self.class_weights = _numbers(class_weights, "class_weights", torch.float)
         _check_weights(self.classes, self.class_weights)
@@ -123,6 +123,7 @@ class _OverlapLoss(nn.Module):
         settings = self._settings()
         if settings != self._prepared:
             self._prepare(settings)
+        _shared.check_tensors(y_pred, y_true, "y_pred", "y_true")
         if y_true.requires_grad:
             _shared.refuse_gradient(y_true, "y_true")
         x = y_pred
@@ -181,7 +182,8 @@ class _OverlapLoss(nn.Module):
                     f"got {weights if weights is None else tuple(weights.shape)}"
                 )
             return weights
-        index = torch.arange(channels, device=classes.device)[classes].reshape(-1)
+        index = torch.arange(channels, device=classes.device)
+        index = _picked(index, classes, "the channels of y_pred").reshape(-1)
         if weights is None:
             picked = torch.ones(index.shape, dtype=torch.float64, device=index.device)
         else:
@@ -338,14 +340,27 @@ def _numbers(values: Any, name: str, dtype: torch.dtype) -> Tensor | None:
         return None
     if not isinstance(values, (list, tuple, np.ndarray, Tensor)):
         raise TypeError(f"{name} must be a list, got {values!r}")
-    return torch.as_tensor(values).to(dtype)
+    return _shared.as_tensor(values, name).to(dtype)
 
 
 def _check_weights(classes: Tensor | None, weights: Tensor | None) -> None:
     if classes is not None and not classes.numel():
         raise ValueError("classes must name at least one class")
     if weights is not None:
+        if weights.ndim != 1:
+            raise ValueError(
+                f"class_weights must have one entry per class, got shape {tuple(weights.shape)}"
+            )
         total = weights.detach().double().cpu()
-        total = (total if classes is None else total[classes.cpu()]).sum()
-        if total == 0:
+        if classes is not None:
+            total = _picked(total, classes.cpu(), "the entries of class_weights")
+        if total.sum() == 0:
             raise ValueError("the class_weights that are averaged with sum to 0")
+
+
+def _picked(row: Tensor, classes: Tensor, what: str) -> Tensor:
+    """The entries of these classes; raises ValueError for classes that have none."""
+    try:
+        return row[classes]
+    except IndexError:
+        raise ValueError(f"classes {classes.tolist()} are not among {what}, {len(row)}") from None
