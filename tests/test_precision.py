@@ -12,7 +12,7 @@ from precision import LOSSES, exact, example, one_hot, relative_error
 
 import dice_core
 import dice_core.torch
-from dice_core import losses
+from dice_core import buffers, calls, losses, spec
 
 BACKENDS = [row.name for row in kernel_rows()]
 
@@ -158,3 +158,34 @@ def test_the_logarithm_of_a_tiny_score_has_all_digits():
     value, derivative = term.with_derivative(dice_core.Statistics(sums, spec, "float64"))
     assert_close(value, math.log1p(20 / 1e-11), rtol=1e-14)
     assert_close(derivative[1, 0, 0], 1 / 20, rtol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
+@pytest.mark.parametrize("p", [3, 17, 33])
+def test_large_powers_of_any_probability(p, activation, backend):
+    """Between 1/2 and 1, s^(p-1) goes from nearly nothing to 1: no form of a + b s^(p-1) may lose
+    the digits of either end.
+    """
+    s = np.linspace(0.02, 0.98, 193)
+    z = np.log(s / (1 - s))
+    x = np.stack({"softmax": [z, 0 * z], "sigmoid": [z, -z], "none": [s, 1 - s]}[activation])
+    x, y = x[None].astype("float32"), np.zeros((1, 193), "uint8")
+    if activation != "softmax":
+        y = np.stack([y + 1, y], 1).astype("float32")
+    request = spec.for_shapes(x.shape, y.shape, spec.checked(activation=activation, p=p))
+    cotangent = np.zeros(request.sums_shape(x.shape))
+    cotangent[0], cotangent[1] = -0.05, -0.5  # of I, of P
+    grads = []
+    for name, logits in ((backend, x), ("reference", x.astype("float64"))):
+        grad = np.empty_like(logits)
+        call = calls.call(logits, y, request, name)
+        call.gradient(cotangent, None, buffers.of(grad, "grad"))
+        grads.append(grad[0, 0].astype("float64"))
+    size = 0.05 + 0.5 * p * s ** (p - 1)  # of what is added up
+    if activation == "softmax":
+        size = size + 0.5 * p * (1 - s) ** (p - 1)
+    if activation != "none":
+        size = size * s * (1 - s)
+    error = np.abs(grads[0] - grads[1])
+    np.testing.assert_array_less(error, (8 + 2 * p) * 2.0**-24 * size)

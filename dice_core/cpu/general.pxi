@@ -197,8 +197,8 @@ cdef inline vec binary_slope(const Problem *q, vec z, vec target, vec positive, 
 cdef inline vec overlap_slope(
     const Problem *q, const char *cotangent, Py_ssize_t c, vec t, vec s, vec rest, vec ignored
 ) noexcept nogil:
-    """The derivative of the parts in I and P for the probability s, with rest = 1 - s: a t + b s^(p-1). Where s and t are
-    above 1/2, these may cancel; there it is (a + b) t + b (1 - t) - b (1 - s^(p-1)).
+    """The derivative of the parts in I and P for the probability s, with rest = 1 - s: a t + b s^(p-1). Where s is near 1
+    and t above 1/2, these may cancel; there it is (a + b) t + b (1 - t) - b (1 - s^(p-1)).
     """
     cdef vec zero, half, a, b, both
     set_zero(&zero)
@@ -210,7 +210,7 @@ cdef inline vec overlap_slope(
     half = constant(&zero, 0.5)
     broadcast(&both, cotangent, TARGET_SUM * q.classes + c)
     both = both * t + b * ((zero + 1 - t) - complement_of_power(s, rest, q.p - 1))
-    return andnot(ignored, select(and_mask(less(half, s), less(half, t)), both, a + b * power(s, q.p - 1)))
+    return andnot(ignored, select(and_mask(less(rest, constant(&zero, 0.5 / (q.p - 1))), less(half, t)), both, a + b * power(s, q.p - 1)))
 
 
 cdef void grad_general(

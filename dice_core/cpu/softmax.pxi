@@ -287,7 +287,8 @@ cdef inline void grad_lines(
 
     With d_c the derivative with respect to s_c, the gradient is s_c (d_c - sum s d) + h_o (s_c - [c=o]), o the voxel's own
     class. For near-perfect predictions nothing must cancel: 1 - s_o is the sum r of the others, the gradient of o is s_o
-    (d_o r - dot) - h_o r with dot = sum s d over the others, and where s_o > 1/2, d_o = (a + b)_o - b_o (1 - s_o^(p-1)).
+    (d_o r - dot) - h_o r with dot = sum s d over the others, and where s_o is near 1, d_o is not a_o + b_o s_o^(p-1) but
+    (a + b)_o - b_o (1 - s_o^(p-1)).
     """
     cdef vec dot[VECTORS]
     cdef vec rest[VECTORS]  # the sum of the other classes' exponentials
@@ -296,12 +297,14 @@ cdef inline void grad_lines(
     cdef vec own_b[VECTORS]
     cdef vec own_e[VECTORS]
     cdef vec own_h[VECTORS]
-    cdef vec s, slope, mask, a, b, h, which, zero
+    cdef vec s, slope, mask, a, b, h, which, zero, near_1
     cdef Py_ssize_t c, e_row = q.block // lanes(&s)
     cdef const vec *at
     cdef logit *to
     cdef int k
     set_zero(&zero)
+    if p > 1:
+        near_1 = constant(&zero, 0.5 / (p - 1))  # where the power is at least about 1/2
     for _ in range(lines):
         for k in range(VECTORS):
             dot[k] = rest[k] = own[k] = own_a[k] = own_b[k] = own_e[k] = own_h[k] = zero
@@ -333,7 +336,7 @@ cdef inline void grad_lines(
             s = own_e[k] * scale[k]
             if p > 1:
                 own[k] = select(
-                    less(rest[k], s), own[k] - own_b[k] * complement_of_power(s, rest[k], p - 1),
+                    less(rest[k], near_1), own[k] - own_b[k] * complement_of_power(s, rest[k], p - 1),
                     own_a[k] + own_b[k] * power(s, p - 1),
                 )
             slope = dot[k] * scale[k]
