@@ -148,10 +148,9 @@ def subgroups(rank, size):
             x[rank : rank + 1], y[rank : rank + 1], POOLED["Dice"], process_group=groups[0]
         )
         close(of_rank, value)
-    elif groups[0] is not distributed.GroupMember.NON_GROUP_MEMBER:
-        raises(ValueError, "does not contain", loss, x, y, process_group=groups[0])
     else:
-        raises(TypeError, "process_group must be", loss, x, y, process_group=groups[0])
+        raises(ValueError, "does not contain", loss, x, y, process_group=groups[0])
+        raises(ValueError, "does not contain", DiceScore, process_group=groups[0])
 
 
 def wrong_groups(rank, size):

@@ -122,8 +122,8 @@ class Voxels:
             rows["T2"] = t**2, 3 * eps * t**2
         if self.soft:
             rows["V"] = np.ones_like(t), 0 * t
-        # Equal numbers have equal rounding errors: of up to 512 of them in 8 lanes in float32, of up
-        # to 4096 in float64, before their sum is added to others.
+        # Equal numbers have equal rounding errors: of up to 512 of them in 8 lanes in float32, of
+        # up to 4096 in float64, before their sum is added to others.
         run = min(self.m.shape[2], 512) / 8 if eps > 1e-10 else min(self.m.shape[2], 4096) / 2
         adding = 8 + run
         values, bounds = {}, {}

@@ -90,10 +90,14 @@ def loss(
         activation checkpointing, and with create_graph=True.
     process_group : torch.distributed.ProcessGroup or "world", optional
         Sums are added over the ranks of this group, or of all ranks, before the loss is computed,
-        in one collective call per loss: a volume split in space, or with a loss that pools the
-        batch, batches of any size, gives the loss of a single process on every rank. Gradients are
-        those of the sum of the ranks' equal losses, W times those of a single process of W ranks,
-        so that the mean over ranks that DistributedDataParallel and FSDP take is exact.
+        in one collective call per loss. With a loss that pools samples, batches of any size give
+        the loss of a single process on every rank, and so does any loss of volumes split in space,
+        where sample n of every rank is a part of the same volume; the ranks must then have equally
+        many samples (TORCH_DISTRIBUTED_DEBUG=DETAIL names those that have not). Gradients of x are
+        those of the sum of the ranks' equal losses, W times those of a single process for W ranks,
+        so that the mean over ranks that DistributedDataParallel and FSDP take is exact; those of
+        class weights are the same on every rank. A module that holds a ProcessGroup can be neither
+        copied nor pickled, one that holds "world" can.
 
     The other parameters are those of `dice_core.loss`.
 

@@ -10,11 +10,21 @@ from torch import Tensor, distributed
 from ..losses import Term
 from ..sums import Statistics
 
+_NOT_IN_GROUP = "process_group does not contain this process"
+
 
 def check(process_group: Any) -> None:
-    """Raises TypeError unless this is a process group or "world"."""
+    """Raises TypeError unless this is a process group or "world", ValueError for a group of others,
+    which torch gives as a number.
+    """
     if isinstance(process_group, str) and process_group == "world":
         return
+    if (
+        distributed.is_available()
+        and isinstance(process_group, int)
+        and process_group == distributed.GroupMember.NON_GROUP_MEMBER
+    ):
+        raise ValueError(_NOT_IN_GROUP)
     if not distributed.is_available() or not isinstance(process_group, distributed.ProcessGroup):
         raise TypeError(
             f"process_group must be a torch.distributed.ProcessGroup, 'world' or None, "
@@ -67,7 +77,7 @@ def _group(process_group: Any) -> Any:
         )
     group = None if isinstance(process_group, str) else process_group
     if distributed.get_rank(group) < 0:
-        raise ValueError("process_group does not contain this process")
+        raise ValueError(_NOT_IN_GROUP)
     return group
 
 

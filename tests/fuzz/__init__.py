@@ -25,7 +25,8 @@ What is accepted and cannot be compared is counted by reason, and all other chec
   These are ratios close to 0/0, where all probabilities of a class underflow, kinks (floor, eps,
   (1 - q)^g at 0), and square roots at 0. The gradient must be finite where the true one is.
 - "overflow": the truth, or a factor of it, is beyond the range of the arithmetic.
-- "underflow": with empty="nan", a class whose sum of s^p underflows is 0/0, and so is its gradient.
+- "underflow": a class whose sum of s^p underflows is 0/0 with empty="nan", smooth/0 with a smooth
+  of the numerator alone, and so is its gradient.
 - "not finite": a counted NaN or infinity makes sums not finite. The loss is still compared, NaN for
   NaN; the gradients of such samples are not.
 - "infinite logits in binary cross-entropy": its two sums may be NaN or infinite by torch's formula.

@@ -57,6 +57,18 @@ def accepted(case: Case) -> None:
     assert not case.bad, f"accepted, expected {case.bad}"
 
 
+def empty_is_nan(term: oracle.Term) -> bool:
+    """Whether its score of a class that is neither there nor predicted is NaN."""
+    return term.settings.get("empty") == "nan"
+
+
+def divides_by_0(term: oracle.Term) -> bool:
+    """Whether its score of such a class is smooth/0."""
+    smooth = term.settings.get("smooth", 0)
+    above, below = smooth if isinstance(smooth, tuple) else (smooth, smooth)
+    return above > 1e3 * below
+
+
 @oracle.quiet
 def assert_within(
     case: Case, what: str, actual: Any, truth: Array, error: Array, limit: float
@@ -211,9 +223,12 @@ class Expected:
         both = small & np.isinf(error) & np.isfinite(truth)
         factors = [np.abs(row).max(initial=0) for row in (self.upstream, *self.weights())]
         both &= max(factors) < 1e30
-        sums = self.sums["P"]
-        lost = (sums > 0) & (sums < (1e-300 if data.dtype == "float64" else 1e-37))
-        if lost.any() and any(term.settings.get("empty") == "nan" for _, term in self.parts):
+        smallest = 1e-300 if data.dtype == "float64" else 1e-37
+        if any(divides_by_0(term) for _, term in self.parts):
+            smallest = smallest**0.5  # the derivative of smooth/P is divided by the square of P
+        sums = np.abs(self.sums["P"])
+        lost = ((sums > 0) & (sums < smallest)).any()
+        if lost and any(empty_is_nan(term) or divides_by_0(term) for _, term in self.parts):
             case.reasons.append("underflow")
             both &= False
         assert np.isfinite(actual[both]).all(), (

@@ -57,7 +57,7 @@ def torch_loss(case: Case) -> None:
         fresh = before.requires_grad_()
         again = dice_core.torch.loss(fresh, data.y, **arguments(), **options)
         check_overwritten(x, value, grad, fresh, again, upstream)
-    if case.may(0.3):
+    if case.may(0.3) and x is data.x:  # else sums are added in another order
         with torch.no_grad():
             arrays = dice_core.loss(data.x.detach(), data.y, **arguments(), **options)
         assert_bitwise_equal(np.asarray(arrays), value.detach().numpy(), what="torch and arrays")
@@ -77,6 +77,8 @@ def logits_for(case: Case, data: Data, differentiable: bool) -> tuple[Any, Any, 
     kind = case.one(*["computed"] * 7, "leaf", "view of a leaf")
     if kind == "computed" and not case.bad:
         return leaf * 1, leaf, inplace
+    if x.layout != torch.strided:  # torch has no view of it
+        kind = "leaf"
     case.note(f"inplace: {kind}")
     case.refuse((ValueError, NotImplementedError), "inplace")
     return (leaf if kind != "view of a leaf" else leaf[...]), leaf, inplace
