@@ -37,8 +37,7 @@ __all__ = [
     "statistics",
 ]
 
-# Imported on first access (PEP 562), and the library that each needs.
-_LAZY = {"compat": "torch", "dask": "dask", "jax": "jax", "torch": "torch"}
+_LAZY = ("compat", "dask", "jax", "torch")  # imported on first access (PEP 562)
 
 
 def __getattr__(name: str) -> Any:
@@ -51,5 +50,6 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    lazy = (name for name, library in _LAZY.items() if importlib.util.find_spec(library))
+    """Without the adapters for JAX and dask, which help() would import, with all that they need."""
+    lazy = [name for name in ("compat", "torch") if importlib.util.find_spec("torch")]
     return sorted({*globals(), *lazy})

@@ -14,25 +14,9 @@ from typing import Any
 
 import torch
 
-import dice_core.torch
+from dice_core.torch import DiceCELoss, LinearHead, LinearLoss
 
 WAYS = ("ordinary", "fused", "no loss")
-
-
-class Head(torch.nn.Conv3d):
-    """The last convolution of a network. In training it returns what LinearLoss needs; in
-    evaluation it computes the logits.
-    """
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return (x, self.weight, self.bias) if self.training else super().forward(x)
-
-
-def head_like(conv: Any) -> Head:
-    """A Head in place of a 1x1x1 convolution, with its weights and the same `state_dict`."""
-    head = Head(conv.in_channels, conv.out_channels, 1, bias=conv.bias is not None)
-    head.load_state_dict(conv.state_dict())
-    return head
 
 
 def nnunet(classes: int, fused: bool) -> torch.nn.Module:
@@ -54,7 +38,7 @@ def nnunet(classes: int, fused: bool) -> torch.nn.Module:
         nonlin=torch.nn.LeakyReLU,
     )
     if fused:  # with deep supervision: every one of the seg_layers
-        net.decoder.seg_layers[-1] = head_like(net.decoder.seg_layers[-1])
+        net.decoder.seg_layers[-1] = LinearHead(net.decoder.seg_layers[-1])
     return net
 
 
@@ -63,15 +47,15 @@ def monai(classes: int, fused: bool) -> torch.nn.Module:
 
     body = UNet(3, 1, 16, channels=(16, 32, 64, 128), strides=(2, 2, 2))
     conv = torch.nn.Conv3d(16, classes, 1)
-    return torch.nn.Sequential(body, head_like(conv) if fused else conv)
+    return torch.nn.Sequential(body, LinearHead(conv) if fused else conv)
 
 
 def train(way: str, network: str, side: int, classes: int, steps: int) -> dict[str, Any]:
     """The loss and seconds of each step, and how much memory they took, in MiB."""
     torch.manual_seed(0)
     net = {"nnunet": nnunet, "monai": monai}[network](classes, way == "fused")
-    loss = dice_core.torch.DiceCELoss(smooth=1e-5)
-    fused_loss = dice_core.torch.LinearLoss(loss)
+    loss = DiceCELoss(smooth=1e-5)
+    fused_loss = LinearLoss(loss)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.99, nesterov=True)
     torch.manual_seed(1)
     image = torch.rand(1, 1, side, side, side)

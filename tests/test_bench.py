@@ -145,15 +145,16 @@ def test_phases_are_timed_but_not_preparation(monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's high-water mark")
 def test_growth_of_memory():
-    x = torch.ones(4 << 20)  # 16 MiB
+    count = 9 << 20  # 36 MiB: larger blocks than malloc keeps, whatever it freed before
+    x = torch.ones(count)
 
     def step():
         yield
-        kept = torch.ones(8 << 20)
-        torch.ones(16 << 20)
+        kept = torch.ones(2 * count)
+        torch.ones(4 * count)
         yield
         yield kept
-        torch.ones(64 << 20)  # cleaning up is not included
+        torch.ones(8 * count)  # cleaning up is not included
 
     found = measure.growth(step, devices.DEVICES["cpu"], x)
     assert found == {"peak": pytest.approx(6, rel=0.05), "kept": pytest.approx(2, rel=0.05)}

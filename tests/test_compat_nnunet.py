@@ -30,6 +30,7 @@ from dice_core.compat.nnunet import (
     SoftDiceLoss,
     softmax_helper_dim1,
 )
+from dice_core.torch import LinearHead
 
 HAS_NNUNET = importlib.util.find_spec("nnunetv2") is not None
 needs_nnunet = pytest.mark.skipif(not HAS_NNUNET, reason="nnunetv2 is not installed")
@@ -705,6 +706,69 @@ def test_batch_dice_over_ranks_needs_a_process_group():
             loss(x, y)
 
 
+# ---- the output of a fused head ------------------------------------------------------------------
+
+SETTINGS = [{}, {"batch_dice": True}, {"do_bg": False}, {"smooth": 0.5}]
+
+
+def of_head_and_of_logits(criterion, features, conv, y):
+    """The loss and gradients of a head's output, and of the convolution's logits."""
+    found = []
+    for of_head in (True, False):
+        x = features.clone().requires_grad_()
+        conv.zero_grad()
+        output = LinearHead(conv.train())(x) if of_head else conv(x)
+        value = criterion(output, y)
+        value.backward()
+        grads = [x.grad, *(p.grad.clone() for p in conv.parameters())]
+        found.append((value.detach(), grads))
+    return found
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("regions", [False, True])
+@pytest.mark.parametrize("ignore_label", [None, 3])
+def test_the_output_of_a_head(settings, regions, ignore_label):
+    torch.manual_seed(0)
+    conv, features = nn.Conv2d(5, 3, 1).double(), torch.randn(2, 5, 6, 7).double()
+    y = torch.randint(3 if ignore_label is None else 4, (2, 1, 6, 7))
+    dice = {"ddp": False, **settings}
+    if regions:
+        criterion = DC_and_BCE_loss({}, dice, use_ignore_label=ignore_label is not None)
+        extra = [y == 3] if ignore_label is not None else []
+        y = torch.cat([y == 0, y == 1, y == 2, *extra], 1)
+    else:
+        weight = torch.tensor([1.0, 2.0, 3.0]).double()
+        criterion = DC_and_CE_loss(dice, {"weight": weight}, ignore_label=ignore_label)
+    (value, grads), (expected, others) = of_head_and_of_logits(criterion, features, conv, y)
+    assert_close(value, expected, rtol=1e-13)
+    for grad, other in zip(grads, others, strict=True):
+        assert_close(grad, other, rtol=1e-10, atol=1e-16)
+
+
+def test_the_output_of_a_head_that_ce_and_dice_read_apart():
+    """With an ignore_index of CE that is a class there are two passes."""
+    conv, features = nn.Conv2d(5, 3, 1).double(), torch.randn(2, 5, 6, 7).double()
+    criterion = DC_and_CE_loss({"ddp": False}, {"ignore_index": 1})
+    y = torch.randint(3, (2, 1, 6, 7))
+    (value, grads), (expected, others) = of_head_and_of_logits(criterion, features, conv, y)
+    assert_close(value, expected, rtol=1e-13)
+    for grad, other in zip(grads, others, strict=True):
+        assert_close(grad, other, rtol=1e-10, atol=1e-16)
+
+
+def test_outputs_of_a_head_that_are_refused():
+    features, y = torch.randn(2, 5, 6, 7), torch.zeros(2, 1, 6, 7)
+    criterion = DC_and_CE_loss({"ddp": False}, {})
+    with pytest.raises(TypeError, match="features, weight and bias of a LinearHead"):
+        criterion((features, y), y)
+    with pytest.raises(ValueError, match="weight takes 4 channels"):
+        criterion((features, torch.ones(3, 4), None), y)
+    criterion.dc.apply_nonlin = torch.tanh
+    with pytest.raises(NotImplementedError, match="apply_nonlin that is part of the pass"):
+        criterion((features, torch.ones(3, 5), None), y)
+
+
 # ---- the trainer ---------------------------------------------------------------------------------
 
 
@@ -738,9 +802,11 @@ def trainers(monkeypatch):
     module = stand_in()
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(torch, "compile", lambda function: function)
-    nnunet.trainer.cache_clear()
+    for cached in (nnunet.trainer, nnunet.fused_head_trainer):
+        cached.cache_clear()
     yield module.nnUNetTrainer, nnunet.nnUNetTrainerDiceCore
-    nnunet.trainer.cache_clear()
+    for cached in (nnunet.trainer, nnunet.fused_head_trainer):
+        cached.cache_clear()
 
 
 def built(kind, *, regions=False, ignore_label=None, scales=3, ddp=False, compiles=False):
@@ -799,6 +865,53 @@ def test_trainer_of_a_single_scale(trainers):
         loss = built(trainers[1], scales=1)
     x, y = example(2, 3, 4, 5)
     assert_close(loss([x], [y]), loss.loss(x, y), rtol=0)
+
+
+class Decoder(nn.Module):
+    """As nnU-Net's networks have it: a list of outputs, or with one scale its only one."""
+
+    def __init__(self):
+        super().__init__()
+        self.seg_layers = nn.ModuleList(nn.Conv2d(4, 3, 1) for _ in range(2))
+
+    def forward(self, x):
+        return [self.seg_layers[1](x), self.seg_layers[0](x[..., ::2, ::2])]
+
+
+class UNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.decoder = nn.Conv2d(1, 4, 3, padding=1), Decoder()
+
+    def forward(self, x):
+        return self.decoder(self.body(x))
+
+
+@needs_nnunet
+def test_trainer_with_a_fused_head(trainers):
+    theirs, ours = trainers
+    theirs.build_network_architecture = staticmethod(lambda kind: kind())
+    kind = nnunet.nnUNetTrainerDiceCoreFusedHead
+    assert issubclass(kind, ours)
+    assert kind.__name__ == "nnUNetTrainerDiceCoreFusedHead"
+    net, other = kind.build_network_architecture(UNet), UNet()
+    other.load_state_dict(net.state_dict())  # a checkpoint of one is one of the other
+    image = torch.randn(2, 1, 8, 8)
+    y = torch.randint(3, (2, 1, 8, 8))
+    targets = [y, y[..., ::2, ::2]]
+    fused, loss = built(kind, scales=2), built(ours, scales=2)
+    value, expected = fused(net(image), targets), loss(other(image), targets)
+    assert_close(value.detach(), expected.detach(), rtol=1e-5)
+    value.backward()
+    expected.backward()
+    for a, b in zip(net.parameters(), other.parameters(), strict=True):
+        assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6)
+    net.eval()
+    with torch.no_grad():  # as in validation and prediction
+        assert_close(fused(net(image), targets), loss(other.eval()(image), targets), rtol=1e-5)
+    with pytest.raises(NotImplementedError, match=r"decoder\.seg_layers, got Sequential"):
+        kind.build_network_architecture(nn.Sequential)
 
 
 def test_trainer_says_what_it_needs(monkeypatch):

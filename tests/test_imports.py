@@ -91,7 +91,7 @@ IN_BENCH = {
     "formulas": set(),
 }
 TRANSLATIONS = {
-    *("torch.__init__", "torch.functional", "torch.operators", "compat._shared"),
+    *("torch.__init__", "torch.functional", "torch.linear", "torch.operators", "compat._shared"),
     *("losses.__init__", "losses.penalties", "losses.terms", "sums", "spec", "checks", "threads"),
 }
 ARROWS |= {f"compat.{name}": TRANSLATIONS for name in ("monai", "nnunet", "smp")}

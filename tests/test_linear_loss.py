@@ -588,3 +588,37 @@ def test_memory_above_arguments_and_gradients():
     )
     for growth in map(float, done.stdout.split()[1:]):
         assert -0.02 < growth < 1 / 20, f"the step grew by {growth:.3f} times the logits"
+
+
+# ---- LinearHead ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", [torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d])
+def test_a_head_has_the_parameters_of_its_convolution(kind, bias):
+    conv = kind(4, 3, 1, bias=bias)
+    head = dice_core.torch.LinearHead(conv)
+    assert list(head.state_dict()) == list(conv.state_dict())
+    x = torch.randn(2, 4, *[5] * (conv.weight.ndim - 2))
+    features, weight, of_bias = head(x)
+    assert features is x
+    assert weight is conv.weight
+    assert of_bias is conv.bias
+    assert torch.equal(head.eval()(x), conv(x))
+    assert not dice_core.torch.LinearHead(conv.eval()).training
+
+
+@pytest.mark.parametrize(
+    ("conv", "error"),
+    [
+        (lambda: torch.nn.Linear(4, 3), TypeError),
+        (lambda: torch.nn.ConvTranspose2d(4, 3, 1), TypeError),
+        (lambda: torch.nn.Conv2d(4, 3, 3), ValueError),
+        (lambda: torch.nn.Conv2d(4, 3, 1, stride=2), ValueError),
+        (lambda: torch.nn.Conv2d(4, 3, 1, padding=1), ValueError),
+        (lambda: torch.nn.Conv2d(4, 4, 1, groups=2), ValueError),
+    ],
+)
+def test_layers_that_are_no_head(conv, error):
+    with pytest.raises(error, match="conv must"):
+        dice_core.torch.LinearHead(conv())

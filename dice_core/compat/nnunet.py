@@ -20,6 +20,8 @@ Values and gradients are those of nnU-Net 2.8, including its 0/0. The difference
 - There are no second derivatives, and no gradients for targets and masks: if they require grad they
   raise NotImplementedError.
 - DC_and_CE_loss without a Dice part returns a tensor 0, not the int 0, if all voxels are ignored.
+- The compound losses also take the output of a `dice_core.torch.LinearHead`, without ever holding
+  the logits; nnUNetTrainerDiceCoreFusedHead gives the networks of nnU-Net such heads.
 - backend, num_threads, check_labels and inplace, all by keyword, are those of
   `dice_core.torch.loss`; inplace has no effect where apply_nonlin, or a second pass, needs memory
   of the size of the logits.
@@ -53,8 +55,8 @@ from ..losses.penalties import NegativeScore, Penalty
 from ..losses.terms import namespace
 from ..spec import ACTIVATIONS, Spec
 from ..sums import Statistics
-from ..torch import operators
-from ..torch.functional import Options, evaluate, options
+from ..torch import linear, operators
+from ..torch.functional import Options, evaluate, of_sums, options
 from ..torch.functional import sums as sums_of
 from . import _shared
 
@@ -266,19 +268,19 @@ class DC_and_CE_loss(nn.Module):
         self._options = options(backend, num_threads, check_labels, inplace)
         self._prepare(self._settings(self.dc, self.ce), self.ce.weight)
 
-    def forward(self, net_output: Tensor, target: Tensor) -> Tensor | float:
+    def forward(self, net_output: Any, target: Tensor) -> Tensor | float:
         """The loss, a scalar.
 
         Parameters
         ----------
         net_output : (N, C, *) floating-point tensor
-            Logits.
+            Logits; or what a `dice_core.torch.LinearHead` returns in training.
         target : (N, 1, *) tensor
             Labels of any dtype. With weight_ce = 0, any target that dice_class accepts.
         """
         if self.weight_ce == 0 and self.weight_dice == 0:
             return self.weight_ce * 0 + self.weight_dice * 0
-        _shared.check_tensors(net_output, target, "net_output", "target")
+        net_output = _logits(net_output, target)
         dice, entropy = self.dc, self.ce
         settings, weight = self._settings(dice, entropy), entropy.weight
         if settings != self._prepared:
@@ -399,17 +401,17 @@ class DC_and_BCE_loss(nn.Module):
         self._options = options(backend, num_threads, check_labels, inplace)
         self._prepare(self._settings(self.dc, self.ce))
 
-    def forward(self, net_output: Tensor, target: Tensor) -> Tensor:
+    def forward(self, net_output: Any, target: Tensor) -> Tensor:
         """The loss, a scalar.
 
         Parameters
         ----------
         net_output : (N, C, *) floating-point tensor
-            Logits.
+            Logits; or what a `dice_core.torch.LinearHead` returns in training.
         target : (N, C, *) tensor, with use_ignore_label (N, C + 1, *)
             One-hot or soft targets of any dtype.
         """
-        _shared.check_tensors(net_output, target, "net_output", "target")
+        net_output = _logits(net_output, target)
         dice, entropy = self.dc, self.ce
         settings = self._settings(dice, entropy)
         if settings != self._prepared:
@@ -460,6 +462,35 @@ class DC_and_BCE_loss(nn.Module):
         self._prepared: tuple[Any, ...] = ()
         self._plans = _dice_and_bce(*settings)
         self._prepared = settings
+
+
+@functools.cache
+def fused_head_trainer() -> type:
+    """The class nnUNetTrainerDiceCoreFusedHead: `trainer` with networks whose segmentation layers
+    are `LinearHead`s, so that the logits of a training step are never held.
+
+    Checkpoints fit both trainers, and nnU-Net's. Raises what `trainer` does.
+    """
+
+    class nnUNetTrainerDiceCoreFusedHead(trainer()):  # type: ignore[misc]
+        """nnUNetTrainerDiceCore without logits in training."""
+
+        @staticmethod
+        def build_network_architecture(*args: Any, **kwargs: Any) -> nn.Module:
+            net: nn.Module = trainer().build_network_architecture(*args, **kwargs)  # type: ignore[attr-defined]
+            layers = getattr(getattr(net, "decoder", None), "seg_layers", None)
+            if layers is None:
+                raise NotImplementedError(
+                    f"nnUNetTrainerDiceCoreFusedHead needs a network with decoder.seg_layers, got "
+                    f"{type(net).__name__}: use nnUNetTrainerDiceCore"
+                )
+            for i, layer in enumerate(layers):
+                layers[i] = linear.LinearHead(layer)
+            return net
+
+    nnUNetTrainerDiceCoreFusedHead.__module__ = __name__
+    nnUNetTrainerDiceCoreFusedHead.__qualname__ = nnUNetTrainerDiceCoreFusedHead.__name__
+    return nnUNetTrainerDiceCoreFusedHead
 
 
 @functools.cache
@@ -514,6 +545,8 @@ def trainer() -> type:
 def __getattr__(name: str) -> Any:
     if name == "nnUNetTrainerDiceCore":
         return trainer()
+    if name == "nnUNetTrainerDiceCoreFusedHead":
+        return fused_head_trainer()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -543,7 +576,31 @@ _SIGMOIDS = (torch.sigmoid, torch.special.expit, nn.functional.sigmoid, Tensor.s
 _SOFTMAXES = (torch.softmax, torch.special.softmax, nn.functional.softmax, Tensor.softmax)
 
 
-def _probabilities(x: Tensor, nonlin: Any) -> tuple[Tensor, str]:
+class _Logits:
+    """Stands for the logits of a head (features, weight, bias), which are never held."""
+
+    def __init__(self, features: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        linear.check(features, weight, bias, y)
+        self.head = features, weight, bias
+        self.shape = torch.Size(linear.logits_shape(features, weight))
+        self.ndim, self.device = len(self.shape), features.device
+
+
+def _logits(output: Any, target: Any) -> Any:
+    """The checked output of a network."""
+    if not isinstance(output, tuple):
+        _shared.check_tensors(output, target, "net_output", "target")
+        return output
+    if len(output) != 3:
+        raise TypeError(
+            f"net_output must be logits, or features, weight and bias of a LinearHead, got a tuple "
+            f"of {len(output)}"
+        )
+    _shared.check_tensors(output[0], target, "net_output", "target")
+    return _Logits(*output, target)
+
+
+def _probabilities(x: Any, nonlin: Any) -> tuple[Any, str]:
     """The input of the pass, and the activation that the pass applies."""
     if nonlin is None:
         return x, "none"
@@ -551,6 +608,11 @@ def _probabilities(x: Tensor, nonlin: Any) -> tuple[Tensor, str]:
         return x, "sigmoid"
     if _is_softmax(nonlin) and x.shape[1] > 1:
         return x, "softmax"
+    if isinstance(x, _Logits):
+        raise NotImplementedError(
+            "the output of a LinearHead needs an apply_nonlin that is part of the pass, and a "
+            "softmax of several channels"
+        )
     return nonlin(x), "none"
 
 
@@ -564,7 +626,7 @@ def _is_softmax(nonlin: Any) -> bool:
     return name == ("nnunetv2.utilities.helpers", "softmax_helper_dim1")
 
 
-def _targets(x: Tensor, y: Tensor, name: str) -> tuple[Tensor, str]:
+def _targets(x: Any, y: Tensor, name: str) -> tuple[Tensor, str]:
     """Labels (N, 1, *) as integers, or soft targets like x, and which of the two they are."""
     if y.requires_grad:
         _shared.refuse_gradient(y, name)
@@ -580,7 +642,7 @@ def _targets(x: Tensor, y: Tensor, name: str) -> tuple[Tensor, str]:
     return (_shared.class_labels(y) if y.is_floating_point() else y), "labels"
 
 
-def _check_channels(dice: Any, x: Tensor) -> None:
+def _check_channels(dice: Any, x: Any) -> None:
     if x.shape[1] == 1 and not dice.do_bg:
         raise ValueError("do_bg=False leaves no class of a single channel")
 
@@ -601,7 +663,7 @@ def _masked(y: Tensor, mask: Tensor, classes: int) -> tuple[Tensor, int]:
     return _shared.masked(y, mask, classes)
 
 
-def _per_class(weight: Tensor, x: Tensor, name: str) -> Tensor:
+def _per_class(weight: Tensor, x: Any, name: str) -> Tensor:
     """(C,) numbers of a weight that broadcasts to x with one number per class."""
     shape = (1,) * (x.ndim - weight.ndim) + tuple(weight.shape)
     if len(shape) != x.ndim or shape != (1, shape[1]) + (1,) * (x.ndim - 2):
@@ -760,17 +822,22 @@ def _plans(
 
 
 def _evaluate(
-    x: Tensor, y: Tensor, term: losses.Term, request: Spec, pooled: bool, options: Options
+    x: Any, y: Tensor, term: losses.Term, request: Spec, pooled: bool, options: Options
 ) -> Tensor:
     """The loss; if `pooled`, its Dice part is that of the sums over the batch and all ranks."""
-    if not pooled:
+    if isinstance(x, _Logits):
+        sums = linear.linear_statistics(*x.head, y, request, *options.of_sums)
+    elif not pooled:
         return evaluate(x, y, term, request, options)
-    operators.check(x, y, request)
+    else:
+        operators.check(x, y, request)
+        sums = sums_of(x, y, request, options)
     if term.weights:
         weights = [weight.to(x.device, torch.float64) for weight in term.weights]
         term = term.with_weights(weights)
         term.check(x.shape[1])
-    sums = sums_of(x, y, request, options)
+    if not pooled:
+        return of_sums(sums, term, options)
     added = _SumOfRanks.apply(sums.array[:3].sum(1, keepdim=True))  # type: ignore[no-untyped-call]
     of_ranks = Statistics(added, request, sums.dtype)
     parts = term.parts if isinstance(term, losses.Sum) else ((1.0, term),)
@@ -779,7 +846,7 @@ def _evaluate(
         for factor, part in parts
     ]
     value: Tensor = torch.stack(values).sum()
-    return value if x.dtype == torch.float64 else value.float()
+    return value if sums.dtype == "float64" else value.float()
 
 
 class _SumOfRanks(torch.autograd.Function):

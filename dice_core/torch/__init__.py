@@ -18,7 +18,7 @@ except ModuleNotFoundError as error:
     ) from None
 
 from .functional import loss, statistics
-from .linear import LinearLoss
+from .linear import LinearHead, LinearLoss
 from .metrics import DiceScore
 from .modules import (
     DeepSupervision,
@@ -41,6 +41,7 @@ __all__ = [
     "FocalTverskyLoss",
     "GeneralizedDiceLoss",
     "JaccardLoss",
+    "LinearHead",
     "LinearLoss",
     "Loss",
     "TverskyLoss",

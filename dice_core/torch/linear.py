@@ -46,9 +46,10 @@ class LinearLoss(torch.nn.Module):
 
     `loss` is a module such as `DiceCELoss`. Beside the gradients of features, weight and bias, what
     is allocated is about a thirtieth of the logits, and at least a few megabytes; between forward
-    and backward nothing is kept but the arguments. The network returns its features in training,
-    and logits in evaluation; `examples/fused_head.py` shows how. The products follow torch's
-    settings for matrix products (threads, TF32), which may differ from those for convolutions.
+    and backward nothing is kept but the arguments. `LinearHead` makes a network return them in
+    training, and logits in evaluation; `examples/fused_head.py` trains such networks. The products
+    follow torch's settings for matrix products (threads, TF32), which may differ from those for
+    convolutions.
 
     >>> import torch, dice_core.torch
     >>> conv = torch.nn.Conv2d(8, 3, 1)
@@ -112,6 +113,52 @@ class LinearLoss(torch.nn.Module):
         return of_sums(sums, term, loss._options)
 
 
+class LinearHead(torch.nn.Module):
+    """A 1x1x1 convolution that returns what `LinearLoss` takes, (x, weight, bias), in training, and
+    logits in evaluation: in place of the last layer of a network.
+
+    It has the convolution's own parameters, under the same names.
+
+    >>> import torch, dice_core.torch
+    >>> head = dice_core.torch.LinearHead(torch.nn.Conv2d(8, 3, 1))
+    >>> features, weight, bias = head(torch.zeros(1, 8, 4, 4))
+    >>> head.eval()(features).shape
+    torch.Size([1, 3, 4, 4])
+
+    Raises
+    ------
+    TypeError
+        For another module than `torch.nn.Conv1d`, `Conv2d` and `Conv3d`.
+    ValueError
+        For a convolution that mixes voxels, or not all channels.
+    """
+
+    def __init__(self, conv: torch.nn.Module) -> None:
+        super().__init__()
+        if not isinstance(conv, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)):
+            raise TypeError(
+                f"conv must be a torch.nn.Conv1d, Conv2d or Conv3d, got {type(conv).__name__}"
+            )
+        several = any(size != 1 for size in (*conv.kernel_size, *conv.stride))
+        padded = not isinstance(conv.padding, str) and any(conv.padding)
+        if several or padded or conv.groups != 1:
+            raise ValueError(
+                f"conv must have kernel_size 1, stride 1, padding 0 and groups 1, got {conv}"
+            )
+        bias: Any = conv.bias
+        self.weight = conv.weight
+        self.register_parameter("bias", bias)
+        self.train(conv.training)
+
+    def forward(self, x: Tensor) -> Any:
+        """(N, F, *) -> (x, weight, bias) in training, logits (N, C, *) in evaluation."""
+        if self.training:
+            return x, self.weight, self.bias
+        convolve = (torch.conv1d, torch.conv2d, torch.conv3d)[self.weight.ndim - 3]
+        bias: Any = self.bias
+        return convolve(x, self.weight, bias)
+
+
 def linear_statistics(
     features: Tensor,
     weight: Tensor,
@@ -123,22 +170,23 @@ def linear_statistics(
     check_labels: bool | None = None,
 ) -> Statistics:
     """The sums of the logits, differentiable in features, weight and bias."""
-    dtype = _check(features, weight, bias, y)
+    dtype = check(features, weight, bias, y)
     checks.backend(backend)
-    request = spec.for_shapes(_logits_shape(features, weight), y.shape, request)
+    request = spec.for_shapes(logits_shape(features, weight), y.shape, request)
     options = (*operators.spec_options(request), backend, num_threads, check_labels)
     array = torch.ops.dice_core.linear_statistics(features, weight, bias, y, dtype, *options)
     return Statistics(array, request, _name(dtype))
 
 
-def _logits_shape(features: Tensor, weight: Tensor) -> tuple[int, ...]:
+def logits_shape(features: Tensor, weight: Tensor) -> tuple[int, ...]:
+    """(N, C, *)."""
     return features.shape[0], weight.shape[0], *features.shape[2:]
 
 
 # ---- arguments -----------------------------------------------------------------------------------
 
 
-def _check(features: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> torch.dtype:
+def check(features: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> torch.dtype:
     """The dtype of the logits. Raises TypeError, ValueError or NotImplementedError."""
     tensors = {"features": features, "weight": weight, "y": y}
     if bias is not None:
@@ -279,7 +327,7 @@ class _Head:
         self.y = y
         self.options = options
         self.request = operators.spec_of(options)
-        self.sums_shape = self.request.sums_shape(_logits_shape(features, weight))
+        self.sums_shape = self.request.sums_shape(logits_shape(features, weight))
         self.weight = weight.flatten(1).to(dtype)
         self.bias = None if bias is None else bias.to(dtype)[:, None]
         shape = features.shape[0], *features.shape[2:]
@@ -418,7 +466,7 @@ def _fake_statistics(
     dtype: torch.dtype,
     *options: Any,
 ) -> Tensor:
-    shape = _logits_shape(features, weight)
+    shape = logits_shape(features, weight)
     request = spec.for_shapes(shape, y.shape, operators.spec_of(options))
     return features.new_empty(request.sums_shape(shape), dtype=torch.float64)
 
