@@ -73,7 +73,7 @@ def check(value, grad, x, y, options, upstream=None):
     assert_close(grad, expected_grad, rtol=tolerance, atol=tolerance * size, what="gradient")
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(problems(), st.sampled_from(BACKENDS), st.sampled_from([1, 2]))
 def test_arrays(problem, backend, num_threads):
     x, y, options = problem
