@@ -133,7 +133,7 @@ def half_precision_scale() -> None:
 
 
 def threads() -> None:
-    """The same bits for any number of threads, and from several threads of Python at once."""
+    """Bitwise reproducible for any number of threads, and from several Python threads at once."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((2, 2, 64, 64, 64), np.float32))
     y = jnp.asarray(rng.integers(0, 2, (2, 64, 64, 64), np.uint8))

@@ -83,11 +83,11 @@ def loss(
     Parameters
     ----------
     inplace : bool
-        The backward pass overwrites x with its gradient: no memory, and half the time, of a new
-        one. Afterwards x holds its gradient and not logits, for whoever reads it later, and a
-        backward pass that has saved x as well, as of another loss of it, raises torch's error. A
-        new gradient is allocated after all where saved tensors are moved or recomputed, as in
-        activation checkpointing, and with create_graph=True.
+        The backward pass overwrites x with its gradient, which takes no memory and saves the page
+        faults of a new array. Afterwards x holds its gradient and not logits, for whoever reads it
+        later, and a backward pass that has saved x as well, as of another loss of it, raises
+        torch's error. A new gradient is allocated after all where saved tensors are moved or
+        recomputed, as in activation checkpointing, and with create_graph=True.
     process_group : torch.distributed.ProcessGroup or "world", optional
         Sums are added over the ranks of this group, or of all ranks, before the loss is computed,
         in one collective call per loss. With a loss that pools samples, batches of any size give
