@@ -14,31 +14,63 @@ import dice_core
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dice_core"
 README = (ROOT / "README.md").read_text()
+LOSSES = (ROOT / "docs" / "reference" / "losses.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 # ---- code --------------------------------------------------------------------------------------
 
 
-def test_readme():
-    failed, attempted = doctest.testfile(
-        str(ROOT / "README.md"), module_relative=False, optionflags=doctest.ELLIPSIS
-    )
-    assert attempted > 15
-    assert failed == 0
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
+PAGES = [page for page in PAGES if "_build" not in page]
+WITHOUT_SESSIONS = {  # pages whose Python is run by tests of their own
+    "docs/why.md": "test_the_naive_code_is_one_loss",
+    "docs/howto/trainers.md": "tests/test_trainers.py",
+}
 
 
-def test_readme_code_is_doctested_or_naive():
-    """Beside the first table, every Python block is a doctest."""
-    blocks = re.findall(r"```python\n(.*?)```", README.split("</table>")[1], re.DOTALL)
-    assert blocks
-    assert all(block.startswith(">>> ") for block in blocks)
+@functools.cache
+def session(page):
+    """The results of the examples of a page."""
+    return doctest.testfile(str(ROOT / page), module_relative=False, optionflags=doctest.ELLIPSIS)
 
 
-def test_the_first_table_is_one_loss():
-    """The naive code computes the same loss as the dice_core code beside it."""
+@pytest.mark.parametrize("page", ["README.md", *PAGES])
+def test_the_examples_of_a_page_print_what_it_says(page):
+    if "dice_core.dask" in (ROOT / page).read_text():
+        pytest.importorskip("dask.array", reason="needs dask, of the extra dask")
+    assert session(page).failed == 0
+
+
+def python_blocks(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def test_the_readme_and_the_guides_have_examples():
+    assert session("README.md").attempted > 15
+    assert sum(bool(session(page).attempted) for page in PAGES if "/howto/" in page) > 8
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in ["README.md", *PAGES] if page not in WITHOUT_SESSIONS]
+)
+def test_other_python_of_a_page_runs(page):
+    """What is not a session runs as a script, block after block."""
+    scope = {}
+    for block in python_blocks(page):
+        if not block.startswith(">>> "):
+            try:
+                exec(compile(block, page, "exec"), scope)
+            except ModuleNotFoundError as error:
+                if error.name.partition(".")[0] == "dice_core":
+                    raise
+                pytest.skip(f"{page} needs {error.name}, which is not installed")
+
+
+def test_the_naive_code_is_one_loss():
+    """The naive code computes the same loss as the dice_core code below it."""
     import torch
 
-    naive, ours = re.findall(r"```python\n(.*?)```", README.split("</table>")[0], re.DOTALL)
+    naive, ours = python_blocks("docs/why.md")
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 4, 5, generator=generator).requires_grad_()
     y = torch.randint(3, (2, 4, 5), generator=generator)
@@ -56,6 +88,25 @@ def test_the_first_table_is_one_loss():
         exec(code, scope)
         results.append((scope["loss"].detach(), x.grad))
     torch.testing.assert_close(results[0], results[1])
+
+
+# ---- links and length --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *PAGES])
+def test_links_lead_to_files(page):
+    """Those between files of the checkout; the site's own are checked when it is built."""
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)|src(?:set)?=\"([^\"]+)\"", text):
+        target = "".join(link)
+        if not target.startswith(("http:", "https:", "mailto:")):
+            folder = (ROOT / page).parent
+            made = target.endswith("tutorial.ipynb")  # copied by docs/conf.py
+            assert made or (folder / target).exists(), f"{page} links to {target}"
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 200
 
 
 def is_source(name):
@@ -104,7 +155,7 @@ def table_of_losses():
 
 
 def test_the_table_of_losses_is_the_list():
-    assert table_of_losses() == re.search(r"<!-- losses -->\n\n(.*?)\n\n<!--", README, re.DOTALL)[1]
+    assert table_of_losses() == re.search(r"<!-- losses -->\n\n(.*?)\n\n<!--", LOSSES, re.DOTALL)[1]
 
 
 def test_every_term_names_its_source():
@@ -154,7 +205,6 @@ def unnamed(paths):
 
 
 TREE = files_of_tree(re.search(r"```text\n(.*?)```", section(CONTRIBUTING, "## Map"), re.DOTALL)[1])
-TABLE = [path.removeprefix("dice_core/") for path in files_named(section(README, "## Map"))]
 ADD = re.findall(r"^## Add .*$", CONTRIBUTING, re.MULTILINE)
 
 
@@ -166,11 +216,6 @@ def missing(paths):
 def test_contributing_maps_the_package():
     assert not missing(TREE)
     assert not unnamed(TREE)
-
-
-def test_readme_maps_the_package():
-    assert not missing(TABLE)
-    assert not unnamed(TABLE)
 
 
 @pytest.mark.parametrize("heading", ADD)

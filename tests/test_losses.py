@@ -10,6 +10,7 @@ from compare import assert_bitwise_equal, assert_close
 from pairwise import pairwise
 from torch.nn import functional as F
 
+import dice_core.torch
 from dice_core import losses
 from dice_core.allocators import quiet
 from dice_core.calls import cotangent
@@ -484,3 +485,40 @@ def test_log_cosh_has_all_digits_and_never_overflows(size):
     for sign in (1, -1):
         value = losses.LogCoshDice.penalty.value(1 - sign * size, np.float64(sign * size))
         assert_close(value, expected, rtol=1e-15)
+
+
+# ---- a term of one's own -------------------------------------------------------------------------
+
+
+class OwnDice(losses.Term):
+    """Dice, with nothing but its value."""
+
+    needs = (("p", 1),)
+
+    def value(self, sums):
+        return (1 - 2 * sums.intersection / (sums.pred_sum + sums.target_sum)).mean()
+
+
+def test_a_value_is_enough_in_torch():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    y = torch.randint(3, (2, 4, 5), generator=generator)
+    for own, ours in (
+        (OwnDice(), Dice()),
+        (0.5 * OwnDice() + CrossEntropy(), 0.5 * Dice() + CrossEntropy()),
+    ):
+        values = [dice_core.torch.loss(x, y, term) for term in (own, ours)]
+        assert_close(values[0].detach(), values[1].detach(), rtol=1e-14)
+        grads = [torch.autograd.grad(value, x)[0] for value in values]
+        assert_close(grads[0], grads[1], rtol=1e-12, atol=1e-16)
+        assert_close(
+            dice_core.loss(x.detach().numpy(), y.numpy(), own), values[1].item(), rtol=1e-14
+        )
+
+
+def test_gradients_of_arrays_need_its_derivative():
+    x, y = np.zeros((1, 2, 3)), np.zeros((1, 3), int)
+    with pytest.raises(
+        NotImplementedError, match="^OwnDice defines no with_derivative, which grad"
+    ):
+        dice_core.loss_and_grad(x, y, OwnDice() + CrossEntropy())

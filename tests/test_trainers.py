@@ -1,4 +1,4 @@
-"""The examples of docs/trainers.md run, and train."""
+"""The examples of docs/howto/trainers.md run, and train."""
 
 import importlib.util
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-TEXT = (Path(__file__).parents[1] / "docs" / "trainers.md").read_text()
+TEXT = (Path(__file__).parents[1] / "docs" / "howto" / "trainers.md").read_text()
 EXAMPLES = dict(re.findall(r"^## (.*?)\n.*?```python\n(.*?)```", TEXT, re.DOTALL | re.MULTILINE))
 NEEDS = {
     "Lightning": ("lightning",),

@@ -47,12 +47,15 @@ class Term:
     - weights: its class weights, if any, (C,) arrays or tensors.
     - reduction, pool: its value has shape () for reduction "mean" and "sum", (N,) for "none" and
       (N, C) for "classes", with 1 in place of N where samples are pooled.
+
+    A loss of your own defines `needs` and `value`, and for gradients of arrays `with_derivative`;
+    on torch tensors autograd takes its place.
     """
 
     needs: tuple[tuple[str, Any], ...]
-    weights: tuple[Any, ...]
-    reduction: str
-    pool: str
+    weights: tuple[Any, ...] = ()
+    reduction: str = "mean"
+    pool: str = "none"
 
     @property
     def name(self) -> str:
@@ -68,7 +71,15 @@ class Term:
         sums, (K, N, C). Times an incoming gradient of the loss's shape it is the cotangent of the
         sums.
         """
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{self.name} defines no with_derivative, which gradients of arrays need; "
+            f"dice_core.torch differentiates its value"
+        )
+
+    @property
+    def has_derivative(self) -> bool:
+        """Whether it defines `with_derivative`."""
+        return type(self).with_derivative is not Term.with_derivative
 
     @property
     def pools_samples(self) -> bool:
@@ -212,6 +223,10 @@ class Sum(Term):
     @property
     def name(self) -> str:
         return " + ".join(term.name for _, term in self.parts)
+
+    @property
+    def has_derivative(self) -> bool:
+        return all(term.has_derivative for _, term in self.parts)
 
     @property
     def pools_samples(self) -> bool:

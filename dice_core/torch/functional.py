@@ -179,6 +179,7 @@ def evaluate(x: Tensor, y: Tensor, term: Term, request: Spec, options: Options) 
     operators.check(x, y, request)
     fused = (
         is_plain(x, y)
+        and term.has_derivative
         and options.process_group is None
         and (x.is_cpu or _is_ratio(x, y, term, request))
     )
