@@ -78,7 +78,11 @@ class Call:
 
     def value(self, term: Any) -> Array:
         """The loss."""
-        return self.value_and_derivative(term)[0]
+        if term.has_derivative:
+            return self.value_and_derivative(term)[0]
+        sums = self.statistics().to_host()
+        with allocators.quiet(sums.array):
+            return self.from_host(np.asarray(term.value(sums), self.loss_dtype))
 
     def value_and_derivative(self, term: Any) -> tuple[Array, Array]:
         """The loss, and its derivative with respect to the sums, (K, N, C): computed by the kernels

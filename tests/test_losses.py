@@ -519,6 +519,6 @@ def test_a_value_is_enough_in_torch():
 def test_gradients_of_arrays_need_its_derivative():
     x, y = np.zeros((1, 2, 3)), np.zeros((1, 3), int)
     with pytest.raises(
-        NotImplementedError, match="^OwnDice defines no with_derivative, which grad"
+        NotImplementedError, match=r"^OwnDice defines no with_derivative, which grad"
     ):
         dice_core.loss_and_grad(x, y, OwnDice() + CrossEntropy())
