@@ -1,4 +1,4 @@
-"""The losses of dask arrays, for volumes that do not fit in memory.
+"""The losses of dask arrays, for volumes that do not fit in memory::
 
     total = dice_core.dask.statistics(x, y).to_host()  # one pass over the blocks
     value = Dice()(total)

@@ -42,7 +42,7 @@ class Statistics:
 
     @property
     def intersection(self) -> Array:
-        """I = sum s t: probability of a class over its own voxels."""
+        """I = sum s t, the probability of a class over its own voxels."""
         return self.array[0]
 
     @property
@@ -52,7 +52,7 @@ class Statistics:
 
     @property
     def target_sum(self) -> Array:
-        """Y = sum t: how many voxels have the class's label."""
+        """Y = sum t, for labels the number of voxels of the class."""
         return self.array[2]
 
     @property
@@ -91,7 +91,7 @@ class Statistics:
 
     @property
     def voxels(self) -> Array:
-        """(N,): the number of valid voxels; for soft targets, the mean over the classes."""
+        """The number of valid voxels, (N,); for soft targets, the mean over the classes."""
         return self.array[-1].mean(-1) if self.spec.soft_targets else self.array[2].sum(-1)
 
     def row(self, name: str) -> Array:

@@ -30,7 +30,6 @@ extensions = [
     "myst_nb",
 ]
 exclude_patterns = ["_build"]
-nitpicky = False
 default_role = "literal"
 
 myst_enable_extensions = ["dollarmath", "colon_fence", "attrs_inline", "attrs_block"]
@@ -46,7 +45,7 @@ autodoc_typehints = "none"  # the docstrings have them, with shapes and units
 autodoc_member_order = "bysource"
 autodoc_class_signature = "mixed"
 napoleon_google_docstring = False
-napoleon_use_rtype = False
+napoleon_custom_sections = ["Returns"]  # in sentences, not a list of types
 
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
@@ -55,8 +54,7 @@ copybutton_only_copy_prompt_lines = True
 html_theme = "furo"
 html_title = "dice_core"
 html_show_sourcelink = False
-templates_path: list[str] = []
-linkcheck_anchors = False
+html_show_copyright = False
 
 
 def prepare(app) -> None:

@@ -1,4 +1,4 @@
-"""Drop-in replacements for MONAI's Dice losses, `monai.losses`, each in one pass.
+"""Drop-in replacements for MONAI's Dice losses, `monai.losses`, each in one pass::
 
     from dice_core.compat.monai import DiceCELoss  # in place of monai.losses
 

@@ -3,7 +3,7 @@ which is the only array of their size.
 
 They replace those of `nnunetv2.training.loss.dice` and `.compound_losses`. For training with them
 there is `nnUNetTrainerDiceCore`, which needs nnunetv2 and is created on first access. A .py file
-holding
+holding ::
 
     from dice_core.compat.nnunet import nnUNetTrainerDiceCore
 
