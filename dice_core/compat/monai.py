@@ -281,7 +281,7 @@ class DiceLoss(_Overlap):
 
 
 class MaskedDiceLoss(DiceLoss):
-    """`DiceLoss` of masked probabilities and targets, monai.losses.MaskedDiceLoss.
+    """`DiceLoss` of masked probabilities and targets, monai.losses.MaskedDiceLoss::
 
         1 - (2 I + smooth_nr) / (P + Y + smooth_dr), I = sum m s t, P = sum m s, Y = sum m t
 
@@ -362,7 +362,7 @@ class MaskedDiceLoss(DiceLoss):
 
 
 class GeneralizedDiceLoss(_Overlap):
-    """The generalized Dice loss, monai.losses.GeneralizedDiceLoss.
+    """The generalized Dice loss, monai.losses.GeneralizedDiceLoss::
 
         1 - (2 sum_c w_c I_c + smooth_nr) / (sum_c w_c (P_c + Y_c) + smooth_dr)
 
@@ -433,7 +433,7 @@ class GeneralizedDiceLoss(_Overlap):
 
 
 class TverskyLoss(_Overlap):
-    """The Tversky loss, monai.losses.TverskyLoss.
+    """The Tversky loss, monai.losses.TverskyLoss::
 
         1 - (I + smooth_nr) / (I + alpha (P - I) + beta (Y - I) + smooth_dr)
 
@@ -505,7 +505,7 @@ class TverskyLoss(_Overlap):
 
 
 class DiceCELoss(torch.nn.Module):
-    """Dice loss plus cross-entropy, monai.losses.DiceCELoss.
+    """Dice loss plus cross-entropy, monai.losses.DiceCELoss::
 
         lambda_dice * DiceLoss(input, target) + lambda_ce * CrossEntropyLoss(input, target)
 
@@ -617,7 +617,7 @@ class DiceCELoss(torch.nn.Module):
 
 
 class DiceFocalLoss(torch.nn.Module):
-    """Dice loss plus focal loss of each channel's sigmoid, monai.losses.DiceFocalLoss.
+    """Dice loss plus focal loss of each channel's sigmoid, monai.losses.DiceFocalLoss::
 
         lambda_dice * DiceLoss(input, target) + lambda_focal * FocalLoss(input, target)
 

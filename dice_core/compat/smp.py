@@ -2,7 +2,7 @@
 for their gradient, which is the only array of their size.
 
 They replace those of `segmentation_models_pytorch.losses`. Each loss is a function of the Tversky
-score
+score ::
 
     q = (I + smooth) / max(I + alpha (P - I) + beta (Y - I) + smooth, eps)
 

@@ -78,7 +78,8 @@ def loss(
         loss = (1 - (2 * i + smooth) / (p + t + smooth)).mean()
 
     Gradients reach x, in its dtype, memory format and device, and class weights that are tensors
-    and require grad. `num_threads` defaults to torch's own setting.
+    and require grad. `num_threads` defaults to torch's own setting. These parameters are added to
+    those of `dice_core.loss`:
 
     Parameters
     ----------
@@ -98,8 +99,6 @@ def loss(
         so that the mean over ranks that DistributedDataParallel and FSDP take is exact; those of
         class weights are the same on every rank. A module that holds a ProcessGroup can be neither
         copied nor pickled, one that holds "world" can.
-
-    The other parameters are those of `dice_core.loss`.
 
     Returns
     -------
