@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import dice_core
 
@@ -68,10 +69,26 @@ def test_other_python_of_a_page_runs(page):
                 pytest.skip(f"{page} needs {error.name}, which is not installed")
 
 
+def test_the_changed_line_of_the_readme():
+    """After the change of import the line below it makes the same loss."""
+    pytest.importorskip("monai", reason="needs monai, of the extra dev")
+    lines = re.search(r"```diff\n(.*?)```", README, re.DOTALL)[1].splitlines()
+    scripts = ["\n".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +")]
+    made = []
+    for script in scripts:
+        exec(script, scope := {})
+        made.append(scope["loss_function"])
+    assert [type(loss).__module__ for loss in made] == [
+        "monai.losses.dice",
+        "dice_core.compat.monai",
+    ]
+    x = torch.randn(1, 3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(120).reshape(1, 1, 4, 5, 6) % 3
+    torch.testing.assert_close(made[0](x, y), made[1](x, y))
+
+
 def test_the_naive_code_is_one_loss():
     """The naive code computes the same loss as the dice_core code below it."""
-    import torch
-
     naive, ours = python_blocks("docs/why.md")
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 4, 5, generator=generator).requires_grad_()
