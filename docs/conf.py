@@ -45,7 +45,7 @@ autodoc_typehints = "none"  # the docstrings have them, with shapes and units
 autodoc_member_order = "bysource"
 autodoc_class_signature = "mixed"
 napoleon_google_docstring = False
-napoleon_custom_sections = ["Returns"]  # in sentences, not a list of types
+napoleon_custom_sections = ["Returns", "Shapes"]  # in sentences, not lists of types
 
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True

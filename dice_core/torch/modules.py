@@ -144,10 +144,53 @@ def _weights(kind: Any) -> frozenset[str]:
 
 
 class DiceLoss(Loss):
-    """`dice_core.losses.Dice` as a module; `weight` is a buffer.
+    """The Dice loss of logits and labels, 1 - (2 I + smooth) / (P + Y + smooth) of each class.
 
-    The positional arguments are those of the C++ extension nslay/diceloss_cpp. `dice_core.loss`
-    explains the options, `dice_core.losses.Overlap` pool, absent, divisor and floor.
+    Replaces, in one pass forward and one backward, without allocating anything of x's size but the
+    gradient::
+
+        s, t = x.softmax(1), one_hot(y, C).movedim(-1, 1)
+        i, p, t = (s * t).sum(spatial), s.sum(spatial), t.sum(spatial)
+        loss = (1 - (2 * i + smooth) / (p + t + smooth)).mean()
+
+    Parameters
+    ----------
+    weight : (C,) numbers or tensor, optional
+        The loss of a sample is sum_c weight_c loss_c, not normalised; None means their mean. A
+        buffer of the module.
+    ignore_channel : int, or several
+        Classes excluded from the loss; their voxels still count for the other classes.
+    ignore_label : int or None
+        Voxels with this label are ignored.
+    smooth : float, or a pair
+        Added to numerator and denominator, or the pair (numerator, denominator).
+    p : int
+        Exponent of the probabilities in P; 2 is the loss of V-Net.
+    reduction : {"mean", "sum", "none", "classes", "batch"}
+        Over samples. "none" gives (N,), "classes" (N, C); "batch" is the loss of the sums over all
+        samples.
+    pool : {"none", "batch", "classes", "all"}
+        Which sums are added before the ratio is computed: over samples, over classes, or both.
+    absent : {"count", "skip", "zero", "one"}
+        How a class without labels is treated: like any other, left out of the mean, or as this
+        loss without a derivative.
+    divisor : {"classes", "kept", "weights", "one"}, optional
+        Of the sum over classes: C, the number of classes left, the sum of their weights, or 1.
+    floor : float
+        The smallest denominator.
+    activation : {"softmax", "sigmoid", "none"}
+        With "sigmoid" y has x's shape, multi-label; with "none" x holds probabilities.
+    backend, num_threads, check_labels, inplace, process_group
+        As in `dice_core.torch.loss`.
+
+    Shapes
+    ------
+    x (N, C, d1, d2, ...), float16, bfloat16, float32 or float64; y (N, d1, d2, ...) or
+    (N, 1, d1, d2, ...) of any integer dtype or bool, or soft targets of x's shape.
+
+    Notes
+    -----
+    Source: Milletari et al., V-Net, 2016.
 
     >>> import torch, dice_core.torch
     >>> criterion = dice_core.torch.DiceLoss(smooth=1)
@@ -201,7 +244,13 @@ class DiceLoss(Loss):
 
 
 class JaccardLoss(Loss):
-    """`dice_core.losses.Jaccard` as a module, with the same settings."""
+    """The Jaccard (IoU) loss, 1 - (I + smooth) / (P + Y - I + smooth) of each class.
+
+    Replaces `(1 - (i + smooth) / (p + t - i + smooth)).mean()` of the sums i, p, t of `DiceLoss`,
+    whose parameters and shapes it shares.
+
+    Source: Rahman & Wang, 2016.
+    """
 
     def __init__(
         self,
@@ -247,7 +296,14 @@ class JaccardLoss(Loss):
 
 
 class TverskyLoss(Loss):
-    """`dice_core.losses.Tversky` as a module, with the same settings."""
+    """The Tversky loss, 1 - (I + s) / (I + alpha (P - I) + beta (Y - I) + s) with s = smooth.
+
+    alpha weights false positives, beta false negatives; 0.5 and 0.5 are Dice with twice the
+    smoothing, 1 and 1 Jaccard. Replaces the naive code of these sums; the other parameters and the
+    shapes are those of `DiceLoss`.
+
+    Source: Salehi et al., 2017.
+    """
 
     def __init__(
         self,
@@ -297,7 +353,15 @@ class TverskyLoss(Loss):
 
 
 class FocalTverskyLoss(Loss):
-    """`dice_core.losses.FocalTversky` as a module, with the same settings."""
+    """The focal Tversky loss, (1 - q)^gamma of each class's Tversky score q.
+
+    alpha weights false positives, beta false negatives. gamma below 1 raises the gradient of
+    classes that are nearly right, above 1 that of those that are not. With `of_mean` the power is
+    that of the mean over classes, as in segmentation_models_pytorch. The other parameters and the
+    shapes are those of `DiceLoss`.
+
+    Source: Abraham & Khan, 2019.
+    """
 
     def __init__(
         self,
@@ -351,7 +415,14 @@ class FocalTverskyLoss(Loss):
 
 
 class GeneralizedDiceLoss(Loss):
-    """`dice_core.losses.GeneralizedDice` as a module, with the same settings."""
+    """The generalized Dice loss, 1 - 2 sum_c w_c I_c / sum_c w_c (P_c + Y_c).
+
+    `weighting` is "square" for w_c = 1 / Y_c^2, "simple" for 1 / Y_c, or "uniform" for 1. A class
+    without labels gets the largest w of its sample. `pool` is "classes", or "all" for the sums of
+    the whole batch. The other parameters and the shapes are those of `DiceLoss`.
+
+    Source: Sudre et al., 2017.
+    """
 
     def __init__(
         self,
@@ -399,13 +470,29 @@ class GeneralizedDiceLoss(Loss):
 
 
 class DiceCELoss(Loss):
-    """lambda_dice Dice + lambda_ce cross-entropy as a module, in one pass over the voxels.
+    """lambda_dice Dice + lambda_ce cross-entropy, in one pass forward and one backward.
 
-    With activation "sigmoid" the cross-entropy is the binary one of each channel (multi-label).
-    `weight` applies to Dice, sum_c weight_c Dice_c; `ce_weight`, also (C,) numbers, applies to the
-    cross-entropy, with torch's meaning. The other settings are those of `dice_core.losses.Dice`.
-    With reduction "mean" the cross-entropy is the mean over all valid voxels of the batch; with
-    "sum", "none" and "classes" there is one mean per sample.
+    Replaces `lambda_dice * DiceLoss()(x, y) + lambda_ce * cross_entropy(x, y)`, and three to five
+    copies of x, without allocating anything of x's size but the gradient. The other parameters and
+    the shapes are those of `DiceLoss`.
+
+    Parameters
+    ----------
+    weight : (C,) numbers or tensor, optional
+        Of Dice, sum_c weight_c Dice_c.
+    ce_weight : (C,) numbers or tensor, optional
+        Of the cross-entropy, with torch's meaning: its mean is divided by the weights' sum.
+    label_smoothing : float
+        Of the cross-entropy, as in torch.
+    activation : {"softmax", "sigmoid"}
+        With "sigmoid" the cross-entropy is the binary one of each channel, multi-label.
+    reduction : {"mean", "sum", "none", "classes", "batch"}
+        With "mean" the cross-entropy is the mean over all valid voxels of the batch; with "sum",
+        "none" and "classes" there is one mean per sample.
+
+    Notes
+    -----
+    Sources: Milletari et al., V-Net, 2016; torch's CrossEntropyLoss and BCEWithLogitsLoss.
     """
 
     def __init__(
@@ -472,13 +559,29 @@ class DiceCELoss(Loss):
 
 
 class DiceFocalLoss(Loss):
-    """lambda_dice Dice + lambda_focal Focal(gamma) as a module, in one pass over the voxels.
+    """lambda_dice Dice + lambda_focal Focal(gamma), in one pass forward and one backward.
 
-    With activation "sigmoid" the focal loss is that of each channel's sigmoid (multi-label).
-    `weight` applies to Dice, sum_c weight_c Dice_c; `focal_weight`, also (C,) numbers, applies to
-    the focal loss, with torch's meaning. The other settings are those of `dice_core.losses.Dice`.
-    With reduction "mean" the focal loss is the mean over all valid voxels of the batch; with "sum",
-    "none" and "classes" there is one mean per sample.
+    Replaces `lambda_dice * DiceLoss()(x, y) + lambda_focal * focal(x, y)`, and up to eight copies
+    of x, without allocating anything of x's size but the gradient. The other parameters and the
+    shapes are those of `DiceLoss`.
+
+    Parameters
+    ----------
+    weight : (C,) numbers or tensor, optional
+        Of Dice, sum_c weight_c Dice_c.
+    focal_weight : (C,) numbers or tensor, optional
+        Of the focal loss, with torch's meaning.
+    gamma : float
+        The exponent of 1 - s in the focal loss; 0 is cross-entropy.
+    activation : {"softmax", "sigmoid"}
+        With "sigmoid" the focal loss is that of each channel's sigmoid, multi-label.
+    reduction : {"mean", "sum", "none", "classes", "batch"}
+        With "mean" the focal loss is the mean over all valid voxels of the batch; with "sum",
+        "none" and "classes" there is one mean per sample.
+
+    Notes
+    -----
+    Sources: Milletari et al., V-Net, 2016; Lin et al., 2017.
     """
 
     def __init__(
