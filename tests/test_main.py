@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import dice_core
-from dice_core import __main__, backends, threads
+from dice_core import backends, info, threads
 
 ENVIRONMENTS = {
     "plain": {},
@@ -145,7 +145,7 @@ def test_another_package_s_backend_runs_only_if_requested():
 
 
 def report(**changes):
-    return __main__.as_text(__main__.report() | changes).splitlines()
+    return info.as_text(info.report() | changes).splitlines()
 
 
 def test_long_names_and_descriptions_stay_apart():
