@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = line.parse_args(arguments)
     if options.command != "score":
         facts = info.report()
-        print(json.dumps(facts, indent=2) if options.json else info.as_text(facts))
+        _print(json.dumps(facts, indent=2) if options.json else info.as_text(facts))
         return
     try:
         scores = score_files.scores(
@@ -65,7 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     except score_files.Refused as reason:
         line.exit(2, f"dice_core score: {reason}\n")
-    print(score_files.as_json(scores) if options.json else score_files.as_text(scores))
+    _print(score_files.as_json(scores) if options.json else score_files.as_text(scores))
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # a reader such as `head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _integers(text: str) -> list[int]:

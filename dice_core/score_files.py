@@ -13,6 +13,7 @@ must agree; NumPy files have none.
 from __future__ import annotations
 
 import collections
+import gzip
 import json
 import math
 import zipfile
@@ -159,14 +160,15 @@ def _read(path: Path) -> tuple[Array, Array | None]:
 
 
 def _numpy(path: Path) -> Array:
-    loaded = np.load(path, mmap_mode="r" if path.suffix.lower() == ".npy" else None)
-    if isinstance(loaded, np.ndarray):
-        return loaded
-    with loaded:
-        if len(loaded.files) != 1:
-            names = ", ".join(loaded.files) or "none"
-            raise Refused(f"{path} must hold one array, and holds {len(loaded.files)}: {names}")
-        return np.asarray(loaded[loaded.files[0]])
+    if path.suffix.lower() == ".npy":
+        return np.lib.format.open_memmap(path, mode="r")
+    if not zipfile.is_zipfile(path):
+        raise Refused(f"{path} cannot be read: it is no .npz archive")
+    with np.load(path) as archive:
+        if len(archive.files) != 1:
+            names = ", ".join(archive.files) or "none"
+            raise Refused(f"{path} must hold one array, and holds {len(archive.files)}: {names}")
+        return np.asarray(archive[archive.files[0]])
 
 
 def _nifti(path: Path) -> tuple[Array, Array | None]:
@@ -175,7 +177,13 @@ def _nifti(path: Path) -> tuple[Array, Array | None]:
     except ModuleNotFoundError:
         raise Refused(f'{path} needs nibabel: pip install "dice_core[nifti]"') from None
     try:
+        nibabel.imageglobals.logger.disabled = True  # what it logs is in its exceptions too
         image: Any = nibabel.load(path)
-        return np.asanyarray(image.dataobj), image.affine
+        array = np.asanyarray(image.dataobj)
     except (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError) as error:
         raise ValueError(str(error)) from error
+    if path.suffix.lower() == ".gz":
+        with gzip.open(path) as file:  # nibabel does not read as far as the checksum
+            while file.read(BLOCK):
+                pass
+    return array, image.affine

@@ -47,7 +47,9 @@ class Facts:
         samples, channels = x.shape[:2]
         self.samples, self.channels, self.classes, self.soft = samples, channels, classes, soft
         self.space = x.shape[2:]
-        self.ignore_label = ignore_label
+        is_bool = y.dtype == bool  # whose bytes may be others than 0 and 1
+        self.ignore_label = None if is_bool and ignore_label not in (0, 1) else ignore_label
+        self.end_of_labels = 2 if is_bool else classes
         self.low, self.high = np.full(channels, np.inf), np.full(channels, -np.inf)  # if finite
         self.nan, self.infinite, self.masked = Hits(), Hits(), Hits()
         self.half_range, self.outside = Hits(), Hits()
@@ -104,7 +106,7 @@ class Facts:
         """Counts labels, and returns where they are not ignored."""
         valid = np.ones(y.shape, bool) if self.ignore_label is None else y != self.ignore_label
         self.ignored[some] += np.sum(~valid, 1)
-        inside = valid & (y >= 0) & (y < self.classes)
+        inside = valid & (y >= 0) & (y < self.end_of_labels)
         if y.dtype.kind == "f":
             fractional = inside & (y != np.floor(y))
             self.fractional.add(fractional, y, place)

@@ -60,11 +60,11 @@ def _ways(
     """Names, explanations, remedies in code, and the views; the likeliest first."""
     last = "the channels are the last axis of"
 
-    def move(name: str, to: int = 1) -> str:
-        return f"{name}.movedim(-1, {to})" if torch else f"np.moveaxis({name}, -1, {to})"
+    def move(name: str) -> str:
+        return f"{name}.movedim(-1, 1)" if torch else f"np.moveaxis({name}, -1, 1)"
 
-    def moved(array: Array, to: int = 1) -> Array:
-        return np.moveaxis(array, -1, to)
+    def moved(array: Array) -> Array:
+        return np.moveaxis(array, -1, 1)
 
     yield CHANNELS_LAST, f"{last} x", f"x = {move('x')}", lambda: (moved(x), y)
     yield CHANNELS_LAST, f"{last} y", f"y = {move('y')}", lambda: (x, moved(y))
@@ -79,8 +79,6 @@ def _ways(
     yield NO_CHANNELS, f"{channels} y", "y = y[:, None]", lambda: (x, y[:, None])
     both = "x, y = x[:, None], y[:, None]"
     yield NO_CHANNELS, f"{channels} both", both, lambda: (x[:, None], y[:, None])
-    code, text = f"x, y = {move('x', 0)}[None], y[None]", f"{last} x, and there is no batch axis"
-    yield CHANNELS_LAST, text, code, lambda: (moved(x, 0)[None], y[None])
     if x.ndim >= 2 and y.size == math.prod((x.shape[0], *x.shape[2:])) and _same_axes(x, y):
         labels = (x.shape[0], *x.shape[2:])
         text = f"class labels have the shape {labels}, but for axes of length 1"

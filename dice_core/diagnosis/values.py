@@ -100,12 +100,15 @@ def of_labels(facts: Facts, dtype: str, torch: bool) -> Iterator[Finding]:
         values = sorted(facts.wrong_values.items(), key=lambda item: -item[1])
         which = ", ".join(f"{value:g} ({_plural(n, 'voxel')})" for value, n in values[:5])
         text = (
-            f"{facts.wrong.count} of {total} labels are outside [0, {facts.classes}): {which}"
+            f"{facts.wrong.count} of {total} labels are outside [0, {facts.end_of_labels}): {which}"
             f"{', ...' if len(values) > 5 else ''}; {facts.wrong}"
         )
         if facts.channels == 1:
             text += "; a single channel is two classes, background and foreground"
-        yield Finding("labels_out_of_range", text, _for_labels(facts, cast))
+        remedy = "for bool y, view it as uint8 to use such bytes"
+        yield Finding(
+            "labels_out_of_range", text, remedy if dtype == "bool" else _for_labels(facts, cast)
+        )
     counts = facts.targets.sum(0)
     valid = counts.sum()
     if valid >= ENOUGH and valid == counts.max() and not facts.wrong:
