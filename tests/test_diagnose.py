@@ -103,15 +103,16 @@ def test_nothing_is_found_while_a_model_is_trained():
     """Softmax regression: voxels of three brightnesses."""
     images = RNG.random((2, 1, 8, 8, 8))
     labels = (3 * images[:, 0]).astype(np.uint8)
-    features = np.concatenate([images, images**2, np.ones_like(images)], 1)
+    centred = 2 * images - 1
+    features = np.concatenate([centred, centred**2, np.ones_like(images)], 1)
     weight = np.zeros((3, 3))
     for step in range(401):
         logits = np.einsum("kc,nc...->nk...", weight, features)
         if step % 100 == 50:
             assert diagnose(logits, labels).names == ()
         loss, grad = dice_core.loss_and_grad(logits, labels)
-        weight -= 100 * np.einsum("nkzyx,nczyx->kc", grad, features)
-    assert loss < 0.15
+        weight -= 1000 * np.einsum("nkzyx,nczyx->kc", grad, features)
+    assert loss < 0.3
     assert diagnose(logits, labels).names == ()
 
 
@@ -415,13 +416,14 @@ def test_a_diagnosis_is_a_tuple_that_prints_as_text(capsys):
     (finding,) = found
     assert isinstance(found, tuple)
     assert isinstance(finding, Finding)
-    assert text.splitlines() == [
+    assert max(map(len, text.splitlines())) <= 100
+    assert re.sub(r"\s+", " ", text).strip() == (
         f"1 finding in x float32 {SHAPE}, values {X.min():.3g} to {X.max():.3g}; y int64 "
-        f"{Y.shape}, labels of 3 of 3 classes; softmax, ignore_label=-1",
-        "labels_out_of_range",
-        f"  {finding.found}",
-        f"  remedy: {finding.remedy}",
-    ]
+        f"{Y.shape}, labels of 3 of 3 classes; softmax, ignore_label=-1 labels_out_of_range "
+        f"{finding.found} remedy: {finding.remedy}"
+    )
+    assert "\nlabels_out_of_range\n  2 of 672 labels are outside " in text
+    assert "\n  remedy: ignore_label=255" in text
     assert str(diagnose(last(X), with_values(Y, 255))).startswith("2 findings in x ")
     again = pickle.loads(pickle.dumps(found))
     assert (again, str(again), type(again)) == (found, str(found), Diagnosis)

@@ -115,7 +115,8 @@ def diagnose(
     found += [mistake] if mistake else []
     soft = a.shape == b.shape and (a.shape[1] > 1 or not two_classes)
     b = b.reshape(a.shape if soft else (a.shape[0], *a.shape[2:])) if b.ndim == a.ndim else b
-    facts = Facts(a, b, request.classes(a.shape[1]), soft, request.ignore_label)
+    classes, softmax = request.classes(a.shape[1]), activation == "softmax"
+    facts = Facts(a, b, classes, soft, softmax, request.ignore_label)
     found += values.of_logits(facts, activation, logits.dtype)
     if soft:
         found += values.of_soft_targets(facts, activation, targets.dtype)

@@ -43,7 +43,15 @@ class Facts:
     what is said of logits that are not finite.
     """
 
-    def __init__(self, x: Array, y: Array, classes: int, soft: bool, ignore_label: int | None):
+    def __init__(
+        self,
+        x: Array,
+        y: Array,
+        classes: int,
+        soft: bool,
+        softmax: bool,
+        ignore_label: int | None,
+    ) -> None:
         samples, channels = x.shape[:2]
         self.samples, self.channels, self.classes, self.soft = samples, channels, classes, soft
         self.space = x.shape[2:]
@@ -71,8 +79,11 @@ class Facts:
                     part = slice(start, start + step)
                     place = functools.partial(self._place, n, start)
                     target = _numbers(targets[..., part], whole=not soft)
-                    valid = self._add_soft(some, target, place) if soft else None
-                    if valid is None:
+                    valid: Any
+                    if soft:
+                        valid = self._add_soft(some, target, place)
+                        valid = valid.any(1, keepdims=True) if softmax else valid
+                    else:
                         valid = self._add_labels(some, target, place)[:, None]
                     self._add_logits(_numbers(logits[..., part]), valid, place)
 

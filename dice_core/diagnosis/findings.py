@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -17,11 +18,13 @@ class Finding(NamedTuple):
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.name}\n  {self.found}\n  remedy: {self.remedy}"
+        return "\n".join(
+            [self.name, _wrapped(self.found, "  "), _wrapped(f"remedy: {self.remedy}", "  ")]
+        )
 
 
 class Diagnosis(tuple[Finding, ...]):
-    """A tuple of findings, empty if nothing was found; prints as text.
+    """A tuple of findings, empty if nothing was found; prints as text, 100 columns wide.
 
     - looked_at: the arrays and options in words.
     - names: the findings' names.
@@ -40,8 +43,19 @@ class Diagnosis(tuple[Finding, ...]):
 
     def __repr__(self) -> str:
         if not self:
-            return f"nothing found in {self.looked_at}"
+            return _wrapped(f"nothing found in {self.looked_at}")
         count = "1 finding" if len(self) == 1 else f"{len(self)} findings"
-        return "\n".join([f"{count} in {self.looked_at}", *map(str, self)])
+        return "\n".join([_wrapped(f"{count} in {self.looked_at}"), *map(str, self)])
 
     __str__ = __repr__
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    return textwrap.fill(
+        text,
+        100,
+        initial_indent=indent,
+        subsequent_indent=indent + "  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
