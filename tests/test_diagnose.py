@@ -189,8 +189,8 @@ MISTAKES = {
         "infinite_logits", with_values(X, -np.inf), Y, {}, "2 valid voxels are -inf", "float32",
     ),
     "half overflow": (
-        "near_overflow", HUGE.astype(np.float16), Y, {}, "1 logit exceed half of float16's largest "
-        "number, 65504; the first is 60000 at (1, 2, 3, 4, 5)", "float32",
+        "near_overflow", HUGE.astype(np.float16), Y, {}, "1 logit is beyond half of float16's "
+        "largest number, 65504; the first is 60000 at (1, 2, 3, 4, 5)", "float32",
     ),
     "255": (
         "labels_out_of_range", X, with_values(Y, 255), {}, "2 of 672 labels are outside [0, 3): 255"

@@ -32,8 +32,9 @@ def of_logits(facts: Facts, activation: str, dtype: str) -> Iterator[Finding]:
         text += f" is NaN; the first voxel is {_voxel(facts.masked.position)}"
         yield Finding("infinite_logits", text, _OVERFLOW)
     if facts.half_range and dtype == "float16":
-        text = f"{_plural(facts.half_range.count, 'logit')} exceed half of float16's largest number"
-        yield Finding("near_overflow", f"{text}, 65504; {facts.half_range}", _OVERFLOW)
+        text = f"{_plural(facts.half_range.count, 'logit')} {_are(facts.half_range)} beyond half of"
+        text += f" float16's largest number, 65504; {facts.half_range}"
+        yield Finding("near_overflow", text, _OVERFLOW)
     low, high = facts.low.min(), facts.high.max()
     finite = not (facts.nan or facts.infinite or facts.masked)
     count = facts.samples * facts.voxels
