@@ -173,6 +173,10 @@ MISTAKES = {
     "logits as probabilities": (
         "logits_as_probabilities", X, Y, {"activation": "none"}, "outside [0, 1]", "softmax",
     ),
+    "above 1": (
+        "logits_as_probabilities", 1.5 * PROBABILITIES, Y, {"activation": "none"}, "outside [0, 1]",
+        "sigmoid",
+    ),
     "constant": (
         "constant_logits", np.ones_like(X) * np.arange(3.0).reshape(3, 1, 1, 1), Y, {},
         "same at all 672 voxels: 0, 1, 2", "ignores its input",
@@ -318,6 +322,10 @@ def test_several_mistakes_are_found_at_once():
     assert found.names == (
         "channels_last", "double_softmax", "float_labels", "labels_out_of_range",
     )  # fmt: skip
+
+
+def test_an_ignored_sample_has_no_absent_classes():
+    assert diagnose(X, np.stack([Y[0] * 0 - 1, Y[1]])).names == ("all_ignored",)
 
 
 def test_what_loss_refuses_is_found_and_what_is_nan_is_found():
