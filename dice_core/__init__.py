@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from . import losses
 from .api import Score, gradient, loss, loss_and_grad, precompile, score, statistics
 from .backends import BackendError
+from .diagnosis import diagnose
 from .sums import Statistics
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ __all__ = [
     "BackendError",
     "Score",
     "Statistics",
+    "diagnose",
     "gradient",
     "loss",
     "loss_and_grad",

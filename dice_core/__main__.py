@@ -1,117 +1,86 @@
-"""`python -m dice_core [--json]`: reports every backend and why it is unavailable if it is, the
-instruction-set level of the CPU, the number of threads, and package versions.
+"""The command line, `dice_core` or `python -m dice_core`: what is usable on this machine, the
+benchmark, and the scores of label files.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
-from typing import Any
+import sys
+from collections.abc import Sequence
 
-import dice_core
-
-from . import backends, threads
-
-PACKAGES = ("numpy", "torch", "jax", "numba", "numba-cuda", "cupy")
+from . import info, score_files
 
 
-def report() -> dict[str, Any]:
-    """What this installation can do on this machine."""
-    cpu = _cpu()
-    parallel = cpu is not None and cpu["openmp"]
-    return {
-        "dice_core": dice_core.__version__,
-        "backends": {
-            row.name: {"description": row.description, "unavailable": row.unavailable()}
-            for row in backends.table()
-        },
-        backends.VARIABLE: os.environ.get(backends.VARIABLE),
-        "cpu": cpu,
-        "threads": {
-            "default": threads.resolve(None) if parallel else 1,
-            "available_cores": threads.available_cores(),
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
-        },
-        "versions": {
-            "python": platform.python_version(),
-            **{name: _version(name) for name in PACKAGES},
-        },
-        "platform": _platform(),
-    }
-
-
-def as_text(facts: dict[str, Any]) -> str:
-    """The report as text, one line per fact."""
-    lines = [
-        f"dice_core {facts['dice_core']} on {facts['platform']}",
-        "",
-        "backends, in the order tried",
-    ]
-    automatic = {row.name for row in backends.BUILT_IN if row.automatic}
-    for name, row in facts["backends"].items():
-        state = "; ".join(row["unavailable"]) or "usable"
-        if name not in automatic and state == "usable":
-            state = "usable, only if requested by name"
-        lines.append(f"  {name:<11} {row['description']:<37} {state}")
-    requested = facts[backends.VARIABLE]
-    lines.append(f"  {backends.VARIABLE} " + (f"= {requested}" if requested else "is not set"))
-    cpu = facts["cpu"]
-    lines += ["", "cpu"]
-    if cpu is None:
-        lines.append("  no compiled kernels")
-    else:
-        openmp = (
-            f"{cpu['openmp']} ({cpu['openmp_library']})"
-            if cpu["openmp"]
-            else "none: single-threaded"
-        )
-        lines += [f"  level       {cpu['level']}", f"  OpenMP      {openmp}"]
-    count = facts["threads"]
-    omp = count["OMP_NUM_THREADS"]
-    lines.append(
-        f"  threads     {count['default']} by default ({count['available_cores']} cores available, "
-        f"OMP_NUM_THREADS {'= ' + omp if omp else 'is not set'})"
+def parser() -> argparse.ArgumentParser:
+    """The command line, but for the options of `bench`."""
+    result = argparse.ArgumentParser(
+        prog="dice_core", description=__doc__, epilog="Without a command, dice_core does info."
     )
-    lines += ["", "versions"]
-    lines += [
-        f"  {name:<12}{version or 'not installed'}" for name, version in facts["versions"].items()
-    ]
-    return "\n".join(lines)
+    for_bug_reports = "print JSON, for scripts and bug reports"
+    result.add_argument("--json", action="store_true", help=for_bug_reports)
+    commands = result.add_subparsers(dest="command", title="commands", metavar="COMMAND")
+
+    about = "report the backends and why any is unavailable, the CPU, threads and versions"
+    add = commands.add_parser("info", help=about, description=info.__doc__).add_argument
+    add("--json", action="store_true", default=argparse.SUPPRESS, help=for_bug_reports)
+
+    about = "measure time and peak memory beside other libraries (its own options: bench --help)"
+    commands.add_parser("bench", help=about, add_help=False)
+
+    add = commands.add_parser(
+        "score",
+        help="print Dice and IoU of each class for two files of labels",
+        description=score_files.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).add_argument
+    add("prediction", metavar="PREDICTION", help="the predicted labels: .nii, .nii.gz, .npy, .npz")
+    add("labels", metavar="LABELS", help="the true labels, of the same shape")
+    about = "leave out the voxels that have this label in LABELS"
+    add("--ignore-label", type=int, metavar="L", help=about)
+    about = "the classes to list, such as 1,2,205; by default all that are found in either file"
+    add("--classes", type=_integers, metavar="LIST", help=about)
+    about = "print JSON; a score that is not a number is null"
+    add("--json", action="store_true", default=argparse.SUPPRESS, help=about)
+    return result
 
 
-def _cpu() -> dict[str, Any] | None:
-    for row in backends.BUILT_IN:
-        if row.device == "cpu" and row.automatic and not row.unavailable():
-            kernels = row.load()
-            version, library = kernels.openmp()
-            return {"level": kernels.LEVEL, "openmp": version, "openmp_library": library}
-    return None
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["bench"]:
+        from .bench.__main__ import main as bench  # which reads its options itself
 
-
-def _platform() -> str:
-    """As `platform.platform()`, which runs a program, `uname -p`."""
-    libc = "".join(platform.libc_ver())
-    return "-".join(filter(None, (platform.system(), platform.release(), platform.machine(), libc)))
-
-
-def _version(package: str) -> str | None:
+        bench(arguments[1:])
+        return
+    line = parser()
+    options = line.parse_args(arguments)
+    if options.command != "score":
+        facts = info.report()
+        _print(json.dumps(facts, indent=2) if options.json else info.as_text(facts))
+        return
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        scores = score_files.scores(
+            options.prediction, options.labels, options.ignore_label, options.classes
+        )
+    except score_files.Refused as reason:
+        line.exit(2, f"dice_core score: {reason}\n")
+    _print(score_files.as_json(scores) if options.json else score_files.as_text(scores))
 
 
-def main() -> None:
-    """Prints the report."""
-    parser = argparse.ArgumentParser(prog="python -m dice_core", description=__doc__)
-    parser.add_argument(
-        "--json", action="store_true", help="print JSON, for scripts and bug reports"
-    )
-    facts = report()
-    print(json.dumps(facts, indent=2) if parser.parse_args().json else as_text(facts))
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # a reader such as `head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 1,2,205") from None
 
 
 if __name__ == "__main__":

@@ -19,9 +19,19 @@ ARRAYS = {"allocators", "buffers"}
 ARROWS = {
     "__init__": {
         *("api", "torch.__init__", "dask", "jax", "compat.__init__", "losses.__init__"),
-        *("backends", "sums"),
+        *("backends", "sums", "diagnosis.__init__"),
     },
-    "__main__": {"__init__", "backends", "threads"},
+    "__main__": {"info", "score_files", "bench.__main__"},
+    "info": {"__init__", "backends", "threads"},
+    "score_files": set(),
+    "diagnosis.__init__": {
+        *("diagnosis.shapes", "diagnosis.values", "diagnosis.facts", "diagnosis.findings"),
+        *("losses.__init__", "checks", *ARRAYS),
+    },
+    "diagnosis.values": {"diagnosis.facts", "diagnosis.findings", "losses.__init__"},
+    "diagnosis.shapes": {"diagnosis.findings"},
+    "diagnosis.facts": set(),
+    "diagnosis.findings": set(),
     "api": {"calls", "losses.__init__", "sums", "spec", "checks", "allocators"},
     "jax": {"calls", "losses.__init__", "spec", "checks", "buffers"},
     "dask": {"api", "calls", "losses.__init__", "sums", "spec", "checks", "allocators"},
@@ -226,7 +236,7 @@ def test_the_reader_finds_what_is_forbidden_to_kernels(line):
 
 # ---- modules loaded by an import ---------------------------------------------------------------
 
-HEAVY = {"torch", "dask", "jax", "numba", "cupy", "scipy", "matplotlib", "rich"}
+HEAVY = {"torch", "nibabel", "dask", "jax", "numba", "cupy", "scipy", "matplotlib", "rich"}
 
 
 def modules_after(statements, cwd):

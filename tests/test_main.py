@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import dice_core
-from dice_core import __main__, backends, threads
+from dice_core import __main__, backends, info, threads
 
 ENVIRONMENTS = {
     "plain": {},
@@ -145,7 +145,7 @@ def test_another_package_s_backend_runs_only_if_requested():
 
 
 def report(**changes):
-    return __main__.as_text(__main__.report() | changes).splitlines()
+    return info.as_text(info.report() | changes).splitlines()
 
 
 def test_long_names_and_descriptions_stay_apart():
@@ -168,3 +168,51 @@ def test_long_names_and_descriptions_stay_apart():
 )
 def test_text_of_a_lesser_installation(cpu, expected):
     assert expected in report(cpu=cpu)
+
+
+# ---- commands ----------------------------------------------------------------------------------
+
+
+def printed(capsys, *arguments):
+    __main__.main(arguments)
+    return capsys.readouterr().out
+
+
+def test_info_is_the_default_command(capsys):
+    text = info.as_text(info.report()) + "\n"
+    assert printed(capsys) == printed(capsys, "info") == text
+    for arguments in (["--json"], ["info", "--json"], ["--json", "info"]):
+        assert json.loads(printed(capsys, *arguments)) == info.report()
+
+
+def test_bench_has_its_own_options(capsys):
+    with pytest.raises(SystemExit) as stop:
+        __main__.main(["bench", "--device", "cuda", "nonsense"])
+    assert stop.value.code == 2
+    assert "nonsense: no such name; choose from a, b, c" in capsys.readouterr().err
+
+
+def test_help_states_what_score_gives_for_absent_classes(capsys):
+    with pytest.raises(SystemExit) as stop:
+        __main__.main(["score", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "A class that is predicted but absent from the labels, or there but not" in text
+    assert "neither file, which only --classes lists, has nan" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["score", "a.npy"], ["score", "--classes=x"]])
+def test_wrong_arguments_are_refused_by_argparse(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        __main__.main(arguments)
+    assert stop.value.code == 2
+    assert "usage: dice_core" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = [sys.executable, "-W", "error", "-m", "dice_core"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0

@@ -5,6 +5,7 @@ the floor, the least time that the memory of this machine or its GPU allows.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from .. import threads
@@ -47,10 +48,10 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     line = parser()
-    options = line.parse_args()
+    options = line.parse_args(arguments)
     quick, cuda = options.quick, options.device == "cuda"
     every = QUICK_CASES if quick else [name for name in CASES if cuda or name not in GPU_SIZED]
     only = options.only.split(",") if options.only else list(IMPLEMENTATIONS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -204,6 +205,25 @@ def precompile(case: Case) -> None:
     case.bad = [bad for bad in case.bad if bad.names != ("y",)]  # labels are not read
     dice_core.precompile(data.x, data.y, **options)
     accepted(case)
+
+
+def diagnose(case: Case) -> None:
+    """`diagnose`, which finds something where `statistics` raises for the arrays, or is NaN."""
+    case.spoil(ARGUMENTS)
+    data = Data(case, "array", ACTIVATIONS)
+    arguments, _ = term_or_options(case, data)
+    options: dict[str, Any] = {"ignore_label": data.ignore_label, "activation": data.activation}
+    found = dice_core.diagnose(data.x, data.y, **arguments(), **options)
+    of_arrays = any(set(bad.names) <= {"x", "y"} for bad in case.bad)
+    assert found or of_arrays or not case.bad, f"nothing found, expected {case.bad}"
+    count = "1 finding in x " if len(found) == 1 else f"{len(found)} findings in x "
+    assert str(found).startswith(count if found else "nothing found in x "), str(found)
+    if getattr(data.x, "requires_grad", False):
+        raise Skip("logits that require grad")
+    sums: Any = np.inf
+    with contextlib.suppress(TypeError, ValueError):
+        sums = dice_core.statistics(data.x, data.y, **options).array
+    assert found or np.isfinite(sums).all(), "nothing found, but statistics raises or gives NaN"
 
 
 def absurd(case: Case) -> None:

@@ -24,6 +24,7 @@ CALLS: tuple[tuple[Callable[[Case], None], int], ...] = (
     (array_calls.gradient, 12),
     (array_calls.score, 6),
     (array_calls.precompile, 2),
+    (array_calls.diagnose, 6),
     (array_calls.absurd, 1),
     (torch_calls.torch_loss, 14),
     (torch_calls.torch_statistics, 8),
