@@ -31,9 +31,11 @@ def report(cases: Sequence[Case], names: Sequence[str], settings: Settings) -> R
     if missing:
         result.facts["not measured"] = ", ".join(missing)
     try:
-        for case in cases if usable else ():
-            print(f"measuring {case.name}: {case}", file=sys.stderr, flush=True)
-            result.cases[case.name] = measured(case, usable, settings)
+        for case in cases:
+            rows = [name for name in usable if IMPLEMENTATIONS[name].network == case.network]
+            if rows:
+                print(f"measuring {case.name}: {case}", file=sys.stderr, flush=True)
+                result.cases[case.name] = measured(case, rows, settings)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
     return result

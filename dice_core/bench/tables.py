@@ -46,6 +46,7 @@ NOTE_LENGTH = 700  # characters; JSON has notes in full
 def text(report: Report) -> str:
     """Facts, all measurements of each case, comparisons, the legend, notes."""
     parts = [heading(report), *(details(name, found) for name, found in report.cases.items())]
+    parts.append(savings(report.cases))
     parts += [comparison(title, report.cases, *names) for title, names in COMPARISONS.items()]
     return "\n\n".join(filter(None, [*parts, LEGEND, notes(report)])) + "\n"
 
@@ -66,6 +67,7 @@ def details(case: str, result: CaseResult) -> str:
         "forward / floor": lambda name: _number(result.ratio(name, "floor", "forward")),
         "step / floor": lambda name: _number(result.ratio(name, "floor", "step")),
         "host us": lambda name: _number(result.get(name, "host"), 1e6),
+        "peak MiB": lambda name: _number(result.mebibytes(name)),
         "peak": lambda name: _number(result.get(name, "peak")),
         "kept": lambda name: _number(result.get(name, "kept")),
     }
@@ -91,6 +93,27 @@ def comparison(title: str, results: Mapping[str, CaseResult], time: str, *names:
         "compile peak": lambda r: _number(r.get(compiled, peak)),
     }
     return table(f"dice_core, {title}", results, columns)
+
+
+def savings(results: Mapping[str, CaseResult]) -> str:
+    """The table of what whole training steps save; empty if none was measured."""
+    rows = {
+        f"{case}, {_title(name)}": (result, name)
+        for case, result in results.items()
+        for name in (f"{result.network}-{role}" for role in ("ours", "inplace", "fused"))
+        if name in result.measurements
+    }
+
+    def column(what: str) -> Callable[[tuple[CaseResult, str]], str]:
+        def cell(row: tuple[CaseResult, str]) -> str:
+            result, name = row
+            ratio = result.ratio(name, f"{result.network}-theirs", what)
+            return "-" if ratio is None else f"{100 * (1 - ratio):.0f} %"
+
+        return cell
+
+    columns = {"of time": column("step"), "of peak memory": column("peak")}
+    return table("saved of a step with the library's own loss", rows, columns) if rows else ""
 
 
 def notes(report: Report) -> str:
