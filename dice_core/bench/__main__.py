@@ -18,6 +18,10 @@ LOSS_ALONE = "e"  # measured beside whole steps, with these losses
 LOSSES_ALONE = ("ours-ce", "ours-ce-inplace", "monai-ce", "nnunet-ce", "naive-ce")
 
 
+PICTURE = """\
+The picture in the documentation, and the numbers in it; --read draws it again from them:
+  python -m dice_core.bench --step --json docs/images/step.json --plot docs/images/step.svg
+  python -m dice_core.bench --read docs/images/step.json --plot docs/images/step.svg"""
 PLOT_HELP = """draw a bar chart (.png, .svg or .pdf); of whole steps two, NAME-light and NAME-dark,
 for pages with a light and a dark background"""
 
@@ -29,7 +33,9 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m dice_core.bench",
         description=__doc__,
-        epilog="\n".join(["cases:", *names, "", "implementations:", *rows, "", tables.LEGEND]),
+        epilog="\n".join(
+            ["cases:", *names, "", "implementations:", *rows, "", PICTURE, "", tables.LEGEND]
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = result.add_argument
@@ -45,7 +51,8 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", type=_count, metavar="N", help="default: OMP_NUM_THREADS, else all cores")
     add("--rounds", type=_count, metavar="N", help="at most N rounds of a case (default: 30)")
     add("--budget", type=float, metavar="S", help="seconds for the rounds of a case (default: 20)")
-    add("--quick", action="store_true", help="cases a and d, small; 3 rounds; no torch.compile")
+    text = "cases a and d or, with --step, its cases, small; 3 rounds; no torch.compile"
+    add("--quick", action="store_true", help=text)
     add("--no-compile", action="store_true", help="leave torch.compile out")
     add("--no-memory", action="store_true", help="measure time only")
     add("--json", type=_file, metavar="FILE", help="write all measurements, times in seconds")
@@ -115,7 +122,7 @@ def main() -> None:
     if options.markdown:
         options.markdown.write_text(text)
     if options.plot:
-        steps = any(result.network for result in report.cases.values())
+        steps = any(result.network == "nnunet-step" for result in report.cases.values())
         (picture if steps else plot).save(report, options.plot)
 
 

@@ -64,7 +64,7 @@ class Case:
     def __str__(self) -> str:
         shape = ", ".join(map(str, self.shape))
         if self.network:
-            return f"whole training step of {TITLES[self.network]}, logits[{shape}] {self.dtype}"
+            return f"training step of {TITLES[self.network]}, logits[{shape}] {self.dtype}"
         activation = ", sigmoid" if self.shape[1] == 1 else ""
         layout = ", channels last" if self.channels_last else ""
         return f"x[{shape}] {self.dtype}{activation}{layout}"

@@ -269,7 +269,9 @@ IMPLEMENTATIONS = {
     "ours-out": _Row("dice_core, into out=", _dice, start=_at_once),
     "ours-over": _Row("dice_core, in place", _dice, start=_in_place),
     "ours-ce": _Row("dice_core, Dice + CE", _dice_ce, _CE, start=_ours),
-    "ours-ce-inplace": _Row("dice_core, Dice + CE, inplace=True", _dice_ce, _CE, start=_overwriting),
+    "ours-ce-inplace": _Row(
+        "dice_core, Dice + CE, inplace=True", _dice_ce, _CE, start=_overwriting
+    ),
     "ours-ce-out": _Row("dice_core, Dice + CE, into out=", _dice_ce, _CE, start=_at_once),
     "ours-focal": _Row("dice_core, Dice + focal", _dice_focal, _FOCAL, start=_ours),
     "ours-focal-out": _Row("dice_core, Dice + focal, out=", _dice_focal, _FOCAL, start=_at_once),

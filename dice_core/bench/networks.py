@@ -7,7 +7,7 @@ odd number. Its weights are the same on every call.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch and the networks' packages are imported on use: --help needs none of them
     from torch.nn import Module
@@ -27,7 +27,7 @@ def plain_conv_unet(classes: int, fused: bool = False) -> Build:
     def build(side: int) -> Module:
         manual_seed(0)
         levels = _levels(side)
-        net: Module = PlainConvUNet(
+        net: Any = PlainConvUNet(
             input_channels=1,
             n_stages=levels,
             features_per_stage=[min(32 * 2**level, 320) for level in range(levels)],
@@ -71,7 +71,7 @@ NETWORKS: dict[str, Callable[[int], Build]] = {
     "nnunet-step": plain_conv_unet,
     "monai-step": monai_unet,
 }
-TITLES = {"nnunet-step": "nnU-Net's PlainConvUNet", "monai-step": "MONAI's UNet"}
+TITLES = {"nnunet-step": "PlainConvUNet", "monai-step": "MONAI's UNet"}
 
 
 def _levels(side: int) -> int:

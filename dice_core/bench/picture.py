@@ -6,7 +6,7 @@ light background and one for a dark one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,14 +31,15 @@ THEMES = {
     "light": Theme("#1f2328", "#d55e00", "#0072b2", "#009e73", "#8c959f"),
     "dark": Theme("#e6edf3", "#e8853d", "#56b4e9", "#2fc79a", "#6e7681"),
 }
+Bars = Sequence[tuple[str, str, str]]
 # A panel: its title, its case, and the name, label and colour of each bar.
-NNUNET = (
+NNUNET: Bars = (
     ("nnunet-step-theirs", "nnU-Net's loss", "theirs"),
     ("nnunet-step-ours", "dice_core", "ours"),
     ("nnunet-step-fused", "fused head", "fused"),
     ("nnunet-step-none", "no loss", "none"),
 )
-ALONE = (
+ALONE: Bars = (
     ("naive-ce", "plain torch", "theirs"),
     ("monai-ce", "MONAI", "theirs"),
     ("nnunet-ce", "nnU-Net", "theirs"),
@@ -49,15 +50,16 @@ PANELS = (
     ("Training step, 14 classes", "nnunet-step-14", NNUNET),
     ("The loss alone, 105 classes", "e", ALONE),
 )
-WIDTH, BAR, HEAD = 9.0, 0.36, 0.95  # inches: of the picture, for each bar, above each panel's bars
-LEFT, GAP, ROOM = 1.95, 0.3, 1.35  # of the labels, between columns, for the number after a bar
-FONT = 17  # points
+WIDTH, BAR, HEAD = 9.0, 0.4, 0.8  # inches: of the picture, for each bar, above a panel's bars
+TOP = 0.25  # more, above the first panel's bars
+LEFT, GAP, ROOM = 2.15, 0.2, 1.5  # of the labels, between columns, for the number after a bar
+FONT = 19  # points
 
 
 def save(report: Report, path: Path) -> None:
     """Writes path's stem with -light and -dark, in the format given by the suffix."""
     for name, theme in THEMES.items():
-        settings = {"svg.hashsalt": "dice_core", "font.size": FONT, "text.color": theme.text}
+        settings: Any = {"svg.hashsalt": "dice_core", "font.size": FONT, "text.color": theme.text}
         with matplotlib.rc_context(settings):
             figure = drawn(report, theme)
             metadata = {"Date": None} if path.suffix == ".svg" else None
@@ -69,16 +71,16 @@ def drawn(report: Report, theme: Theme) -> Figure:
     """The panels that were measured, one below the other."""
     panels = []
     for title, case, bars in PANELS:
-        if result := report.cases.get(case):
-            present = [bar for bar in bars if result.get(bar[0], "step") is not None]
-            if present:
-                panels.append((title, result, present))
-    height = sum(HEAD + BAR * len(bars) for *_, bars in panels)
+        result = report.cases.get(case, CaseResult("", {}))
+        if present := [bar for bar in bars if result.get(bar[0], "step") is not None]:
+            panels.append((title, result, present))
+    height = TOP + sum(HEAD + BAR * len(bars) for *_, bars in panels)
     figure = Figure(figsize=(WIDTH, height))
     top = height
-    for title, result, bars in panels:
-        top -= HEAD
-        figure.text(0, (top + HEAD - 0.33) / height, title, weight="bold", size=FONT + 2)
+    for i, (title, result, bars) in enumerate(panels):
+        top -= HEAD if i else HEAD + TOP
+        above = 0.15 if i else 0.5
+        figure.text(0, (top + above) / height, title, weight="bold", size=FONT + 1)
         width = (WIDTH - LEFT - GAP) / 2
         for column, (name, value, text) in enumerate(COLUMNS):
             left = LEFT + column * (width + GAP)
@@ -86,7 +88,8 @@ def drawn(report: Report, theme: Theme) -> Figure:
             box = (left / WIDTH, (top - size) / height, width / WIDTH, size / height)
             axes = figure.add_axes(box)
             _bars(axes, [value(result, bar[0]) for bar in bars], text, bars, theme)
-            axes.set_title(name, loc="left", size=FONT, color=theme.text, pad=4)
+            if i == 0:
+                axes.set_title(name, loc="left", size=FONT, color=theme.text, pad=4)
             if column == 0:
                 axes.set_yticks(range(len(bars)), [label for _, label, _ in bars])
                 axes.tick_params(axis="y", length=0, colors=theme.text, pad=8)
@@ -95,20 +98,21 @@ def drawn(report: Report, theme: Theme) -> Figure:
 
 
 def _bars(
-    axes: Axes, values: list[Any], text: Callable[[float], str], bars: Any, theme: Theme
+    axes: Axes, values: list[float | None], text: Callable[[float], str], bars: Bars, theme: Theme
 ) -> None:
-    colours = [getattr(theme, kind) for *_, kind in bars]
+    """Bars of these lengths with their numbers, one for each of `bars`, the first at the top."""
     lengths = [value or 0.0 for value in values]
+    colours = [getattr(theme, kind) for *_, kind in bars]
     axes.barh(range(len(bars)), lengths, 0.72, color=colours)
-    axes.set(ylim=(len(bars) - 0.5, -0.5), xticks=[], yticks=[], facecolor="none")
-    longest = max(lengths) or 1.0
     inches = (WIDTH - LEFT - GAP) / 2
-    axes.set_xlim(0, longest * inches / (inches - ROOM))
+    longest = max(lengths) or 1.0
+    axes.set(xlim=(0, longest * inches / (inches - ROOM)), ylim=(len(bars) - 0.5, -0.5))
+    axes.set(xticks=[], yticks=[], facecolor="none")
     axes.spines[:].set_visible(False)
     for i, value in enumerate(values):
         if value is not None:
             axes.annotate(
-                text(value), (value, i), (6, 0), textcoords="offset points", va="center"
+                text(value), (value, i), (6, 0), textcoords="offset points", va="center_baseline"
             )
 
 

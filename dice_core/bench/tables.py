@@ -34,6 +34,15 @@ time to read logits and labels; that of a step adds the time to read the labels 
 the logits. 'peak' is the growth of memory over a step, 'kept' what forward leaves for backward, in
 units of the logits: of a fresh process or, on a GPU, as counted by torch's allocator.
 
+A training step is the forward pass of a network with the loss of its logits, and the backward pass
+to its weights: one image, float32, no deep supervision, no optimizer. Its floor is the same step
+with the mean of the logits as the loss, which reads the logits and passes on a gradient of their
+size; inplace=True may take less memory, and the fused head, which never has logits, less of both.
+Peak memory is the growth above what the network, image and labels take before the step, in a
+process whose libraries have run a step on a small patch: activations, logits, what the loss
+allocates, all gradients, scratch of convolutions. The losses are Dice + cross-entropy,
+PlainConvUNet's as in nnU-Net's trainer, without class 0; 'dice_core' is the drop-in of that name.
+
 All compute the same Dice loss, except that nnU-Net's is without the 1 and SMP's is of the whole
 batch; with one channel it is the Dice of the foreground alone. Compounds add the mean cross-entropy
 (CE) or the focal loss of each channel's sigmoid.
@@ -77,6 +86,7 @@ def details(case: str, result: CaseResult) -> str:
 def comparison(title: str, results: Mapping[str, CaseResult], time: str, *names: str) -> str:
     """The table of one of COMPARISONS, a row per case; empty if ours was not measured."""
     ours, dice, monai, nnunet, compiled = names
+    results = {case: result for case, result in results.items() if not result.network}
     if all(result.get(ours, time) is None for result in results.values()):
         return ""
     peak = "peak" if time == "step" else ""
