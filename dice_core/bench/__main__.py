@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     large = ", ".join(GPU_SIZED)
     text = f"names from the list below (default: all but whole steps; {large} only on cuda)"
     add("cases", nargs="*", metavar="CASE", help=text)
-    add("--step", action="store_true", help=f"whole training steps, and case {LOSS_ALONE} beside")
+    add("--step", action="store_true", help=f"whole training steps, and case {LOSS_ALONE} too")
     text = "voxels along each axis of the patch of whole steps, a multiple of 8 (default: 64)"
     add("--side", type=_side, metavar="N", help=text)
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")

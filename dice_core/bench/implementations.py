@@ -240,13 +240,11 @@ _in_place = partial(_at_once, in_place=True)
 _naive_dice, _equal = partial(_naive, "dice"), partial(_naive, "dice_by_comparison")
 _monai_dice = partial(_monai, "DiceLoss")
 _CE, _FOCAL = "dice_and_cross_entropy", "dice_and_focal"
-_naive_ce = partial(_naive, "dice_and_cross_entropy")
 _FOREGROUND = "foreground_dice_and_cross_entropy"
-_Row = Implementation
-
-
+_naive_ce, _no_loss = partial(_naive, _CE), partial(_naive, "mean")
 _foreground_ce = partial(_nnunet_ce, do_bg=False)
-_no_loss = partial(_naive, "mean")
+_fused_unet = partial(networks.plain_conv_unet, fused=True)
+_Row = Implementation
 
 
 def _of_nnunet(
@@ -260,8 +258,6 @@ def _of_monai(title: str, loss: Any, formula: str) -> Implementation:
     build = partial(_step, networks.monai_unet, loss)
     return _Row(title, build, formula, start=_training, network="monai-step")
 
-
-_fused_unet = partial(networks.plain_conv_unet, fused=True)
 
 IMPLEMENTATIONS = {
     "ours": _Row("dice_core", _dice, start=_ours),

@@ -21,6 +21,7 @@ COMPARISONS = {
     "step, gradient into out=": ("step", "ours-out", *_DICE),
     "step, gradient in place": ("step", "ours-over", *_DICE),
     "step of Dice + cross-entropy, fresh gradient": ("step", "ours-ce", "ours", *_CE),
+    "step of Dice + cross-entropy, inplace=True": ("step", "ours-ce-inplace", "ours-inplace", *_CE),
     "step of Dice + cross-entropy, into out=": ("step", "ours-ce-out", "ours-out", *_CE),
     "step of Dice + focal, fresh gradient": ("step", "ours-focal", "ours", *_FOCAL),
     "step of Dice + focal, into out=": ("step", "ours-focal-out", "ours-out", *_FOCAL),
