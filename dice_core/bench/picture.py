@@ -52,7 +52,7 @@ PANELS = (
 )
 WIDTH, BAR, HEAD = 9.0, 0.4, 0.8  # inches: of the picture, for each bar, above a panel's bars
 TOP = 0.25  # more, above the first panel's bars
-LEFT, GAP, ROOM = 2.15, 0.2, 1.5  # of the labels, between columns, for the number after a bar
+LEFT, GAP, ROOM = 2.15, 0.2, 1.6  # of the labels, between columns, for the number after a bar
 FONT = 19  # points
 
 

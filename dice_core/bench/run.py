@@ -47,7 +47,8 @@ def measured(case: Case, names: Sequence[str], settings: Settings) -> CaseResult
     try:
         result = in_fresh_process(device.spawn, measure.times, case, names, settings)
     except Exception as error:  # the process may have died, for lack of memory for example
-        return CaseResult(str(case), {name: {"notes": [_reason(error)]} for name in names})
+        notes = {name: {"notes": [_reason(error)]} for name in names}
+        return CaseResult(str(case), notes, network=case.network)
     for name in names if settings.memory and device.memory_needs_fresh_process else ():
         found = result.measurements[name]
         if "step" in found:
