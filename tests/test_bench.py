@@ -18,6 +18,8 @@ from dice_core.bench import (
     floor,
     formulas,
     measure,
+    networks,
+    picture,
     plot,
     results,
     run,
@@ -100,7 +102,7 @@ def test_ours_and_the_naive_code_compute_the_formula(name):
     assert torch.allclose(formulas.dice_by_comparison(x, y), formulas.dice(x, y))
     for name, row in IMPLEMENTATIONS.items():
         if name.startswith(("ours", "naive")):
-            *_, value = row.step([(x, y)])()
+            *_, value = row.step([(x, y)], x.shape[1])()
             expected = getattr(formulas, row.formula)(x, y).item()
             assert float(value) == pytest.approx(expected, abs=1e-5), name
 
@@ -110,7 +112,7 @@ def test_successive_steps_take_successive_inputs():
     inputs.append((-2 * inputs[0][0], inputs[0][1]))
     expected = [formulas.dice(x, y).item() for x, y in inputs] * 2
     for name in ("ours", "ours-out", "ours-over", "naive"):
-        step = IMPLEMENTATIONS[name].step(inputs)
+        step = IMPLEMENTATIONS[name].step(inputs, 2)
         assert [float([*step()][-1]) for _ in expected] == pytest.approx(expected, abs=1e-6), name
 
 
@@ -120,7 +122,84 @@ def test_cases_are_what_they_say():
     assert x.is_contiguous(memory_format=torch.channels_last_3d)
     assert (y.dtype, y.min(), y.max()) == (torch.uint8, 0, 4)
     assert cases.CASES["i"].with_sides(2).tensors("int64")[0].dtype == torch.float16
-    assert "".join(cases.CASES) == "abcdefghijkl"
+    assert "".join(name for name in cases.CASES if name not in cases.STEPS) == "abcdefghijkl"
+
+
+# ---- whole training steps ----------------------------------------------------------------------
+
+
+TRAINED = [name for name, row in IMPLEMENTATIONS.items() if row.network]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_training_step_computes_its_loss_and_frees_its_gradients(name):
+    row = IMPLEMENTATIONS[name]
+    if why := row.unavailable():
+        pytest.skip(why)
+    case = next(case for case in cases.CASES.values() if case.network == row.network).with_side(8)
+    x, y = case.tensors("int64")
+    assert x.shape == (1, 1, 8, 8, 8)
+    build, loss = row.build(case.shape[1])
+    net = build(8)
+    step = row.start((lambda side: net, loss), [(x, y)])()
+    *_, value = (next(step) for _ in ("ready", "forward", "backward"))
+    assert all(weight.grad is not None for weight in net.parameters())
+    assert any(weight.grad.any() for weight in net.parameters())
+    assert list(step) == []
+    assert all(weight.grad is None for weight in net.parameters())
+    logits = case.logits(x)
+    assert logits.shape == case.shape
+    expected = getattr(formulas, row.formula)(logits, y).item() + row.offset
+    assert float(value) == pytest.approx(expected, abs=1e-4)
+
+
+def test_depth_of_networks():
+    assert [networks._levels(side) for side in (8, 16, 64, 96, 144)] == [2, 3, 5, 5, 5]
+
+
+@pytest.fixture
+def steps():
+    """A report of whole steps: with nnU-Net's loss 4 s, ours 3, fused 1, none 2; the loss alone."""
+    roles = {"theirs": 4, "ours": 3, "fused": 1, "none": 2}
+    measurements = {f"nnunet-step-{role}": {"step": n, "peak": n} for role, n in roles.items()}
+    of_step = results.CaseResult("P", measurements, 3, 1, 2**20, "nnunet-step")
+    losses = {"monai-ce": {"step": 0.25}, "ours-ce": {"step": 0.125, "peak": 1}}
+    alone = results.CaseResult("x[1]", losses, 3, 1, 2**20)
+    return results.Report({"processor": "P"}, {"nnunet-step-105": of_step, "e": alone})
+
+
+def test_what_a_step_saves(steps):
+    assert rows(tables.savings(steps.cases)) == [
+        ["", "of time", "of peak memory"],
+        ["nnunet-step-105, dice_core", "25 %", "25 %"],
+        ["nnunet-step-105, dice_core, fused head", "75 %", "75 %"],
+    ]
+    found = rows(tables.details("nnunet-step-105", steps.cases["nnunet-step-105"]))
+    assert found[0] == ["", "step ms", "step / floor", "peak MiB", "peak"]
+    assert found[3] == ["dice_core, fused head", "1000", "0.50", "1.00", "1.00"]
+    text = tables.text(steps)
+    assert text.count("| nnunet-step-105") == 2
+    assert "| e " in text
+
+
+def test_the_picture_shows_every_number(steps, tmp_path):
+    figure = picture.drawn(steps, picture.THEMES["light"])
+    texts = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert texts == [
+        *("4.00 s", "3.00 s", "1.00 s", "2.00 s", "4 MiB", "3 MiB", "1 MiB", "2 MiB"),
+        *("250 ms", "125 ms", "1 MiB"),
+    ]
+    titles = [text.get_text() for text in figure.texts]
+    assert titles == ["Training step, 105 classes", "The loss alone, 105 classes"]
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == ["nnU-Net's loss", "dice_core", "fused head", "no loss"]
+    widths = [bar.get_width() for bar in figure.axes[0].patches]
+    assert widths == [4, 3, 1, 2]
+    picture.save(steps, tmp_path / "x.svg")
+    light, dark = ((tmp_path / f"x-{name}.svg").read_text() for name in ("light", "dark"))
+    for text, theme in ((light, "light"), (dark, "dark")):
+        assert picture.THEMES[theme].ours in text
+    assert light != dark
 
 
 # ---- measuring ---------------------------------------------------------------------------------
@@ -156,7 +235,7 @@ def test_growth_of_memory():
         yield kept
         torch.ones(8 * count)  # cleaning up is not included
 
-    found = measure.growth(step, devices.DEVICES["cpu"], x)
+    found = measure.growth(step, devices.DEVICES["cpu"], x.nbytes)
     assert found == {"peak": pytest.approx(6, rel=0.05), "kept": pytest.approx(2, rel=0.05)}
 
 
@@ -410,6 +489,7 @@ def stopped(arguments, capsys, monkeypatch):
         (["--only", "ours,mine"], "mine: no such name; choose from ours, ours-inplace, ours-out"),
         (["--rounds", "0"], "argument --rounds: 0 is not a positive integer"),
         (["--json", "nowhere/x.json"], "argument --json: there is no folder nowhere"),
+        (["--step", "--side", "12"], "argument --side: 12 is not a multiple of 8"),
         (["--plot", "x.gif"], "--plot: x.gif does not end in .png, .svg or .pdf"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -441,6 +521,6 @@ def test_without_a_gpu_the_remedy_is_named(capsys, monkeypatch):
 
 def test_help_lists_cases_and_implementations():
     text = __main__.parser().format_help()
-    assert all(f"  {name:<14} {case}" in text for name, case in cases.CASES.items())
-    assert all(f"  {name:<14} {row.title}" in text for name, row in IMPLEMENTATIONS.items())
+    assert all(f"  {name:<20} {case}" in text for name, case in cases.CASES.items())
+    assert all(f"  {name:<20} {row.title}" in text for name, row in IMPLEMENTATIONS.items())
     assert max(map(len, text.splitlines())) <= 100

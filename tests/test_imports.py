@@ -87,17 +87,28 @@ ARROWS = {
 }
 IN_BENCH = {
     "__init__": set(),
-    "__main__": {"cases", "implementations", "measure", "plot", "results", "run", "tables"},
+    "__main__": {
+        "cases",
+        "implementations",
+        "measure",
+        "picture",
+        "plot",
+        "results",
+        "run",
+        "tables",
+    },
     "run": {"cases", "devices", "implementations", "machine", "measure", "results"},
     "machine": {"measure"},
     "measure": {"cases", "devices", "floor", "formulas", "implementations", "results"},
     "tables": {"implementations", "results"},
     "plot": {"implementations", "results"},
+    "picture": {"results"},
     "results": {"implementations"},
     "floor": {"implementations"},
     "devices": {"implementations"},
-    "implementations": {"formulas"},
-    "cases": set(),
+    "implementations": {"formulas", "networks"},
+    "cases": {"networks"},
+    "networks": set(),
     "formulas": set(),
 }
 TRANSLATIONS = {
@@ -111,7 +122,10 @@ ARROWS |= {
 }
 ARROWS |= {f"bench.{name}": {f"bench.{other}" for other in IN_BENCH[name]} for name in IN_BENCH}
 ARROWS["bench.__main__"] |= {"threads"}
-ARROWS["bench.implementations"] |= {"api", "torch.__init__", "losses.__init__"}
+ARROWS["bench.implementations"] |= {
+    *("api", "torch.__init__", "compat.monai", "compat.nnunet", "losses.__init__"),
+}
+ARROWS["bench.networks"] |= {"torch.__init__"}
 ARROWS["bench.machine"] |= {"backends", "threads"}
 
 

@@ -1,5 +1,6 @@
 """Time and peak memory of the Dice loss and its gradient: dice_core beside the installed peers and
-the floor, the least time that the memory of this machine or its GPU allows.
+the floor, the least time that the memory of this machine or its GPU allows. With --step, whole
+training steps of networks instead: the network, the loss and the backward pass.
 """
 
 from __future__ import annotations
@@ -10,33 +11,49 @@ from pathlib import Path
 
 from .. import threads
 from . import results, tables
-from .cases import CASES, GPU_SIZED
+from .cases import CASES, GPU_SIZED, STEPS
 from .implementations import IMPLEMENTATIONS
 
 QUICK_CASES, QUICK_SIDE = ("a", "d"), 32
+LOSS_ALONE = "e"  # measured beside whole steps, with these losses
+LOSSES_ALONE = ("ours-ce", "ours-ce-inplace", "monai-ce", "nnunet-ce", "naive-ce")
+
+
+PICTURE = """\
+The picture in the documentation, and the numbers in it; --read draws it again from them:
+  python -m dice_core.bench --step --json docs/images/step.json --plot docs/images/step.svg
+  python -m dice_core.bench --read docs/images/step.json --plot docs/images/step.svg"""
+PLOT_HELP = """draw a bar chart (.png, .svg or .pdf); of whole steps two, NAME-light and NAME-dark,
+for pages with a light and a dark background"""
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    names = [f"  {case.name:<14} {case}" for case in CASES.values()]
-    rows = [f"  {name:<14} {row.title}" for name, row in IMPLEMENTATIONS.items()]
+    names = [f"  {case.name:<20} {case}" for case in CASES.values()]
+    rows = [f"  {name:<20} {row.title}" for name, row in IMPLEMENTATIONS.items()]
     result = argparse.ArgumentParser(
         prog="python -m dice_core.bench",
         description=__doc__,
-        epilog="\n".join(["cases:", *names, "", "implementations:", *rows, "", tables.LEGEND]),
+        epilog="\n".join(
+            ["cases:", *names, "", "implementations:", *rows, "", PICTURE, "", tables.LEGEND]
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = result.add_argument
     large = ", ".join(GPU_SIZED)
-    text = f"names from the list below (default: all; {large} only on cuda)"
+    text = f"names from the list below (default: all but whole steps; {large} only on cuda)"
     add("cases", nargs="*", metavar="CASE", help=text)
+    add("--step", action="store_true", help=f"whole training steps, and case {LOSS_ALONE} too")
+    text = "voxels along each axis of the patch of whole steps, a multiple of 8 (default: 64)"
+    add("--side", type=_side, metavar="N", help=text)
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     add("--only", metavar="NAMES", help="implementations from the list below, comma-separated")
     add("--labels", choices=("int64", "uint8"), default="int64", help="default: %(default)s")
     add("--threads", type=_count, metavar="N", help="default: OMP_NUM_THREADS, else all cores")
-    add("--rounds", type=_count, metavar="N", help="at most N rounds (default: 30)")
+    add("--rounds", type=_count, metavar="N", help="at most N rounds of a case (default: 30)")
     add("--budget", type=float, metavar="S", help="seconds for the rounds of a case (default: 20)")
-    add("--quick", action="store_true", help="cases a and d, small; 3 rounds; no torch.compile")
+    text = "cases a and d or, with --step, its cases, small; 3 rounds; no torch.compile"
+    add("--quick", action="store_true", help=text)
     add("--no-compile", action="store_true", help="leave torch.compile out")
     add("--no-memory", action="store_true", help="measure time only")
     add("--json", type=_file, metavar="FILE", help="write all measurements, times in seconds")
@@ -44,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
         "--read", type=Path, metavar="FILE", help="measure nothing, show a report written by --json"
     )
     add("--markdown", type=_file, metavar="FILE", help="write the printed report")
-    add("--plot", type=_file, metavar="FILE", help="draw a bar chart (.png, .svg or .pdf)")
+    add("--plot", type=_file, metavar="FILE", help=PLOT_HELP)
     return result
 
 
@@ -53,14 +70,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     line = parser()
     options = line.parse_args(arguments)
     quick, cuda = options.quick, options.device == "cuda"
-    every = QUICK_CASES if quick else [name for name in CASES if cuda or name not in GPU_SIZED]
+    every = [name for name in CASES if name not in STEPS and (cuda or name not in GPU_SIZED)]
     only = options.only.split(",") if options.only else list(IMPLEMENTATIONS)
+    if options.step:
+        every = [*STEPS, LOSS_ALONE]
+        if not options.only:
+            only = [n for n, row in IMPLEMENTATIONS.items() if row.network or n in LOSSES_ALONE]
+    elif quick:
+        every = [*QUICK_CASES]
     for chosen, table in ((options.cases, CASES), (only, IMPLEMENTATIONS)):
         if unknown := ", ".join(name for name in chosen if name not in table):
             line.error(f"{unknown}: no such name; choose from {', '.join(table)}")
     cases = [CASES[name] for name in dict.fromkeys(options.cases or every)]
     if quick:
         cases = [case.with_sides(QUICK_SIDE) for case in cases]
+    if options.side:
+        cases = [case.with_side(options.side) if case.network else case for case in cases]
     if options.no_compile or (quick and not options.only):
         only = [name for name in only if not IMPLEMENTATIONS[name].compiled]
     if options.plot and options.plot.suffix not in (".png", ".svg", ".pdf"):
@@ -69,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:  # imported late: these imports take seconds
         import torch
 
-        from . import plot, run
+        from . import picture, plot, run
         from .measure import Settings
     except ModuleNotFoundError as error:
         line.exit(1, f'{line.prog} needs {error.name}: pip install "dice_core[bench]"\n')
@@ -98,13 +123,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.markdown:
         options.markdown.write_text(text)
     if options.plot:
-        plot.save(report, options.plot)
+        steps = any(result.network == "nnunet-step" for result in report.cases.values())
+        (picture if steps else plot).save(report, options.plot)
 
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
     return int(text)
+
+
+def _side(text: str) -> int:
+    if (side := _count(text)) % 8:
+        raise argparse.ArgumentTypeError(f"{text} is not a multiple of 8")
+    return side
 
 
 def _file(text: str) -> Path:

@@ -38,14 +38,25 @@ def dice_and_cross_entropy(x: Tensor, y: Tensor) -> Tensor:
     return dice(x, y) + F.cross_entropy(x, y.long())
 
 
+def foreground_dice_and_cross_entropy(x: Tensor, y: Tensor) -> Tensor:
+    """`dice_and_cross_entropy`, its Dice without class 0, as in nnU-Net's training."""
+    return _dice(x, _one_hot(x, y), first=1) + F.cross_entropy(x, y.long())
+
+
+def mean(x: Tensor, y: Tensor) -> Tensor:
+    """No loss: it reads the logits, and its gradient has their size."""
+    return x.mean()
+
+
 def dice_and_focal(x: Tensor, y: Tensor) -> Tensor:
     """`dice` plus the focal loss of each channel's sigmoid, gamma 2: MONAI's DiceFocalLoss."""
     nll = F.binary_cross_entropy_with_logits(x, _one_hot(x, y), reduction="none")
     return dice(x, y) + ((1 - (-nll).exp()) ** 2 * nll).mean()
 
 
-def _dice(x: Tensor, target: Tensor, batch: bool = False) -> Tensor:
+def _dice(x: Tensor, target: Tensor, batch: bool = False, first: int = 0) -> Tensor:
     probability = x.sigmoid() if x.shape[1] == 1 else x.softmax(1)
+    probability, target = probability[:, first:], target[:, first:]
     axes = [0, *range(2, x.ndim)] if batch else [*range(2, x.ndim)]
     intersection = (probability * target).sum(axes)
     total = probability.sum(axes) + target.sum(axes)

@@ -7,6 +7,10 @@ Dice of the foreground alone, which for dice_core is weight (0, 1).
 A step is a generator function that yields once its input is ready and again after each phase,
 forward and backward or both at once, so that the same step measures time and memory. It yields the
 loss last, then cleans up. Successive steps use successive inputs.
+
+A whole training step is the forward pass of a network with a loss of its logits, and the backward
+pass to its weights, without an optimizer: the row's `network` names the cases that it belongs to.
+As in the training loops of nnU-Net and MONAI, the network's output lives until the step ends.
 """
 
 from __future__ import annotations
@@ -16,15 +20,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..api import loss_and_grad
 from ..losses import CrossEntropy, Dice, SigmoidFocal
+from . import networks
 
 if TYPE_CHECKING:  # torch and the peers are imported on use: --help needs none of them
     from torch import Tensor
 
-Loss = Callable[["Tensor", "Tensor"], "Tensor"]
+Loss = Callable[[Any, "Tensor"], "Tensor"]
 Inputs = Sequence[tuple["Tensor", "Tensor"]]  # logits (N, C, *) and labels (N, *), of one shape
 Step = Callable[[], Iterator[Any]]
 
@@ -92,6 +97,25 @@ def _at_once(term: Any, inputs: Inputs, in_place: bool = False) -> Step:
     return step
 
 
+def _training(parts: tuple[networks.Build, Loss], inputs: Inputs) -> Step:
+    """A training step: forward with the loss, then backward into fresh gradients of the weights."""
+    build, loss = parts
+    image = inputs[0][0]
+    net, pairs = build(image.shape[-1]).to(image.device), cycle(inputs)
+
+    def step() -> Iterator[Any]:
+        image, y = next(pairs)
+        yield
+        output = net(image)
+        value = loss(output, y)
+        yield
+        value.backward()
+        yield value.detach()
+        net.zero_grad()
+
+    return step
+
+
 # ---- losses, by number of channels -------------------------------------------------------------
 
 
@@ -117,6 +141,13 @@ def _monai(name: str, channels: int) -> Loss:
     return lambda x, y: loss(x, y.unsqueeze(1))
 
 
+def _compat_monai(channels: int, inplace: bool = False) -> Loss:
+    from ..compat.monai import DiceCELoss
+
+    loss = DiceCELoss(softmax=True, to_onehot_y=True, inplace=inplace)
+    return lambda x, y: loss(x, y.unsqueeze(1))
+
+
 def _nnunet(channels: int) -> Loss:
     import torch
     from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
@@ -125,14 +156,24 @@ def _nnunet(channels: int) -> Loss:
     return MemoryEfficientSoftDiceLoss(activation, smooth=1e-5, ddp=False)
 
 
-def _nnunet_ce(channels: int) -> Loss:
+def _nnunet_ce(channels: int, do_bg: bool = True) -> Loss:
     from nnunetv2.training.loss import compound_losses, dice
 
     if channels == 1:
         raise ValueError("nnU-Net's DC_and_CE_loss has no sigmoid: softmax over one channel is 1")
-    options, dice_class = {"smooth": 1e-5, "ddp": False}, dice.MemoryEfficientSoftDiceLoss
+    options = {"smooth": 1e-5, "ddp": False, "do_bg": do_bg}
+    dice_class = dice.MemoryEfficientSoftDiceLoss
     loss = compound_losses.DC_and_CE_loss(options, {}, dice_class=dice_class)
     return lambda x, y: loss(x, y.unsqueeze(1).long())
+
+
+def _compat_nnunet(channels: int, inplace: bool = False) -> Loss:
+    from ..compat import nnunet
+
+    options = {"smooth": 1e-5, "ddp": False, "do_bg": False}
+    dice_class = nnunet.MemoryEfficientSoftDiceLoss
+    loss = nnunet.DC_and_CE_loss(options, {}, dice_class=dice_class, inplace=inplace)
+    return lambda x, y: cast("Tensor", loss(x, y.unsqueeze(1)))
 
 
 def _smp(channels: int) -> Loss:
@@ -156,6 +197,10 @@ def _naive(name: str, channels: int) -> Loss:
     return getattr(formulas, name)
 
 
+def _step(network: Callable[[int], Any], loss: Callable[[int], Loss], channels: int) -> Any:
+    return network(channels), loss(channels)
+
+
 # ---- the table ---------------------------------------------------------------------------------
 
 
@@ -169,10 +214,11 @@ class Implementation:
     offset: int = 0  # a constant added to the formula
     start: Callable[[Any, Inputs], Step] = _autograd  # (what `build` returns, inputs) -> step
     compiled: bool = False  # by torch.compile, in the first step of a shape
+    network: str = ""  # the network of the cases it belongs to
 
-    def step(self, inputs: Inputs) -> Step:
-        """Its step on these inputs."""
-        loss = self.build(inputs[0][0].shape[1])
+    def step(self, inputs: Inputs, channels: int) -> Step:
+        """Its step on these inputs, whose logits have so many channels."""
+        loss = self.build(channels)
         if self.compiled:
             import torch
 
@@ -194,7 +240,24 @@ _in_place = partial(_at_once, in_place=True)
 _naive_dice, _equal = partial(_naive, "dice"), partial(_naive, "dice_by_comparison")
 _monai_dice = partial(_monai, "DiceLoss")
 _CE, _FOCAL = "dice_and_cross_entropy", "dice_and_focal"
+_FOREGROUND = "foreground_dice_and_cross_entropy"
+_naive_ce, _no_loss = partial(_naive, _CE), partial(_naive, "mean")
+_foreground_ce = partial(_nnunet_ce, do_bg=False)
+_fused_unet = partial(networks.plain_conv_unet, fused=True)
 _Row = Implementation
+
+
+def _of_nnunet(
+    title: str, loss: Any, formula: str, offset: int = 0, network: Any = networks.plain_conv_unet
+) -> Implementation:
+    build = partial(_step, network, loss)
+    return _Row(title, build, formula, offset, _training, network="nnunet-step")
+
+
+def _of_monai(title: str, loss: Any, formula: str) -> Implementation:
+    build = partial(_step, networks.monai_unet, loss)
+    return _Row(title, build, formula, start=_training, network="monai-step")
+
 
 IMPLEMENTATIONS = {
     "ours": _Row("dice_core", _dice, start=_ours),
@@ -202,6 +265,9 @@ IMPLEMENTATIONS = {
     "ours-out": _Row("dice_core, into out=", _dice, start=_at_once),
     "ours-over": _Row("dice_core, in place", _dice, start=_in_place),
     "ours-ce": _Row("dice_core, Dice + CE", _dice_ce, _CE, start=_ours),
+    "ours-ce-inplace": _Row(
+        "dice_core, Dice + CE, inplace=True", _dice_ce, _CE, start=_overwriting
+    ),
     "ours-ce-out": _Row("dice_core, Dice + CE, into out=", _dice_ce, _CE, start=_at_once),
     "ours-focal": _Row("dice_core, Dice + focal", _dice_focal, _FOCAL, start=_ours),
     "ours-focal-out": _Row("dice_core, Dice + focal, out=", _dice_focal, _FOCAL, start=_at_once),
@@ -213,7 +279,23 @@ IMPLEMENTATIONS = {
     "smp": _Row("SMP DiceLoss", _smp, "batch_dice"),
     "kornia": _Row("kornia dice_loss, macro", _kornia),
     "naive": _Row("torch, naive", _naive_dice),
+    "naive-ce": _Row("torch, naive, Dice + CE", _naive_ce, _CE),
     "compile-naive": _Row("torch.compile, naive", _naive_dice, compiled=True),
     "compile-equal": _Row("torch.compile, naive with ==", _equal, compiled=True),
     "compile-monai": _Row("torch.compile, MONAI DiceLoss", _monai_dice, compiled=True),
+    "nnunet-step-theirs": _of_nnunet("nnU-Net DC_and_CE_loss", _foreground_ce, _FOREGROUND, -1),
+    "nnunet-step-ours": _of_nnunet("dice_core", _compat_nnunet, _FOREGROUND, -1),
+    "nnunet-step-inplace": _of_nnunet(
+        "dice_core, inplace=True", partial(_compat_nnunet, inplace=True), _FOREGROUND, -1
+    ),
+    "nnunet-step-fused": _of_nnunet(
+        "dice_core, fused head", _compat_nnunet, _FOREGROUND, -1, network=_fused_unet
+    ),
+    "nnunet-step-none": _of_nnunet("no loss", _no_loss, "mean"),
+    "monai-step-theirs": _of_monai("MONAI DiceCELoss", partial(_monai, "DiceCELoss"), _CE),
+    "monai-step-ours": _of_monai("dice_core", _compat_monai, _CE),
+    "monai-step-inplace": _of_monai(
+        "dice_core, inplace=True", partial(_compat_monai, inplace=True), _CE
+    ),
+    "monai-step-none": _of_monai("no loss", _no_loss, "mean"),
 }

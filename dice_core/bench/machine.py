@@ -17,7 +17,13 @@ from .. import backends, threads
 from .measure import Settings
 
 PACKAGES = ["dice_core", "numpy", "torch", "triton", "numba-cuda"]
-PACKAGES += ["monai", "nnunetv2", "segmentation-models-pytorch", "kornia"]
+PACKAGES += [
+    "monai",
+    "nnunetv2",
+    "dynamic-network-architectures",
+    "segmentation-models-pytorch",
+    "kornia",
+]
 # They affect the cost of allocation and the placement of threads.
 VARIABLES = ("GLIBC_TUNABLES", "LD_PRELOAD", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY")
 

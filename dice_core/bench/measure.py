@@ -13,7 +13,6 @@ from functools import cache
 from statistics import median
 
 import torch
-from torch import Tensor
 
 from . import floor, formulas
 from .cases import Case
@@ -22,7 +21,7 @@ from .implementations import IMPLEMENTATIONS, Step
 from .results import CaseResult, Measurement
 
 SAMPLE = 0.01  # seconds: if the slowest step is faster, all are repeated equally often
-FEWEST_ROUNDS = 5
+FEWEST_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -50,14 +49,15 @@ def times(case: Case, names: Sequence[str], settings: Settings) -> CaseResult:
     @cache
     def expected(formula: str) -> float:
         with torch.no_grad():
-            return float(getattr(formulas, formula)(x.float(), y))
+            return float(getattr(formulas, formula)(case.logits(x).float(), y))
 
     rows: dict[str, Measurement] = {name: {"notes": []} for name in names}
-    steps = {f"floor {i}": floor.step(read, inputs) for i, read in enumerate(floor.READERS)}
+    readers = () if case.network else floor.READERS
+    steps = {f"floor {i}": floor.step(read, inputs) for i, read in enumerate(readers)}
     for name, found in rows.items():
         row = IMPLEMENTATIONS[name]
         try:
-            step = row.step(inputs)
+            step = row.step(inputs, case.shape[1])
             *_, value = step()
             found["value"] = float(value)
         except Exception as error:
@@ -72,10 +72,11 @@ def times(case: Case, names: Sequence[str], settings: Settings) -> CaseResult:
         found = rows.setdefault(name, {"notes": []})
         found |= {what: median(sample[what] for sample in samples) for what in samples[0]}
         if settings.memory and not device.memory_needs_fresh_process:
-            found |= growth(steps[name], device, x)
-    floors = [rows.pop(name) for name in steps if name not in names]
-    rows["floor"] = {what: min(row[what] for row in floors) for what in ("forward", "step")}
-    return CaseResult(str(case), rows, len(samples), len(inputs))
+            found |= growth(steps[name], device, case.logits_bytes())
+    if floors := [rows.pop(name) for name in steps if name not in names]:
+        rows["floor"] = {what: min(row[what] for row in floors) for what in ("forward", "step")}
+    count = max(map(len, rounds.values()), default=0)
+    return CaseResult(str(case), rows, count, len(inputs), case.logits_bytes(), case.network)
 
 
 def _rounds(
@@ -86,7 +87,7 @@ def _rounds(
     Every round has its own order, so that no step always follows the same other one, and input that
     is still in a cache helps all of them equally, including the floor.
     """
-    slowest = max(device.seconds(step, 1)["step"] for step in steps.values())
+    slowest = max((device.seconds(step, 1)["step"] for step in steps.values()), default=1.0)
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
     order, shuffle = list(steps), random.Random(0).shuffle
     gc.collect()
@@ -110,14 +111,14 @@ def memory(case: Case, name: str, settings: Settings) -> dict[str, float]:
     _set_up(settings)
     row, device = IMPLEMENTATIONS[name], DEVICES[settings.device]
     warm_up = case if row.compiled else case.with_sides(8)
-    for _ in row.step(device.inputs(*warm_up.tensors(settings.labels)))():
+    for _ in row.step(device.inputs(*warm_up.tensors(settings.labels)), case.shape[1])():
         pass
     inputs = device.inputs(*case.tensors(settings.labels))
-    return growth(row.step(inputs), device, inputs[0][0])
+    return growth(row.step(inputs, case.shape[1]), device, case.logits_bytes())
 
 
-def growth(step: Step, device: Device, x: Tensor) -> dict[str, float]:
-    """Growth of memory over a step, its peak and after forward, in units of the logits."""
+def growth(step: Step, device: Device, unit: int) -> dict[str, float]:
+    """Growth of memory over a step, its peak and after forward, in units of so many bytes."""
     phases = step()
     next(phases)
     gc.collect()
@@ -126,7 +127,7 @@ def growth(step: Step, device: Device, x: Tensor) -> dict[str, float]:
     # (bytes in use, peak) after each phase, before the step cleans up
     found = [(device.memory() - start, device.peak_memory() - start) for _ in phases]
     peak, kept = found[-1][1], found[0][0]
-    return {"peak": max(0, peak) / x.nbytes, "kept": max(0, kept) / x.nbytes}
+    return {"peak": max(0, peak) / unit, "kept": max(0, kept) / unit}
 
 
 def wrong_value(value: float, expected: float, dtype: torch.dtype) -> list[str]:

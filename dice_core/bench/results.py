@@ -30,17 +30,27 @@ class CaseResult:
     measurements: dict[str, Measurement]
     rounds: int = 0
     copies: int = 1  # of the input, for successive steps
+    logits_bytes: int = 0  # 0 if unknown
+    network: str = ""  # of a whole training step
 
     def get(self, name: str, what: str) -> float | None:
         """An entry of a measurement, None if it is missing; the name "compile" stands for the
-        fastest compiled implementation, by forward time if `what` is forward, else by step time.
+        fastest compiled implementation, by forward time if `what` is forward, else by step time,
+        and "floor" of a whole training step for the one without a loss.
         """
+        if name == "floor" and self.network:
+            name = f"{self.network}-none"
         if name == "compile":
             time = "forward" if what == "forward" else "step"
             compiled = (n for n, row in IMPLEMENTATIONS.items() if row.compiled)
             seconds = {n: s for n in compiled if (s := self.get(n, time)) is not None}
             name = min(seconds, key=seconds.__getitem__, default="")
         return self.measurements.get(name, {}).get(what)
+
+    def mebibytes(self, name: str) -> float | None:
+        """The peak memory of a measurement in MiB, None if it is unknown."""
+        peak = self.get(name, "peak") if self.logits_bytes else None
+        return None if peak is None else peak * self.logits_bytes / 2**20
 
     def ratio(self, a: str, b: str, what: str) -> float | None:
         """`get` of a divided by that of b, None if one is missing."""

@@ -31,9 +31,11 @@ def report(cases: Sequence[Case], names: Sequence[str], settings: Settings) -> R
     if missing:
         result.facts["not measured"] = ", ".join(missing)
     try:
-        for case in cases if usable else ():
-            print(f"measuring {case.name}: {case}", file=sys.stderr, flush=True)
-            result.cases[case.name] = measured(case, usable, settings)
+        for case in cases:
+            rows = [name for name in usable if IMPLEMENTATIONS[name].network == case.network]
+            if rows:
+                print(f"measuring {case.name}: {case}", file=sys.stderr, flush=True)
+                result.cases[case.name] = measured(case, rows, settings)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
     return result
@@ -45,7 +47,8 @@ def measured(case: Case, names: Sequence[str], settings: Settings) -> CaseResult
     try:
         result = in_fresh_process(device.spawn, measure.times, case, names, settings)
     except Exception as error:  # the process may have died, for lack of memory for example
-        return CaseResult(str(case), {name: {"notes": [_reason(error)]} for name in names})
+        notes = {name: {"notes": [_reason(error)]} for name in names}
+        return CaseResult(str(case), notes, network=case.network)
     for name in names if settings.memory and device.memory_needs_fresh_process else ():
         found = result.measurements[name]
         if "step" in found:

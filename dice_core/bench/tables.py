@@ -21,6 +21,7 @@ COMPARISONS = {
     "step, gradient into out=": ("step", "ours-out", *_DICE),
     "step, gradient in place": ("step", "ours-over", *_DICE),
     "step of Dice + cross-entropy, fresh gradient": ("step", "ours-ce", "ours", *_CE),
+    "step of Dice + cross-entropy, inplace=True": ("step", "ours-ce-inplace", "ours-inplace", *_CE),
     "step of Dice + cross-entropy, into out=": ("step", "ours-ce-out", "ours-out", *_CE),
     "step of Dice + focal, fresh gradient": ("step", "ours-focal", "ours", *_FOCAL),
     "step of Dice + focal, into out=": ("step", "ours-focal-out", "ours-out", *_FOCAL),
@@ -34,6 +35,15 @@ time to read logits and labels; that of a step adds the time to read the labels 
 the logits. 'peak' is the growth of memory over a step, 'kept' what forward leaves for backward, in
 units of the logits: of a fresh process or, on a GPU, as counted by torch's allocator.
 
+A training step is the forward pass of a network with the loss of its logits, and the backward pass
+to its weights: one image, float32, no deep supervision, no optimizer. Its floor is the same step
+with the mean of the logits as the loss, which reads the logits and passes on a gradient of their
+size; inplace=True may take less memory, and the fused head, which never has logits, less of both.
+Peak memory is the growth above what the network, image and labels take before the step, in a
+process whose libraries have run a step on a small patch: activations, logits, what the loss
+allocates, all gradients, scratch of convolutions. The losses are Dice + cross-entropy,
+PlainConvUNet's as in nnU-Net's trainer, without class 0; 'dice_core' is the drop-in of that name.
+
 All compute the same Dice loss, except that nnU-Net's is without the 1 and SMP's is of the whole
 batch; with one channel it is the Dice of the foreground alone. Compounds add the mean cross-entropy
 (CE) or the focal loss of each channel's sigmoid.
@@ -46,6 +56,7 @@ NOTE_LENGTH = 700  # characters; JSON has notes in full
 def text(report: Report) -> str:
     """Facts, all measurements of each case, comparisons, the legend, notes."""
     parts = [heading(report), *(details(name, found) for name, found in report.cases.items())]
+    parts.append(savings(report.cases))
     parts += [comparison(title, report.cases, *names) for title, names in COMPARISONS.items()]
     return "\n\n".join(filter(None, [*parts, LEGEND, notes(report)])) + "\n"
 
@@ -66,6 +77,7 @@ def details(case: str, result: CaseResult) -> str:
         "forward / floor": lambda name: _number(result.ratio(name, "floor", "forward")),
         "step / floor": lambda name: _number(result.ratio(name, "floor", "step")),
         "host us": lambda name: _number(result.get(name, "host"), 1e6),
+        "peak MiB": lambda name: _number(result.mebibytes(name)),
         "peak": lambda name: _number(result.get(name, "peak")),
         "kept": lambda name: _number(result.get(name, "kept")),
     }
@@ -75,6 +87,7 @@ def details(case: str, result: CaseResult) -> str:
 def comparison(title: str, results: Mapping[str, CaseResult], time: str, *names: str) -> str:
     """The table of one of COMPARISONS, a row per case; empty if ours was not measured."""
     ours, dice, monai, nnunet, compiled = names
+    results = {case: result for case, result in results.items() if not result.network}
     if all(result.get(ours, time) is None for result in results.values()):
         return ""
     peak = "peak" if time == "step" else ""
@@ -91,6 +104,27 @@ def comparison(title: str, results: Mapping[str, CaseResult], time: str, *names:
         "compile peak": lambda r: _number(r.get(compiled, peak)),
     }
     return table(f"dice_core, {title}", results, columns)
+
+
+def savings(results: Mapping[str, CaseResult]) -> str:
+    """The table of what whole training steps save; empty if none was measured."""
+    rows = {
+        f"{case}, {_title(name)}": (result, name)
+        for case, result in results.items()
+        for name in (f"{result.network}-{role}" for role in ("ours", "inplace", "fused"))
+        if name in result.measurements
+    }
+
+    def column(what: str) -> Callable[[tuple[CaseResult, str]], str]:
+        def cell(row: tuple[CaseResult, str]) -> str:
+            result, name = row
+            ratio = result.ratio(name, f"{result.network}-theirs", what)
+            return "-" if ratio is None else f"{100 * (1 - ratio):.0f} %"
+
+        return cell
+
+    columns = {"of time": column("step"), "of peak memory": column("peak")}
+    return table("saved of a step with the library's own loss", rows, columns) if rows else ""
 
 
 def notes(report: Report) -> str:
