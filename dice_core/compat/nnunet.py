@@ -472,12 +472,16 @@ def fused_head_trainer() -> type:
     Checkpoints fit both trainers, and nnU-Net's. Raises what `trainer` does.
     """
 
-    class nnUNetTrainerDiceCoreFusedHead(trainer()):  # type: ignore[misc]
+    base = trainer()
+    build = base.build_network_architecture  # type: ignore[attr-defined]
+
+    class nnUNetTrainerDiceCoreFusedHead(base):  # type: ignore[misc, valid-type]
         """nnUNetTrainerDiceCore without logits in training."""
 
         @staticmethod
+        @functools.wraps(build)  # nnU-Net passes what the signature asks for
         def build_network_architecture(*args: Any, **kwargs: Any) -> nn.Module:
-            net: nn.Module = trainer().build_network_architecture(*args, **kwargs)  # type: ignore[attr-defined]
+            net: nn.Module = build(*args, **kwargs)
             layers = getattr(getattr(net, "decoder", None), "seg_layers", None)
             if layers is None:
                 raise NotImplementedError(
