@@ -471,7 +471,6 @@ def fused_head_trainer() -> type:
 
     Checkpoints fit both trainers, and nnU-Net's. Raises what `trainer` does.
     """
-
     base = trainer()
     build = base.build_network_architecture  # type: ignore[attr-defined]
 
