@@ -7,7 +7,9 @@ holding
 
     from dice_core.compat.nnunet import nnUNetTrainerDiceCore
 
-in a folder of nnUNet_extTrainer lets `nnUNetv2_train ... -tr nnUNetTrainerDiceCore` find it.
+in a folder of nnUNet_extTrainer (nnU-Net 2.8.0 and later; before, in its own folder
+nnunetv2/training/nnUNetTrainer/variants) lets `nnUNetv2_train ... -tr nnUNetTrainerDiceCore` find
+it, and `nnUNetv2_predict` too, which also needs it.
 
 Values and gradients are those of nnU-Net 2.8, including its 0/0. The differences:
 
