@@ -7,7 +7,7 @@ trainer, where dice_core's trainers cannot be found, and expects the same segmen
 
     python examples/nnunet_end_to_end.py --regions --ignore-label
 
-The script needs dice_core, torch and nnunetv2 >= 2.8, and takes a few minutes on two cores. All
+The script needs dice_core, torch and nnunetv2 >= 2.8, and takes several minutes on two cores. All
 files are below --folder.
 """
 
@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +103,10 @@ def make_data(raw: Path, regions: bool, ignore_label: bool) -> Any:
     return labels
 
 
-def run(command: str, environment: dict[str, str], log: Path) -> float:
-    """Run a command that is installed beside this Python, and return its seconds."""
+def run(command: str, environment: dict[str, str], log: Path) -> None:
+    """Run a command that is installed beside this Python."""
     print("+", command, flush=True)
     name, *arguments = command.split()
-    begin = time.perf_counter()
     with log.open("a") as output:
         program = str(Path(sys.executable).with_name(name))
         code = subprocess.run(
@@ -116,7 +114,6 @@ def run(command: str, environment: dict[str, str], log: Path) -> float:
         ).returncode
     if code:
         raise SystemExit(f"{name} failed, and wrote:\n{log.read_text()[-5000:]}")
-    return time.perf_counter() - begin
 
 
 def dice(prediction: Any, truth: Any) -> list[float]:
@@ -144,7 +141,7 @@ def end_to_end(folder: Path, regions: bool, ignore_label: bool) -> None:
     run("nnUNetv2_plan_and_preprocess -d 1 -c 3d_fullres -npfp 1 -np 1", plain, log)
     rows, segmentations = [], []
     for name in NAMES:
-        seconds = run(f"nnUNetv2_train 1 3d_fullres all -device cpu -tr {name}_short", seeded, log)
+        run(f"nnUNetv2_train 1 3d_fullres all -device cpu -tr {name}_short", seeded, log)
         output = folder / "predictions" / name
         run(
             f"nnUNetv2_predict -d 1 -c 3d_fullres -f all -device cpu -tr {name}_short "
@@ -162,7 +159,6 @@ def end_to_end(folder: Path, regions: bool, ignore_label: bool) -> None:
                 *checkpoint["logging"]["val_losses"],
                 summary["foreground_mean"]["Dice"],
                 np.mean(dice(segmentations[-1], truth)),
-                seconds,
             )
         )
 
@@ -181,10 +177,10 @@ def end_to_end(folder: Path, regions: bool, ignore_label: bool) -> None:
     same = np.array_equal(again, segmentations[-1])
 
     kind = ("regions" if regions else "labels") + (" with an ignore label" if ignore_label else "")
-    print(f"\n{kind:30}    training loss  validation loss   Dice: val.  test     s")
-    for name, (*losses, validation, test, seconds) in zip(NAMES, rows, strict=True):
+    print(f"\n{kind:30}    training loss  validation loss   Dice: val.  test")
+    for name, (*losses, validation, test) in zip(NAMES, rows, strict=True):
         cells = "".join(f"{each:9.4f}" for each in losses)
-        print(f"{name:30}{cells}    {validation:9.3f} {test:5.3f} {seconds:5.0f}")
+        print(f"{name:30}{cells}    {validation:9.3f} {test:5.3f}")
     print(f"predicted as nnUNetTrainer: {'the same' if same else 'ANOTHER'} segmentation")
     stock, *others = np.array([row[:2] for row in rows])
     difference = max(np.abs(each - stock).max() for each in others)
