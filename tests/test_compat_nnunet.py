@@ -895,6 +895,8 @@ def test_trainer_with_a_fused_head(trainers):
     kind = nnunet.nnUNetTrainerDiceCoreFusedHead
     assert issubclass(kind, ours)
     assert kind.__name__ == "nnUNetTrainerDiceCoreFusedHead"
+    asked = inspect.signature(theirs.build_network_architecture)  # nnU-Net reads it
+    assert inspect.signature(kind.build_network_architecture) == asked
     net, other = kind.build_network_architecture(UNet), UNet()
     other.load_state_dict(net.state_dict())  # a checkpoint of one is one of the other
     image = torch.randn(2, 1, 8, 8)

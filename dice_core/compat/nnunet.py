@@ -7,7 +7,9 @@ holding ::
 
     from dice_core.compat.nnunet import nnUNetTrainerDiceCore
 
-in a folder of nnUNet_extTrainer lets `nnUNetv2_train ... -tr nnUNetTrainerDiceCore` find it.
+in a folder of nnUNet_extTrainer (nnU-Net 2.8.0 and later; before, in its own folder
+nnunetv2/training/nnUNetTrainer/variants) lets `nnUNetv2_train ... -tr nnUNetTrainerDiceCore` find
+it, and `nnUNetv2_predict` too, which also needs it.
 
 Values and gradients are those of nnU-Net 2.8, including its 0/0. The differences:
 
@@ -471,13 +473,16 @@ def fused_head_trainer() -> type:
 
     Checkpoints fit both trainers, and nnU-Net's. Raises what `trainer` does.
     """
+    base = trainer()
+    build = base.build_network_architecture  # type: ignore[attr-defined]
 
-    class nnUNetTrainerDiceCoreFusedHead(trainer()):  # type: ignore[misc]
+    class nnUNetTrainerDiceCoreFusedHead(base):  # type: ignore[misc, valid-type]
         """nnUNetTrainerDiceCore without logits in training."""
 
         @staticmethod
+        @functools.wraps(build)  # nnU-Net passes what the signature asks for
         def build_network_architecture(*args: Any, **kwargs: Any) -> nn.Module:
-            net: nn.Module = trainer().build_network_architecture(*args, **kwargs)  # type: ignore[attr-defined]
+            net: nn.Module = build(*args, **kwargs)
             layers = getattr(getattr(net, "decoder", None), "seg_layers", None)
             if layers is None:
                 raise NotImplementedError(
