@@ -1,6 +1,6 @@
 """Writes the Python of the README and of the documentation's pages as modules, one for each page.
 
-    python tests/page_code.py FOLDER && mypy --allow-untyped-defs FOLDER
+    python tests/page_code.py FOLDER && mypy --allow-untyped-defs --allow-untyped-calls FOLDER
 
 Type errors in examples are found that way. Output of sessions is left out.
 """
