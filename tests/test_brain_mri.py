@@ -145,6 +145,7 @@ def test_missing_file_ends_the_process_without_traceback(tmp_path):
     assert done.stderr == f"brain_mri.py: error: no such file: {missing}\n"
 
 
+@pytest.mark.slow
 def test_trains_and_draws(tmp_path):
     # A first axis that runs to the left and oblong voxels, as many real files have.
     affine = np.diag([-1.0, 1, 2, 1])

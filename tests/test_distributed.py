@@ -37,6 +37,7 @@ def test_two_processes():
     assert "passed" in run(SCENARIOS, 2)
 
 
+@pytest.mark.slow
 def test_three_processes():
     names = ["batches_of_any_size", "subgroups", "data_parallel", "scores", "sharded"]
     assert "passed" in run(SCENARIOS, 3, *names)
@@ -52,6 +53,7 @@ def test_without_a_process_group():
             function()
 
 
+@pytest.mark.slow
 def test_the_example():
     """Each line has the loss of two processes beside that of one, which agree."""
     out = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", EXAMPLE)

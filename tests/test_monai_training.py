@@ -13,6 +13,7 @@ pytest.importorskip("monai", reason="needs monai, of the extra dev")
 pytest.importorskip("resource", reason="Linux and macOS alone count a process's memory so")
 
 
+@pytest.mark.slow
 def test_both_losses_train_alike():
     losses, text = [], SCRIPT.read_text()
     assert text.count(f"\n{THEIRS}") == 1

@@ -22,6 +22,7 @@ def test_every_example_is_tested():
     assert set(EXAMPLES) == set(NEEDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NEEDS)
 def test_trainer(name, tmp_path):
     for library in NEEDS[name]:
