@@ -97,7 +97,10 @@ BUILT_IN = (
         "dice_core._cpu",
         "cpu",
         "OpenMP, any processor",
-        remedy=f" in {Path(__file__).parent}, which was not built (pip install -e .)",
+        remedy=(
+            f" in {Path(__file__).parent}, which was not built: pip install -e ., or run Python in "
+            f"another folder, where an installed dice_core is found"
+        ),
     ),
     Backend("reference", "dice_core._reference", "cpu", "plain NumPy, float64", automatic=False),
 )

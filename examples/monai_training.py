@@ -36,4 +36,5 @@ else:
     for line in (theirs, theirs.replace("monai.losses", "dice_core.compat.monai")):
         print(f"{line:<50}", end="", flush=True)
         script = Path(__file__).read_text().replace(theirs, line, 1)
-        subprocess.run([sys.executable, "-c", script, "5", "96", "32"], check=True)
+        command = [sys.executable, "-c", script, "5", "96", "32"]
+        subprocess.run(command, check=True, cwd=Path(__file__).parent)  # the installed dice_core
