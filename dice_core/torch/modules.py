@@ -23,8 +23,7 @@ Divisor = Literal["one", "classes", "kept", "weights"]
 class Loss(torch.nn.Module):
     """A term of `dice_core.losses`, or a sum of terms, as a module: `dice_core.torch.loss`.
 
-    Reduction, pool and class weights are those of the term. The weights become buffers, which no
-    `half()` or `to(dtype)` rounds: 1e5 would become infinite. Settings are checked once, on
+    Reduction, pool and class weights are those of the term. The weights become buffers, which `half()` and `to(dtype)` leave alone: in float16 1e5 would be infinite. Settings are checked once, on
     construction, and weights when they are loaded; a call only checks its tensors.
 
     >>> import torch, dice_core.torch
@@ -172,8 +171,8 @@ class DiceLoss(Loss):
     pool : {"none", "batch", "classes", "all"}
         Which sums are added before the ratio is computed: over samples, over classes, or both.
     absent : {"count", "skip", "zero", "one"}
-        How a class without labels is treated: like any other, left out of the mean, or as this
-        loss without a derivative.
+        How a class without labels is treated: like any other, left out of the mean, or given the
+        constant loss 0 ("zero") or 1 ("one").
     divisor : {"classes", "kept", "weights", "one"}, optional
         Of the sum over classes: C, the number of classes left, the sum of their weights, or 1.
     floor : float
@@ -299,8 +298,8 @@ class TverskyLoss(Loss):
     """The Tversky loss, 1 - (I + s) / (I + alpha (P - I) + beta (Y - I) + s) with s = smooth.
 
     alpha weights false positives, beta false negatives; 0.5 and 0.5 are Dice with twice the
-    smoothing, 1 and 1 Jaccard. Replaces the naive code of these sums; the other parameters and the
-    shapes are those of `DiceLoss`.
+    smoothing, 1 and 1 Jaccard.  The other parameters and the shapes are those
+    of `DiceLoss`.
 
     Source: Salehi et al., 2017.
     """
@@ -472,8 +471,8 @@ class GeneralizedDiceLoss(Loss):
 class DiceCELoss(Loss):
     """lambda_dice Dice + lambda_ce cross-entropy, in one pass forward and one backward.
 
-    Replaces `lambda_dice * DiceLoss()(x, y) + lambda_ce * cross_entropy(x, y)`, and three to five
-    copies of x, without allocating anything of x's size but the gradient. The other parameters and
+    Replaces `lambda_dice * DiceLoss()(x, y) + lambda_ce * cross_entropy(x, y)`, which makes three to
+    five copies of x, without allocating anything of x's size but the gradient. The other parameters and
     the shapes are those of `DiceLoss`.
 
     Parameters
@@ -481,14 +480,15 @@ class DiceCELoss(Loss):
     weight : (C,) numbers or tensor, optional
         Of Dice, sum_c weight_c Dice_c.
     ce_weight : (C,) numbers or tensor, optional
-        Of the cross-entropy, with torch's meaning: its mean is divided by the weights' sum.
+        Of the cross-entropy, with torch's meaning: its mean is divided by the weights' sum. With
+        "sigmoid" it multiplies each channel's part, and is not divided out.
     label_smoothing : float
         Of the cross-entropy, as in torch.
     activation : {"softmax", "sigmoid"}
         With "sigmoid" the cross-entropy is the binary one of each channel, multi-label.
     reduction : {"mean", "sum", "none", "classes", "batch"}
-        With "mean" the cross-entropy is the mean over all valid voxels of the batch; with "sum",
-        "none" and "classes" there is one mean per sample.
+        With "mean" or "batch", or with pool "batch" or "all", the cross-entropy is the mean over
+        all valid voxels of the batch; otherwise there is one mean per sample.
 
     Notes
     -----
@@ -561,8 +561,8 @@ class DiceCELoss(Loss):
 class DiceFocalLoss(Loss):
     """lambda_dice Dice + lambda_focal Focal(gamma), in one pass forward and one backward.
 
-    Replaces `lambda_dice * DiceLoss()(x, y) + lambda_focal * focal(x, y)`, and up to eight copies
-    of x, without allocating anything of x's size but the gradient. The other parameters and the
+    Replaces `lambda_dice * DiceLoss()(x, y) + lambda_focal * focal(x, y)`, which makes up to eight
+    copies of x, without allocating anything of x's size but the gradient. The other parameters and the
     shapes are those of `DiceLoss`.
 
     Parameters
@@ -570,14 +570,15 @@ class DiceFocalLoss(Loss):
     weight : (C,) numbers or tensor, optional
         Of Dice, sum_c weight_c Dice_c.
     focal_weight : (C,) numbers or tensor, optional
-        Of the focal loss, with torch's meaning.
+        Multiplies the classes' parts of the focal loss, which is divided by the number of valid
+        voxels, not by the sum of the weights.
     gamma : float
         The exponent of 1 - s in the focal loss; 0 is cross-entropy.
     activation : {"softmax", "sigmoid"}
         With "sigmoid" the focal loss is that of each channel's sigmoid, multi-label.
     reduction : {"mean", "sum", "none", "classes", "batch"}
-        With "mean" the focal loss is the mean over all valid voxels of the batch; with "sum",
-        "none" and "classes" there is one mean per sample.
+        With "mean" or "batch", or with pool "batch" or "all", the focal loss is the mean over all
+        valid voxels of the batch; otherwise there is one mean per sample.
 
     Notes
     -----
