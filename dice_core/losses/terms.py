@@ -56,6 +56,11 @@ class Term:
     weights: tuple[Any, ...] = ()
     reduction: str = "mean"
     pool: str = "none"
+    has_derivative: bool = False  # whether it defines with_derivative
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.has_derivative = cls.with_derivative is not Term.with_derivative
 
     @property
     def name(self) -> str:
@@ -75,11 +80,6 @@ class Term:
             f"{self.name} defines no with_derivative, which gradients of arrays need; "
             f"dice_core.torch differentiates its value"
         )
-
-    @property
-    def has_derivative(self) -> bool:
-        """Whether it defines `with_derivative`."""
-        return type(self).with_derivative is not Term.with_derivative
 
     @property
     def pools_samples(self) -> bool:
@@ -207,6 +207,7 @@ class Sum(Term):
                     f"sum must have the same shape"
                 )
         self.reduction, self.pool = first.reduction, first.pool
+        self.has_derivative = all(term.has_derivative for _, term in parts)
         self.weights = tuple(weight for _, term in parts for weight in term.weights)
         needs: dict[str, Any] = {}
         needed_by: dict[str, str] = {}
@@ -223,10 +224,6 @@ class Sum(Term):
     @property
     def name(self) -> str:
         return " + ".join(term.name for _, term in self.parts)
-
-    @property
-    def has_derivative(self) -> bool:
-        return all(term.has_derivative for _, term in self.parts)
 
     @property
     def pools_samples(self) -> bool:

@@ -23,8 +23,9 @@ Divisor = Literal["one", "classes", "kept", "weights"]
 class Loss(torch.nn.Module):
     """A term of `dice_core.losses`, or a sum of terms, as a module: `dice_core.torch.loss`.
 
-    Reduction, pool and class weights are those of the term. The weights become buffers, which `half()` and `to(dtype)` leave alone: in float16 1e5 would be infinite. Settings are checked once, on
-    construction, and weights when they are loaded; a call only checks its tensors.
+    Reduction, pool and class weights are those of the term. The weights become buffers, which
+    `half()` and `to(dtype)` leave alone: in float16 1e5 would be infinite. Settings are checked
+    once, on construction, and weights when they are loaded; a call only checks its tensors.
 
     >>> import torch, dice_core.torch
     >>> from dice_core.losses import CrossEntropy, Dice
@@ -471,9 +472,9 @@ class GeneralizedDiceLoss(Loss):
 class DiceCELoss(Loss):
     """lambda_dice Dice + lambda_ce cross-entropy, in one pass forward and one backward.
 
-    Replaces `lambda_dice * DiceLoss()(x, y) + lambda_ce * cross_entropy(x, y)`, which makes three to
-    five copies of x, without allocating anything of x's size but the gradient. The other parameters and
-    the shapes are those of `DiceLoss`.
+    Replaces `lambda_dice * DiceLoss()(x, y) + lambda_ce * cross_entropy(x, y)`, which makes three
+    to five copies of x, without allocating anything of x's size but the gradient. The other
+    parameters and the shapes are those of `DiceLoss`.
 
     Parameters
     ----------
@@ -562,8 +563,8 @@ class DiceFocalLoss(Loss):
     """lambda_dice Dice + lambda_focal Focal(gamma), in one pass forward and one backward.
 
     Replaces `lambda_dice * DiceLoss()(x, y) + lambda_focal * focal(x, y)`, which makes up to eight
-    copies of x, without allocating anything of x's size but the gradient. The other parameters and the
-    shapes are those of `DiceLoss`.
+    copies of x, without allocating anything of x's size but the gradient. The other parameters and
+    the shapes are those of `DiceLoss`.
 
     Parameters
     ----------
