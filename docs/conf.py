@@ -29,7 +29,6 @@ extensions = [
     "sphinx_design",
     "myst_nb",
 ]
-exclude_patterns = ["_build"]
 default_role = "literal"
 
 myst_enable_extensions = ["dollarmath", "colon_fence", "attrs_inline", "attrs_block"]

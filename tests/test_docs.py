@@ -22,7 +22,6 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
-PAGES = [page for page in PAGES if "_build" not in page]
 WITHOUT_SESSIONS = {  # pages whose Python is run by tests of their own
     "docs/why.md": "test_the_naive_code_is_one_loss",
     "docs/howto/trainers.md": "tests/test_trainers.py",
