@@ -53,15 +53,15 @@ FAULTS = (
     Fault(
         "softmax without a maximum for too large spreads",
         "dice_core/_cpu.pyx",
-        "MAX_SHIFT = 32 ",
-        "MAX_SHIFT = 100 ",
+        "LARGEST_SUM 7.9e13",
+        "LARGEST_SUM 7.9e37",
         "tests/test_kernels.py -k test_logits_of_any_size",
     ),
     Fault(
-        "ignored voxels count in the sums of few classes",
+        "ignored voxels count in the sums",
         "dice_core/cpu/softmax.pxi",
-        "scale[i] = andnot(less(label[i], zero), (zero + 1) / total)\n        x +=",
-        "scale[i] = (zero + 1) / total\n        x +=",
+        "scale[0] = andnot(less(label, zero), (zero + 1) / total)",
+        "scale[0] = (zero + 1) / total",
         "tests/test_kernels.py -k test_cross_entropy",
     ),
     Fault(
@@ -74,8 +74,8 @@ FAULTS = (
     Fault(
         "the softmax of many classes drops the last",
         "dice_core/cpu/softmax.pxi",
-        "        for _ in range(q.classes):\n            PREFETCH",
-        "        for _ in range(q.classes - 1):\n            PREFETCH",
+        "    for c in range(q.classes):\n        following",
+        "    for c in range(q.classes - 1):\n        following",
         "tests/test_kernels.py -k test_channels_and_powers",
     ),
     Fault(

@@ -45,8 +45,26 @@ cdef inline vec softmax_shifted(
 cdef vec softmax_rare(
     const logit *x, Py_ssize_t row, Py_ssize_t channels, vec *e, Py_ssize_t e_row
 ) noexcept nogil:
-    """`softmax_shifted`, out of line: for the few voxels whose logits differ by more than MAX_SHIFT."""
+    """`softmax_shifted`, out of line: for the few voxels whose sum of exponentials is above LARGEST_SUM."""
     return softmax_shifted(x, row, channels, e, e_row)
+
+
+cdef inline vec exp_within(vec v) noexcept nogil:
+    """exp(v) for any v: 0 if that is below the smallest normal number; exp(80), more than LARGEST_SUM, if v > 80."""
+    cdef vec lowest
+    set_lowest_exp(&lowest)
+    return exp(minimum(constant(&lowest, 80), maximum(lowest, v)))
+
+
+cdef inline void invert_sum(
+    const Problem *q, const logit *x, Py_ssize_t row, vec label, vec *e, vec *scale
+) noexcept nogil:
+    """Replaces scale, the sum of e, by one over it, 0 for ignored voxels. Recomputes e if it is inexact."""
+    cdef vec zero, total = scale[0]
+    set_zero(&zero)
+    if q.classes > 1 and any_greater(total, LARGEST_SUM):
+        total = softmax_rare(x, row, q.channels, e, q.block // lanes(scale))
+    scale[0] = andnot(less(label, zero), (zero + 1) / total)
 
 
 cdef inline void softmax_few(
@@ -55,77 +73,66 @@ cdef inline void softmax_few(
 ) noexcept nogil:
     """The softmax for a constant number of classes, with the first logit in place of the maximum.
 
-    That saves one exponential, and the exponentials need not wait for the maximum.
+    That saves one exponential, and the exponentials need not wait for the maximum. The division is a loop of its own, so
+    that the exponentials of the next voxels need not wait for it either.
     """
-    cdef vec first, total, v, shift, zero
+    cdef vec first, total, v, zero
     cdef Py_ssize_t e_row = q.block // lanes(scale)
     cdef Py_ssize_t i
     cdef const logit *at
     cdef int c
     set_zero(&zero)
     for i in range(lines * VECTORS):
-        at = x
+        at = x + i * lanes(scale)
         first = zero
         if q.channels == classes:
             load(&first, at)
             at += row
-        shift = zero
-        total = zero + 1
-        if classes == 1:
-            total = total + first * 0  # the softmax of one infinite logit is NaN, as of several
+        total = first * 0 + 1  # NaN if it is infinite
         e[i] = total
         for c in range(1, classes):
             load(&v, at)
             at += row
-            v = v - first
-            shift = maximum(shift, abs(v))
-            v = exp(v)
+            v = exp_within(v - first)
             e[c * e_row + i] = v
             total = total + v
-        if any_greater(shift, MAX_SHIFT):
-            total = softmax_rare(x, row, q.channels, e + i, e_row)
-        scale[i] = andnot(less(label[i], zero), (zero + 1) / total)
-        x += lanes(scale)
+        scale[i] = total
+    for i in range(lines * VECTORS):
+        invert_sum(q, x + i * lanes(scale), row, label[i], e + i, scale + i)
 
 
 cdef void softmax_many(
     const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label, vec *e, vec *scale
 ) noexcept nogil:
-    """`softmax_few` for any number of classes, a line at a time to read whole cache lines."""
-    cdef vec first[VECTORS]
-    cdef vec total[VECTORS]
-    cdef vec shift[VECTORS]
-    cdef vec v, zero
+    """`softmax_few` for any number of classes, class by class.
+
+    The hardware prefetcher does not follow the jump from one class to the next, so the same voxels of the next class
+    are prefetched meanwhile; after the last class, the first one's of the next block.
+    """
+    cdef vec first, v, zero
     cdef Py_ssize_t e_row = q.block // lanes(scale)
-    cdef const logit *at
-    cdef vec *to
+    cdef Py_ssize_t i, j, c
+    cdef const logit *at = x
+    cdef const logit *following
+    cdef vec *to = e
     cdef int k
     set_zero(&zero)
-    for _ in range(lines):
-        at = x
-        to = e
-        for k in range(VECTORS):
-            load(&first[k], at + k * lanes(scale))
-            shift[k] = total[k] = zero
-        for _ in range(q.classes):
-            PREFETCH(<const char *>at + PREFETCH_BYTES)
+    for i in range(lines * VECTORS):
+        scale[i] = zero
+    for c in range(q.classes):
+        following = at + row if c + 1 < q.classes else x + lines * VECTORS * lanes(scale)
+        for i in range(lines):
+            PREFETCH(following + i * VECTORS * lanes(scale))
             for k in range(VECTORS):
-                load(&v, at + k * lanes(scale))
-                v = v - first[k]
-                shift[k] = maximum(shift[k], abs(v))
-                v = exp(v)
-                to[k] = v
-                total[k] = total[k] + v
-            at += row
-            to += e_row
-        for k in range(VECTORS):
-            if any_greater(shift[k], MAX_SHIFT):
-                total[k] = softmax_rare(x + k * lanes(scale), row, q.channels, e + k, e_row)
-            scale[k] = andnot(less(label[k], zero), (zero + 1) / total[k])
-        x += VECTORS * lanes(scale)
-        e += VECTORS
-        label += VECTORS
-        scale += VECTORS
+                j = i * VECTORS + k
+                load(&first, x + j * lanes(scale))
+                load(&v, at + j * lanes(scale))
+                to[j] = exp_within(v - first)
+                scale[j] = scale[j] + to[j]
+        at += row
+        to += e_row
+    for i in range(lines * VECTORS):
+        invert_sum(q, x + i * lanes(scale), row, label[i], e + i, scale + i)
 
 
 # ---- negative log-likelihood -----------------------------------------------------------------------------------------
@@ -416,10 +423,10 @@ cdef inline void two_classes(
             load(&first, x)
         load(&v, x + (channels - 1) * x_row)
         v = v - first
-        s[0] = zero + 1
-        s[1] = exp(v)
+        s[0] = first * 0 + 1  # NaN if it is infinite
+        s[1] = exp_within(v)
         total = s[0] + s[1]
-        if any_greater(abs(v), MAX_SHIFT):
+        if any_greater(total, LARGEST_SUM):
             total = softmax_rare(x, x_row, channels, s, 1)
         scale = andnot(less(label[i], zero), (zero + 1) / total)
         for c in range(2):
