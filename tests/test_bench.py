@@ -1,18 +1,23 @@
 """The benchmark: its arithmetic, measurements of steps of known cost, and a quick run."""
 
+import contextlib
 import gc
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
 from dice_core.bench import (
     __main__,
+    busy,
     cases,
     devices,
     floor,
@@ -122,7 +127,7 @@ def test_cases_are_what_they_say():
     assert x.is_contiguous(memory_format=torch.channels_last_3d)
     assert (y.dtype, y.min(), y.max()) == (torch.uint8, 0, 4)
     assert cases.CASES["i"].with_sides(2).tensors("int64")[0].dtype == torch.float16
-    assert "".join(name for name in cases.CASES if name not in cases.STEPS) == "abcdefghijkl"
+    assert "".join(name for name in cases.CASES if name not in cases.STEPS) == "abcdefghijklm"
 
 
 # ---- whole training steps ----------------------------------------------------------------------
@@ -469,6 +474,82 @@ def test_quick_run_is_read_again_and_drawn(quick, monkeypatch, capsys):
     assert (folder / "bars.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
+# ---- busy cores --------------------------------------------------------------------------------
+
+
+def seconds_used(processes):
+    return [sum(process.cpu_times()[:2]) for process in processes]
+
+
+def test_busy_neighbours_compute_only_when_told():
+    with busy.neighbours(2) as switch:
+        found = psutil.Process().children()
+        assert len(found) == 2
+        before = seconds_used(found)
+        switch(True)
+        time.sleep(0.2)
+        switch(False)
+        during = seconds_used(found)
+        time.sleep(0.1)
+        assert all(a < b for a, b in zip(before, during, strict=True))
+        assert seconds_used(found) == pytest.approx(during, abs=0.02)
+    assert not any(process.is_running() for process in found)
+
+
+def interrupt(switch, found):
+    switch(True)
+    found += psutil.Process().children()
+    raise KeyboardInterrupt
+
+
+def test_busy_neighbours_end_with_an_interrupted_measurement():
+    found = []
+    with pytest.raises(KeyboardInterrupt), busy.neighbours(1) as switch:
+        interrupt(switch, found)
+    assert len(found) == 1
+    assert not found[0].is_running()
+
+
+def abandon(pids):
+    with busy.neighbours(1) as switch:
+        switch(True)
+        pids.send(psutil.Process().children()[0].pid)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_busy_neighbours_end_with_a_killed_process():
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    killed = multiprocessing.get_context("fork").Process(target=abandon, args=(sender,))
+    killed.start()
+    pid = receiver.recv()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    with contextlib.suppress(psutil.NoSuchProcess):  # the neighbour, if it has not ended yet
+        psutil.Process(pid).wait(5)  # raises TimeoutExpired
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_quick_run_on_busy_cores(tmp_path, monkeypatch, capsys):
+    options = "d --quick --busy 1 --rounds 2 --threads 2 --json"
+    monkeypatch.setattr(sys, "argv", ["bench", *options.split(), str(tmp_path / "busy.json")])
+    __main__.main()
+    rows = json.loads((tmp_path / "busy.json").read_text())["cases"]["d"]["measurements"]
+    assert set(rows) == {"ours", "ours-out"}
+    for row in rows.values():
+        assert all(row[what] > 0 for what in ("one", "all", "one busy", "all busy"))
+    header = "1 thread ms | all ms | 1 busy ms | all busy ms | all busy / all | 1 busy / all busy"
+    assert header in capsys.readouterr().out
+
+
+def test_ratios_of_busy_cores():
+    row = {"one": 4.0, "all": 2.0, "one busy": 5.0, "all busy": 2.5}
+    found = results.CaseResult("x[1]", {"ours": row}, rounds=3)
+    cells = ["dice_core", "4000", "2000", "5000", "2500", "1.25x", "2.00x"]
+    assert rows(tables.details("a", found))[1] == cells
+
+
 def test_plot_without_a_value(result, tmp_path):
     plot.save(results.Report({"processor": "P", "date": ""}, {"a": result}), tmp_path / "x.svg")
     assert "torch, naive" in (tmp_path / "x.svg").read_text()
@@ -490,6 +571,11 @@ def stopped(arguments, capsys, monkeypatch):
         (["--rounds", "0"], "argument --rounds: 0 is not a positive integer"),
         (["--json", "nowhere/x.json"], "argument --json: there is no folder nowhere"),
         (["--step", "--side", "12"], "argument --side: 12 is not a multiple of 8"),
+        (["--busy", "0"], "argument --busy: 0 is not a positive integer"),
+        (["--busy", "-1"], "argument --busy: "),
+        (["--busy", "x"], "argument --busy: x is not a positive integer"),
+        (["--busy", "1", "--step"], "--busy: not with --step, --only, --plot or --device cuda"),
+        (["--busy", "1", "nnunet-step-14"], "--busy: nnunet-step-14 is a whole training step"),
         (["--plot", "x.gif"], "--plot: x.gif does not end in .png, .svg or .pdf"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -15,6 +15,7 @@ from .cases import CASES, GPU_SIZED, STEPS
 from .implementations import IMPLEMENTATIONS
 
 QUICK_CASES, QUICK_SIDE = ("a", "d"), 32
+BUSY_ROWS = ("ours", "ours-out")  # measured with --busy
 LOSS_ALONE = "e"  # measured beside whole steps, with these losses
 LOSSES_ALONE = ("ours-ce", "ours-ce-inplace", "monai-ce", "nnunet-ce", "naive-ce")
 
@@ -52,6 +53,8 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", type=_count, metavar="N", help="default: OMP_NUM_THREADS, else all cores")
     add("--rounds", type=_count, metavar="N", help="at most N rounds of a case (default: 30)")
     add("--budget", type=float, metavar="S", help="seconds for the rounds of a case (default: 20)")
+    text = "ours with one thread and with all, while N other processes use the cores, and without"
+    add("--busy", type=_count, metavar="N", help=text)
     text = "cases a and d or, with --step, its cases, small; 3 rounds; no torch.compile"
     add("--quick", action="store_true", help=text)
     add("--no-compile", action="store_true", help="leave torch.compile out")
@@ -78,10 +81,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             only = [n for n, row in IMPLEMENTATIONS.items() if row.network or n in LOSSES_ALONE]
     elif quick:
         every = [*QUICK_CASES]
+    if options.busy:
+        if options.step or options.only or options.plot or cuda:
+            line.error("--busy: not with --step, --only, --plot or --device cuda")
+        only = [*BUSY_ROWS]
     for chosen, table in ((options.cases, CASES), (only, IMPLEMENTATIONS)):
         if unknown := ", ".join(name for name in chosen if name not in table):
             line.error(f"{unknown}: no such name; choose from {', '.join(table)}")
     cases = [CASES[name] for name in dict.fromkeys(options.cases or every)]
+    if options.busy and (named := [case.name for case in cases if case.network]):
+        line.error(f"--busy: {named[0]} is a whole training step")
     if quick:
         cases = [case.with_sides(QUICK_SIDE) for case in cases]
     if options.side:
@@ -110,7 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             threads=options.threads or threads.resolve(None),
             rounds=options.rounds or (3 if quick else 30),
             budget=options.budget or (1.0 if quick else 20.0),
-            memory=not options.no_memory,
+            memory=not (options.no_memory or options.busy),
+            busy=options.busy or 0,
         )
         report = run.report(cases, list(dict.fromkeys(only)), settings)
     if not report.cases:

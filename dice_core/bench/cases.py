@@ -85,6 +85,7 @@ CASES = {
         Case("j", (2, 4, 128, 128, 128), dtype="float16"),
         Case("k", (1, 4, 256, 256, 256), dtype="float16"),
         Case("l", (2, 14, 128, 128, 128), dtype="bfloat16"),
+        Case("m", (2, 2, 128, 128, 128)),
         Case("nnunet-step-14", (1, 14, 64, 64, 64), network="nnunet-step"),
         Case("nnunet-step-105", (1, 105, 64, 64, 64), network="nnunet-step"),
         Case("monai-step-105", (1, 105, 64, 64, 64), network="monai-step"),

@@ -34,6 +34,7 @@ class Settings:
     rounds: int = 30  # at most
     budget: float = 20.0  # seconds after which no further round starts, if there are FEWEST_ROUNDS
     memory: bool = True  # whether memory is measured too
+    busy: int = 0  # processes that use the cores too; measured by `busy` then, without memory
 
 
 def times(case: Case, names: Sequence[str], settings: Settings) -> CaseResult:

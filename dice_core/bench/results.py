@@ -7,6 +7,8 @@ A measurement is a dictionary of the results of one implementation on one case:
 - peak, the growth of memory over a step, and kept, the part of it that forward leaves for backward:
   in units of the logits' bytes;
 - value, of the loss, and expected, the naive formula's value in float32;
+- one, all, one busy, all busy: of --busy, a step with one thread and with all, on free cores and on
+  busy ones: medians, in seconds;
 - notes: refusals and wrong values.
 """
 
@@ -54,8 +56,15 @@ class CaseResult:
 
     def ratio(self, a: str, b: str, what: str) -> float | None:
         """`get` of a divided by that of b, None if one is missing."""
-        above, below = self.get(a, what), self.get(b, what)
-        return None if above is None or below is None else above / below
+        return _divided(self.get(a, what), self.get(b, what))
+
+    def quotient(self, name: str, what: str, by: str) -> float | None:
+        """One entry of a measurement divided by another one, None if one is missing."""
+        return _divided(self.get(name, what), self.get(name, by))
+
+
+def _divided(above: float | None, below: float | None) -> float | None:
+    return None if above is None or below is None else above / below
 
 
 @dataclass

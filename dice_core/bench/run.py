@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from . import machine, measure
+from . import busy, machine, measure
 from .cases import Case
 from .devices import DEVICES
 from .implementations import IMPLEMENTATIONS
@@ -44,8 +44,9 @@ def report(cases: Sequence[Case], names: Sequence[str], settings: Settings) -> R
 def measured(case: Case, names: Sequence[str], settings: Settings) -> CaseResult:
     """Times of all implementations together, then the memory of each in its own process."""
     device = DEVICES[settings.device]
+    times = busy.times if settings.busy else measure.times
     try:
-        result = in_fresh_process(device.spawn, measure.times, case, names, settings)
+        result = in_fresh_process(device.spawn, times, case, names, settings)
     except Exception as error:  # the process may have died, for lack of memory for example
         notes = {name: {"notes": [_reason(error)]} for name in names}
         return CaseResult(str(case), notes, network=case.network)

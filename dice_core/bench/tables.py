@@ -48,6 +48,9 @@ All compute the same Dice loss, except that nnU-Net's is without the 1 and SMP's
 batch; with one channel it is the Dice of the foreground alone. Compounds add the mean cross-entropy
 (CE) or the focal loss of each channel's sigmoid.
 
+With --busy, the times are those of a step with one thread and with all of them, on cores that are
+free and, 'busy', on cores that other processes use too, which only compute.
+
 On a GPU times are the device's, which does not wait for the host; 'host' is the time that the host
 takes to enqueue a step. A single step takes the longer of the two."""
 NOTE_LENGTH = 700  # characters; JSON has notes in full
@@ -80,6 +83,12 @@ def details(case: str, result: CaseResult) -> str:
         "peak MiB": lambda name: _number(result.mebibytes(name)),
         "peak": lambda name: _number(result.get(name, "peak")),
         "kept": lambda name: _number(result.get(name, "kept")),
+        "1 thread ms": lambda name: _number(result.get(name, "one"), 1e3),
+        "all ms": lambda name: _number(result.get(name, "all"), 1e3),
+        "1 busy ms": lambda name: _number(result.get(name, "one busy"), 1e3),
+        "all busy ms": lambda name: _number(result.get(name, "all busy"), 1e3),
+        "all busy / all": lambda name: _times(result.quotient(name, "all busy", "all")),
+        "1 busy / all busy": lambda name: _times(result.quotient(name, "one busy", "all busy")),
     }
     return table(title, {_title(name): name for name in result.measurements}, columns)
 

@@ -156,15 +156,16 @@ static int usable_threads(int wanted) { return DICE_OPENMP ? wanted : 1; }
 
 typedef Py_ssize_t (*Work)(const void *arguments, Py_ssize_t item, int thread);
 
-/* Calls work for every item < count, without the GIL, and adds up what it returns. If `interruptible`, Python's signal
-   handlers run meanwhile, in the calling thread; once one has raised an exception no further item is begun, and the
-   result is -1. */
+/* Calls work for every item < count, without the GIL, and adds up what it returns. Each thread takes the next item as
+   soon as it is free: one that shares its core with another process then does less, and the others need not wait for
+   its share. If `interruptible`, Python's signal handlers run meanwhile, in the calling thread; once one has raised an
+   exception no further item is begun, and the result is -1. */
 static Py_ssize_t parallel(Work work, const void *arguments, Py_ssize_t count, int threads, int interruptible) {
     PyThreadState *state = PyEval_SaveThread();
     Py_ssize_t i, total = 0;
     double checked = interruptible ? seconds() : 0;
     volatile int interrupted = 0;
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : total)
+#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(+ : total)
     for (i = 0; i < count; i++) {
         int thread = thread_number();
         if (interrupted)
