@@ -530,8 +530,8 @@ def test_busy_neighbours_end_with_a_killed_process():
         psutil.Process(pid).wait(5)  # raises TimeoutExpired
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_quick_run_on_busy_cores(tmp_path, monkeypatch, capsys):
+def test_quick_run_on_busy_cores(tmp_path, monkeypatch, capsys, restored):
+    monkeypatch.setattr(run, "in_fresh_process", lambda spawn, work, *rest: work(*rest))
     options = "d --quick --busy 1 --rounds 2 --threads 2 --json"
     monkeypatch.setattr(sys, "argv", ["bench", *options.split(), str(tmp_path / "busy.json")])
     __main__.main()
