@@ -19,7 +19,7 @@ Design
    number of threads.
 5. For a block, the exponentials of all classes go to scratch; from there they are summed class by class, or turned into
    the gradient. With many classes, the logits of the next class are prefetched meanwhile: the prefetch distance is one
-   row of a block, 300 to 1000 voxels, as measured.
+   class of a block.
 6. For up to eight classes the compiler unrolls the softmax for their number. For two classes, the most common case,
    everything from load to sum or store stays in registers.
 7. Any strides: voxels are visited in the order of the logits' strides, axes merged where possible. Where the voxels are
