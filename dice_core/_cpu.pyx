@@ -6,8 +6,9 @@ Design
 ------
 1. The sums, per sample and class over the valid voxels: I = sum s_c [y=c], P = sum s_c^p, Y = sum [y=c] and, if
    requested, H = sum [y=c] (1 - s_c)^gamma (-log s_c), with s = softmax(x); a single channel is two classes,
-   (1 - sigmoid(x), sigmoid(x)). `cpu/softmax.pxi` computes these. Other activations, targets and sums share one loop,
-   in `cpu/general.pxi`. The gradient is the vector-Jacobian product of the sums.
+   (1 - sigmoid(x), sigmoid(x)). `cpu/softmax.pxi` computes these, and `cpu/binary.pxi`, if requested, B+ and B-, the same
+   as H for sigmoid(x_c), of the voxels in and outside the class. Other activations, targets and sums share one loop, in
+   `cpu/general.pxi`. The gradient is the vector-Jacobian product of the sums.
 2. Precision: float64 logits are computed in float64, all others in float32; float16 and bfloat16 are converted on load,
    and their gradient is rounded once, on store. Sums over up to 1024 voxels (a tile) are in that precision, too; from
    there on they are in float64.
@@ -18,10 +19,12 @@ Design
 4. The sums of the chunks are added in order after the parallel loop (`cpu/parallel.h`): bitwise reproducible for any
    number of threads.
 5. For a block, the exponentials of all classes go to scratch; from there they are summed class by class, or turned into
-   the gradient. With many classes, the logits of the next class are prefetched meanwhile: the prefetch distance is one
-   class of a block.
-6. For up to eight classes the compiler unrolls the softmax for their number. For two classes, the most common case,
-   everything from load to sum or store stays in registers.
+   the gradient. For up to eight classes the compiler unrolls the softmax for their number, and its voxels' gradient is
+   that of all classes at a time; with more, everything is done class by class, and the logits of the next class are
+   prefetched meanwhile: the prefetch distance is one class of a block.
+6. Loops are short: a processor works on as many voxels at a time as their instructions fit into its window, and one long
+   loop, from load to sum, would leave it waiting for the latencies of exp, division and log. The gradient of two
+   classes, the most common case, is short enough to do without scratch.
 7. Any strides: voxels are visited in the order of the logits' strides, axes merged where possible. Where the voxels are
    contiguous, logits are read and the gradient is written in place; otherwise they are copied to or from scratch, in
    their own dtype.
@@ -70,6 +73,7 @@ cdef enum:
     THREAD_NUMBERS = 32768  # logits that justify another thread
     SIGNAL_NUMBERS = 1 << 20  # logits that take long enough for signals to be handled meanwhile
     CACHE_LINE = 64  # bytes
+    PAGE = 4096  # bytes
 
 cdef extern from *:
     """
@@ -78,8 +82,11 @@ cdef extern from *:
     /* Up to this sum of exp(x - x_0), e^32, the rounding of x - x_0 changes no probability above e^-32 by more than
        2e-6 of it. Above it the maximum is subtracted instead. */
     #define LARGEST_SUM 7.9e13
+    /* Sums of exp(x), e^-16 and e^69, within which no probability above 1e-30 is lost and none overflows. */
+    #define SMALLEST_UNSHIFTED_SUM 1.1e-7
+    #define LARGEST_UNSHIFTED_SUM 1e30
     """
-    const double SMALLEST_EXACT, LARGEST_SUM
+    const double SMALLEST_EXACT, LARGEST_SUM, SMALLEST_UNSHIFTED_SUM, LARGEST_UNSHIFTED_SUM
 
 cdef enum:  # the sums, in the order of the K axis, which holds only the requested ones
     INTERSECTION, PRED_SUM, TARGET_SUM, CROSS_ENTROPY, NLL, POSITIVE, NEGATIVE, TARGET_SQUARE, VOXELS
@@ -163,7 +170,8 @@ cdef struct Problem:
     int target_dtype
     double ignore_target
     # what is summed
-    bint plain, needs_softmax
+    bint plain  # whether this is a softmax and class labels, without NLL
+    bint needs_softmax
     int activation
     Py_ssize_t p
     Py_ssize_t sums  # K
@@ -182,9 +190,13 @@ cdef struct Scratch:
     char *staged  # (channels, block) logits or gradient, in the dtype of the logits
     char *e  # (classes, block) exponentials
     char *scale  # (block,) one over their sum
-    char *nll  # (block,) each voxel's part of H
+    char *nll  # (block,) each voxel's part of H; before that, the exponential of its own class
+    char *rest  # (block,) the sum of the other classes' exponentials
+    char *dot  # (block,) the same of their products with the derivatives with respect to the probabilities
+    char *slope  # (block,) the derivative with respect to the probability of the own class
     char *label  # (TILE,) class, -1 if ignored, -2 if out of range
     char *targets  # (classes, block) soft targets, -1 if ignored or out of range
+    char *binary  # (classes, block) gradient of B+ and B-
     char *top  # (3, block) nll and logit of the most probable class, and the others' probability
     char *sums  # (K, classes) vectors
     char *cotangent  # (ROWS, classes)
@@ -193,6 +205,7 @@ cdef struct Scratch:
 include "cpu/memory.pxi"
 include "cpu/labels.pxi"
 include "cpu/softmax.pxi"
+include "cpu/binary.pxi"
 include "cpu/general.pxi"
 include "cpu/chunk.pxi"
 include "cpu/ratio.pxi"
@@ -225,10 +238,11 @@ cdef class Workspace:
         cdef Py_ssize_t rows = padded(q.classes * q.block * q.real_size, CACHE_LINE)
         cdef Py_ssize_t label = padded(TILE * q.real_size, CACHE_LINE)
         cdef Py_ssize_t targets = rows if q.soft_targets else 0
+        cdef Py_ssize_t binary = rows if q.plain and q.binary_cross_entropy else 0
         cdef Py_ssize_t top = 0 if q.plain else 3 * row
         cdef Py_ssize_t sums = padded(q.sums * q.classes * vector_size(q), CACHE_LINE)
         cdef Py_ssize_t cotangent = padded(ROWS * q.classes * q.real_size, CACHE_LINE)
-        cdef Py_ssize_t size = 2 * rows + 2 * row + label + targets + top + sums + cotangent
+        cdef Py_ssize_t size = PAGE + 2 * rows + 5 * row + label + targets + binary + top + sums + cotangent
         cdef Py_ssize_t i
         cdef Scratch *t
         cdef char *at
@@ -242,14 +256,18 @@ cdef class Workspace:
         for i in range(threads):
             t = &self.of_thread[i]
             t.staged = at
-            t.e = t.staged + rows
+            t.sums = t.staged + rows
+            t.cotangent = t.sums + sums
+            t.e = t.cotangent + cotangent
             t.scale = t.e + rows
             t.nll = t.scale + row
-            t.label = t.nll + row
+            t.rest = t.nll + row
+            t.dot = t.rest + row
+            t.slope = t.dot + row
+            t.label = t.slope + row
             t.targets = t.label + label
-            t.top = t.targets + targets
-            t.sums = t.top + top
-            t.cotangent = t.sums + sums
+            t.binary = t.targets + targets
+            t.top = t.binary + binary  # (3, block), and a page for `move_scratch`
             memset(t.sums, 0, sums)
             at += size
         return 0
@@ -280,7 +298,7 @@ cdef int describe(Problem *q, logits_buffer, labels_buffer, grad_buffer, spec) e
     q.labels_n = labels_strides[0]
     q.grad_n, q.grad_c = grad_strides[:2]
 
-    q.plain = spec.plain
+    q.plain = spec.activation == "softmax" and not (spec.nll or spec.soft_targets)
     q.needs_softmax = spec.needs_softmax
     q.activation = _ACTIVATIONS[spec.activation]
     q.p = spec.p

@@ -58,6 +58,27 @@ FAULTS = (
         "tests/test_kernels.py -k test_logits_of_any_size",
     ),
     Fault(
+        "the softmax beside binary terms without a maximum for very negative logits",
+        "dice_core/_cpu.pyx",
+        "SMALLEST_UNSHIFTED_SUM 1.1e-7",
+        "SMALLEST_UNSHIFTED_SUM 0",
+        "tests/test_kernels.py -k test_binary_terms_of_logits_far_from_zero",
+    ),
+    Fault(
+        "ignored voxels have a binary cross-entropy",
+        "dice_core/cpu/binary.pxi",
+        "negative[k] + andnot(ignored, andnot(own, v))",
+        "negative[k] + andnot(own, v)",
+        "tests/test_kernels.py -k test_binary_terms_of_logits_far_from_zero",
+    ),
+    Fault(
+        "-log of a probability next to an underflowed one",
+        "dice_core/cpu/softmax.pxi",
+        "        exact = less(constant(&zero, SMALLEST_EXACT), own)",
+        "        exact = zero",
+        "tests/test_kernels.py -k test_binary_terms_of_logits_far_from_zero",
+    ),
+    Fault(
         "ignored voxels count in the sums",
         "dice_core/cpu/softmax.pxi",
         "scale[0] = andnot(less(label, zero), (zero + 1) / total)",

@@ -542,6 +542,50 @@ def test_logits_of_any_size(kernels, dtype, scale, channels, gamma):
     check(kernels, *example((2, channels, 400), dtype, scale=scale), gamma=gamma)
 
 
+@backend
+@product(
+    "shift channels binary_gamma",
+    [-1e4, -120.0, -30.0, 30.0, 75.0, 120.0],
+    [1, 2, 3, 20],
+    [0, 2, 3],
+    others=([-1e4, -30.0, 75.0], [1, 3], [2]),
+)
+def test_binary_terms_of_logits_far_from_zero(kernels, dtype, shift, channels, binary_gamma):
+    """The softmax beside them does not subtract a logit unless it must."""
+    x, y = example((2, channels, 400), dtype)
+    y[0, ::7] = 99
+    x = x + np.asarray(shift, x.dtype)
+    check(kernels, x, y, binary_gamma=binary_gamma, gamma=0, ignore_label=99)
+
+
+@backend
+@floats
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("binary_gamma", [0, 2])
+def test_binary_terms_of_logits_that_are_not_finite(kernels, dtype, channels, binary_gamma):
+    """Requesting the NLL of every class, whose cotangent is 0, leaves the other sums and the
+    gradient as they are, although other loops then compute them.
+    """
+    classes = max(2, channels)
+    x, y = example((4, channels, 100), dtype)
+    for n, value in enumerate((np.inf, -np.inf, np.nan)):
+        x[n, -1, ::3] = value
+    cotangent = np.random.default_rng(5).standard_normal((5, 4, classes))
+    sums, grad = run(kernels, x, y, binary_gamma=binary_gamma, cotangent=cotangent)
+    names = [*specs.BASIC, specs.NLL, *specs.BINARY]
+    without = [k for k, name in enumerate(names) if name != specs.NLL]
+    all_cotangents = np.insert(cotangent, names.index(specs.NLL), 0, axis=0)
+    expected, expected_grad = run(
+        kernels, x, y, binary_gamma=binary_gamma, nll=True, cotangent=all_cotangents
+    )
+    tolerance = 8 * ARITHMETIC[x.dtype.name]
+    assert_close(sums, expected[without], rtol=tolerance, what="sums")
+    rounding = 1.01 * ROUNDING[x.dtype.name]
+    assert_close(
+        grad, expected_grad, rtol=tolerance + rounding, atol=4 * tolerance, what="gradient"
+    )
+
+
 # ---- infinite logits give what torch's operations give ---------------------------------------
 
 

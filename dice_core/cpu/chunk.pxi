@@ -70,7 +70,7 @@ cdef void add_lanes(const Problem *q, vec *sums, real *numbers, double *out) noe
 
 
 cdef Py_ssize_t run_chunk(
-    const Problem *q, Py_ssize_t index, const Scratch *t, const double *cotangent, double *sums, logit *dtype
+    const Problem *q, Py_ssize_t index, const Scratch *scratch, const double *cotangent, double *sums, logit *dtype
 ) noexcept nogil:
     """Adds the sums of one chunk to its part of sums, or writes its gradient for the cotangent, (K, samples, classes).
 
@@ -90,9 +90,13 @@ cdef Py_ssize_t run_chunk(
     cdef logit *grad
     cdef char *label
     cdef Place at
+    cdef Scratch moved = scratch[0]
+    cdef const Scratch *t = &moved
     if q.grad == NULL:
         sums += index * q.sums * q.classes
     else:
+        if q.plain and q.classes <= FEW_CLASSES and q.axes.count == 1:
+            moved = move_scratch(q, scratch, q.grad + sample * q.grad_n + locate(&q.axes, first).grad)
         load_cotangent(q, cotangent + sample * q.classes, t.cotangent)
     while first < stop:
         n = min(TILE, stop - first)

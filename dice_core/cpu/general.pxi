@@ -13,28 +13,6 @@ cdef inline vec logit_of(const Problem *q, const logit *x, Py_ssize_t row, Py_ss
     return v
 
 
-cdef inline vec exp_minus_abs(vec v) noexcept nogil:
-    """exp(-|v|), from which sigmoid and softplus follow without overflow."""
-    cdef vec zero, lowest
-    set_zero(&zero)
-    set_lowest_exp(&lowest)
-    return exp(maximum(lowest, zero - abs(v)))
-
-
-cdef inline vec sigmoid(vec v, vec e) noexcept nogil:
-    """1 / (1 + exp(-v)), with e = exp(-|v|)."""
-    cdef vec zero
-    set_zero(&zero)
-    return select(less(v, zero), e, zero + 1) / (e + 1)
-
-
-cdef inline vec softplus(vec v, vec e) noexcept nogil:
-    """log(1 + exp(v)), which is -log(sigmoid(-v)), with e = exp(-|v|)."""
-    cdef vec zero
-    set_zero(&zero)
-    return maximum(zero, v) + log_of_sum(e)
-
-
 cdef inline vec target_of(
     const Problem *q, const vec *target, vec label, vec which, vec *ignored
 ) noexcept nogil:
@@ -145,22 +123,19 @@ cdef void sum_general(
                     total[CROSS_ENTROPY] = total[CROSS_ENTROPY] + and_mask(less(zero, t), h)
                     total[CROSS_ENTROPY] = total[CROSS_ENTROPY] + andnot(ignored, softmax * 0)
             if q.binary_cross_entropy:
-                # torch computes (1 - t) z + log(1 + exp(-z)), which is NaN for z = -inf, and for t = 1 and z = inf.
-                # Products with 0 make these sums NaN there too and leave all others unchanged.
                 z = zero - logit_of(q, x + i * lanes(scale), row, 1, t) if c < q.classes - q.channels else v
                 u = exp_minus_abs(z)
                 if not q.soft_targets:  # t is 0 or 1, and one of the halves is 0
                     half = less(zero, t)
                     z = select(half, zero - z, z)
-                    h = modulation(sigmoid(z, u), q.binary_gamma, q.integer_binary_gamma) * softplus(z, u)
-                    h = h + select(half, z, minimum(zero, z)) * 0
+                    h = negative_part(z, u, q.binary_gamma, q.integer_binary_gamma) + zero_or_nan(z, half)
                     total[POSITIVE] = total[POSITIVE] + and_mask(half, h)
                     total[NEGATIVE] = total[NEGATIVE] + andnot(ignored, andnot(half, h))
                     continue
-                h = modulation(sigmoid(zero - z, u), q.binary_gamma, q.integer_binary_gamma) * softplus(zero - z, u)
+                h = negative_part(zero - z, u, q.binary_gamma, q.integer_binary_gamma)
                 h = t * h + and_mask(equal(t, zero + 1), z * 0)
                 total[POSITIVE] = total[POSITIVE] + andnot(ignored, and_mask(less(zero, t), h))
-                h = modulation(sigmoid(z, u), q.binary_gamma, q.integer_binary_gamma) * softplus(z, u)
+                h = negative_part(z, u, q.binary_gamma, q.integer_binary_gamma)
                 h = (zero + 1 - t) * h + minimum(zero, z) * 0
                 total[NEGATIVE] = total[NEGATIVE] + andnot(ignored, and_mask(less(t, zero + 1), h))
         for k in range(ROWS):
@@ -170,28 +145,18 @@ cdef void sum_general(
         which = which + 1
 
 
-cdef inline vec half_slope(const Problem *q, vec probability, vec rest, vec nll) noexcept nogil:
-    """Minus the derivative of rest^gamma nll for the logit: rest^gamma (rest + gamma probability nll)."""
-    cdef vec largest
-    set_largest(&largest)
-    nll = constant(&rest, q.binary_gamma) * (probability * minimum(largest, nll))
-    return modulation(rest, q.binary_gamma, q.integer_binary_gamma) * (rest + nll)
-
-
 cdef inline vec binary_slope(const Problem *q, vec z, vec target, vec positive, vec negative) noexcept nogil:
     """The derivative for the logit z of its parts in B+ and B-, whose cotangents are `positive` and `negative`."""
-    cdef vec zero, own, other, e, mask
+    cdef vec zero, e, mask
     set_zero(&zero)
     e = exp_minus_abs(z)
     if not q.soft_targets:  # the target is 0 or 1, and one of the halves is 0
         mask = less(zero, target)
         z = select(mask, zero - z, z)
-        z = half_slope(q, sigmoid(zero - z, e), sigmoid(z, e), softplus(z, e))
+        z = negative_slope(z, e, q.binary_gamma, q.integer_binary_gamma)
         return andnot(mask, negative * z) - and_mask(mask, positive * z)
-    own = sigmoid(z, e)
-    other = sigmoid(zero - z, e)
-    negative = negative * (zero + 1 - target) * half_slope(q, other, own, softplus(z, e))
-    return negative - positive * target * half_slope(q, own, other, softplus(zero - z, e))
+    negative = negative * (zero + 1 - target) * negative_slope(z, e, q.binary_gamma, q.integer_binary_gamma)
+    return negative - positive * target * negative_slope(zero - z, e, q.binary_gamma, q.integer_binary_gamma)
 
 
 cdef inline vec overlap_slope(

@@ -76,6 +76,48 @@ cdef inline Place locate(const Axes *axes, Py_ssize_t voxel) noexcept nogil:
     return at
 
 
+# ---- scratch ---------------------------------------------------------------------------------------------------------
+
+cdef inline uint64_t rotated(uint64_t bits, Py_ssize_t n) noexcept nogil:
+    """bits rotated left."""
+    n &= 63
+    return bits << n | bits >> (64 - n) if n else bits
+
+
+cdef Scratch move_scratch(const Problem *q, const Scratch *t, const char *grad) noexcept nogil:
+    """The scratch, moved by less than a page so that its rows stay clear of the gradient of a chunk that begins at grad.
+
+    Processors tell a load from the stores before it by the lowest 12 bits of the addresses: one that agrees with a store
+    that is not done yet waits for it. All rows advance together, so that would happen on every line, and take up to four
+    times as long. Only the gradient of few classes, from all of their rows at once, is prone to it.
+    """
+    cdef Scratch moved = t[0]
+    cdef uint64_t clash = 0, bad = 0  # a bit for each of the 64 cache lines of a page
+    cdef Py_ssize_t i, c, shift, row = q.block * q.real_size
+    for i in range((TILE + q.block - 1) // q.block):
+        for c in range(q.channels):
+            clash |= rotated(0x3FF, (<Py_ssize_t>grad + i * q.block * q.itemsize + c * q.grad_c) // CACHE_LINE - 8)
+    for i in range((t.label - t.e) // row + 1):
+        bad |= rotated(clash, -((<Py_ssize_t>t.e + i * row) // CACHE_LINE))
+    for shift in range(64):
+        if not bad >> shift & 1:
+            break
+    else:
+        return moved
+    shift *= CACHE_LINE
+    moved.e += shift
+    moved.scale += shift
+    moved.nll += shift
+    moved.rest += shift
+    moved.dot += shift
+    moved.slope += shift
+    moved.label += shift
+    moved.targets += shift
+    moved.binary += shift
+    moved.top += shift
+    return moved
+
+
 # ---- copies ----------------------------------------------------------------------------------------------------------
 
 cdef inline void prefetch(const char *p, Py_ssize_t stride, Py_ssize_t n) noexcept nogil:

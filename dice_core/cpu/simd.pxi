@@ -326,18 +326,19 @@ cdef inline vec log(vec x, vec rest) noexcept nogil:
 
 cdef inline vec log_of_sum(vec e) noexcept nogil:
     """log(1 + e) for 0 <= e <= 1, within 2 ulp."""
-    cdef vec y
+    cdef vec v, w, y
     if vec is f64:
         return log(e + 1.0, e - e - e)
     else:
-        y = e * <float>-0.00324400025 + <float>0.0198513493
-        y = y * e - <float>0.0569593236
-        y = y * e + <float>0.106036335
-        y = y * e - <float>0.153055802
-        y = y * e + <float>0.196759343
-        y = y * e - <float>0.249541327
-        y = y * e + <float>0.333299637
-        y = y * e - <float>0.499999017
+        w = e * e  # even and odd powers apart: that halves the latency
+        y = w * <float>-0.00324400025 - <float>0.0569593236
+        y = y * w - <float>0.153055802
+        y = y * w - <float>0.249541327
+        y = y * w - <float>0.499999017
+        v = w * <float>0.0198513493 + <float>0.106036335
+        v = v * w + <float>0.196759343
+        v = v * w + <float>0.333299637
+        y = v * e + y
         return (y * e + <float>1.0) * e
 
 

@@ -1,7 +1,8 @@
-"""The common case, `Spec.plain`: softmax, class labels, and no sums but I, P, Y and H.
+"""The common case, `Problem.plain`: softmax and class labels, with the sums I, P, Y and, if requested, H, B+ and B-.
 
 Each function works on whole lines of voxels of a block. The softmax is kept as `e`, (classes, block), the exponentials,
-and `scale`, (block,), one over their sum, which is 0 for ignored voxels. `row` and similar arguments are the distances,
+and `scale`, (block,), one over their sum, which is 0 for ignored voxels; `own` and `rest`, (block,), where needed, are
+the exponential of the voxel's own class and the sum of all others. `row` and similar arguments are the distances,
 in elements, between the channels of an array.
 """
 
@@ -13,25 +14,16 @@ cdef inline vec softmax_shifted(
 ) noexcept nogil:
     """e = exp(x - max x) for every class of one vector of voxels; returns their sum. x may be e.
 
-    If the maximum is infinite, inf - inf makes the sum NaN. A single channel is the logit of the second of two classes,
-    with logit 0 for the first; an infinite logit then gives the limit, 0 and 1.
+    If the maximum is infinite, inf - inf makes the sum NaN.
     """
-    cdef vec top, total, v, zero, lowest, largest
+    cdef vec top, total, v, lowest
     cdef Py_ssize_t c
-    set_zero(&zero)
     set_lowest_exp(&lowest)
     load(&top, x)
-    if channels == 1:
-        set_largest(&largest)
-        v = top
-        top = minimum(largest, maximum(zero, top))
-        e[0] = exp(maximum(lowest, zero - top))
-        e[e_row] = exp(minimum(zero, maximum(lowest, v - top)))
-        return e[0] + e[e_row]
     for c in range(1, channels):
         load(&v, x + c * row)
         top = maximum(v, top)
-    total = zero
+    set_zero(&total)
     for _ in range(channels):
         load(&v, x)
         v = exp(maximum(lowest, v - top))
@@ -56,60 +48,109 @@ cdef inline vec exp_within(vec v) noexcept nogil:
     return exp(minimum(constant(&lowest, 80), maximum(lowest, v)))
 
 
-cdef inline void invert_sum(
-    const Problem *q, const logit *x, Py_ssize_t row, vec label, vec *e, vec *scale
+cdef inline void split_sum(
+    const Problem *q, vec label, const vec *e, vec *own, vec *rest
 ) noexcept nogil:
-    """Replaces scale, the sum of e, by one over it, 0 for ignored voxels. Recomputes e if it is inexact."""
+    """own and rest of one vector of voxels."""
+    cdef vec which, mask
+    cdef Py_ssize_t e_row = q.block // lanes(own)
+    set_zero(&which)
+    own[0] = rest[0] = which
+    for _ in range(q.classes):
+        mask = equal(label, which)
+        own[0] = own[0] + and_mask(mask, e[0])
+        rest[0] = rest[0] + andnot(mask, e[0])
+        which = which + 1
+        e += e_row
+
+
+cdef void split_rare(const Problem *q, vec label, const vec *e, vec *own, vec *rest) noexcept nogil:
+    """`split_sum`, out of line."""
+    split_sum(q, label, e, own, rest)
+
+
+cdef inline void invert_sum(
+    const Problem *q, const logit *x, Py_ssize_t row, vec label, vec *e, vec *scale, vec *own, vec *rest, bint split
+) noexcept nogil:
+    """Replaces scale, the sum of e, by one over it, 0 for ignored voxels. Recomputes all if e is inexact."""
     cdef vec zero, total = scale[0]
     set_zero(&zero)
     if q.classes > 1 and any_greater(total, LARGEST_SUM):
         total = softmax_rare(x, row, q.channels, e, q.block // lanes(scale))
+        if split:
+            split_rare(q, label, e, own, rest)
     scale[0] = andnot(less(label, zero), (zero + 1) / total)
 
 
 cdef inline void softmax_few(
     const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label, vec *e, vec *scale,
-    int classes,
+    vec *own, vec *rest, int classes, bint split,
 ) noexcept nogil:
-    """The softmax for a constant number of classes, with the first logit in place of the maximum.
+    """The softmax for a constant number of classes, with the first logit in place of the maximum. `split`, another
+    compile-time constant, is whether to fill own and rest.
 
     That saves one exponential, and the exponentials need not wait for the maximum. The division is a loop of its own, so
     that the exponentials of the next voxels need not wait for it either.
     """
-    cdef vec first, total, v, zero
+    cdef vec first, total, v, mask, of_own, zero
     cdef Py_ssize_t e_row = q.block // lanes(scale)
     cdef Py_ssize_t i
     cdef const logit *at
     cdef int c
     set_zero(&zero)
+    of_own = zero
     for i in range(lines * VECTORS):
         at = x + i * lanes(scale)
-        first = zero
-        if q.channels == classes:
-            load(&first, at)
-            at += row
-        total = first * 0 + 1  # NaN if it is infinite
-        e[i] = total
+        load(&first, at)
+        v = first * 0 + 1  # NaN if it is infinite
+        e[i] = total = v
+        if split:
+            mask = equal(label[i], zero)
+            of_own = and_mask(mask, v)
+            total = andnot(mask, v)
         for c in range(1, classes):
-            load(&v, at)
             at += row
+            load(&v, at)
             v = exp_within(v - first)
             e[c * e_row + i] = v
-            total = total + v
+            if split:
+                mask = equal(label[i], constant(&zero, c))
+                of_own = of_own + and_mask(mask, v)
+                total = total + andnot(mask, v)
+            else:
+                total = total + v
+        if split:
+            own[i] = of_own
+            rest[i] = total
+            total = total + of_own
         scale[i] = total
     for i in range(lines * VECTORS):
-        invert_sum(q, x + i * lanes(scale), row, label[i], e + i, scale + i)
+        invert_sum(q, x + i * lanes(scale), row, label[i], e + i, scale + i, own + i, rest + i, split)
 
 
-cdef void softmax_many(
-    const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label, vec *e, vec *scale
+cdef void dot_rare(const Problem *q, vec label, const vec *e, const char *cotangent, vec *dot) noexcept nogil:
+    """The dot of `softmax_many` of one vector of voxels."""
+    cdef vec which, b
+    cdef Py_ssize_t c, e_row = q.block // lanes(dot)
+    set_zero(&which)
+    dot[0] = which
+    for c in range(q.classes):
+        broadcast(&b, cotangent, PRED_SUM * q.classes + c)
+        dot[0] = dot[0] + b * andnot(equal(label, which), e[c * e_row])
+        which = which + 1
+
+
+cdef inline void softmax_many(
+    const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label, vec *e, vec *scale,
+    vec *own, vec *rest, bint split, vec *dot, const char *cotangent, bint dots,
 ) noexcept nogil:
-    """`softmax_few` for any number of classes, class by class.
+    """`softmax_few` for any number of classes, class by class; with `dots`, a compile-time constant too, dot is the sum
+    of the other classes' exponentials times the cotangents of P.
 
     The hardware prefetcher does not follow the jump from one class to the next, so the same voxels of the next class
     are prefetched meanwhile; after the last class, the first one's of the next block.
     """
-    cdef vec first, v, zero
+    cdef vec first, v, mask, which, zero, b
     cdef Py_ssize_t e_row = q.block // lanes(scale)
     cdef Py_ssize_t i, j, c
     cdef const logit *at = x
@@ -117,22 +158,71 @@ cdef void softmax_many(
     cdef vec *to = e
     cdef int k
     set_zero(&zero)
+    which = b = zero
     for i in range(lines * VECTORS):
         scale[i] = zero
+        if split:
+            own[i] = rest[i] = zero
+        if dots:
+            dot[i] = zero
     for c in range(q.classes):
         following = at + row if c + 1 < q.classes else x + lines * VECTORS * lanes(scale)
+        if dots:
+            broadcast(&b, cotangent, PRED_SUM * q.classes + c)
         for i in range(lines):
             PREFETCH(following + i * VECTORS * lanes(scale))
             for k in range(VECTORS):
                 j = i * VECTORS + k
                 load(&first, x + j * lanes(scale))
                 load(&v, at + j * lanes(scale))
-                to[j] = exp_within(v - first)
-                scale[j] = scale[j] + to[j]
+                v = exp_within(v - first)
+                to[j] = v
+                if split:
+                    mask = equal(label[j], which)
+                    own[j] = own[j] + and_mask(mask, v)
+                    v = andnot(mask, v)
+                    rest[j] = rest[j] + v
+                    if dots:
+                        dot[j] = dot[j] + b * v
+                else:
+                    scale[j] = scale[j] + v
+        which = which + 1
         at += row
         to += e_row
     for i in range(lines * VECTORS):
-        invert_sum(q, x + i * lanes(scale), row, label[i], e + i, scale + i)
+        if split:
+            scale[i] = own[i] + rest[i]
+        v = scale[i]
+        invert_sum(q, x + i * lanes(scale), row, label[i], e + i, scale + i, own + i, rest + i, split)
+        if dots and any_greater(v, LARGEST_SUM):
+            dot_rare(q, label[i], e + i, cotangent, dot + i)
+
+
+cdef inline void load_difference(vec *v, const logit *x, Py_ssize_t row, int channels) noexcept nogil:
+    """v = x_1 - x_0, NaN if the larger is infinite; of a single channel x, the logits of whose classes are 0 and x, that.
+    """
+    cdef vec first
+    load(v, x + (channels - 1) * row)
+    if channels == 2:
+        load(&first, x)
+        v[0] = maximum(first, v[0]) * 0 + (v[0] - first)
+
+
+cdef inline void softmax_two(
+    const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label, vec *e, vec *scale,
+    int channels,
+) noexcept nogil:
+    """The softmax of two classes: with v = x_1 - x_0, one of the exponentials is exp(-|v|), the other 1."""
+    cdef vec u, v, zero, below
+    cdef Py_ssize_t i, e_row = q.block // lanes(scale)
+    set_zero(&zero)
+    for i in range(lines * VECTORS):
+        load_difference(&v, x + i * lanes(scale), row, channels)
+        u = exp_minus_abs(v)
+        below = less(v, zero)
+        e[i] = select(below, zero + 1, u)
+        e[e_row + i] = select(below, u, zero + 1)
+        scale[i] = andnot(less(label[i], zero), (zero + 1) / (u + 1))
 
 
 # ---- negative log-likelihood -----------------------------------------------------------------------------------------
@@ -144,10 +234,6 @@ cdef vec nll_from_logits(const logit *x, Py_ssize_t row, Py_ssize_t channels, ve
     set_zero(&zero)
     set_lowest_exp(&lowest)
     load(&top, x)
-    if channels == 1:  # log(1 + exp(v)) with v the logit of the other class; its limit, if that is infinite
-        total = exp(maximum(lowest, zero - abs(top))) + 1
-        v = select(less(zero, label), zero - top, top)
-        return log(total, zero + 1 - total) + maximum(zero, v)
     for c in range(1, channels):
         load(&v, x + c * row)
         top = maximum(v, top)
@@ -166,12 +252,14 @@ cdef inline vec nll_of(
     """-log(own): `own` are the probabilities of the voxels' own classes, `rest` those of all others together, x the
     logits. Arbitrary for ignored voxels.
     """
-    cdef vec zero
+    cdef vec zero, exact, nll
     set_zero(&zero)
     own = own + and_mask(less(label, zero), zero + 1)
+    nll = zero - log(own, rest)
     if any_greater(zero - own, -SMALLEST_EXACT):
-        return nll_from_logits(x, row, channels, label)
-    return zero - log(own, rest)
+        exact = less(constant(&zero, SMALLEST_EXACT), own)
+        nll = select(exact, nll, nll_from_logits(x, row, channels, label))
+    return nll
 
 
 cdef inline vec modulation(vec rest, double gamma, Py_ssize_t integer_gamma) noexcept nogil:
@@ -200,30 +288,45 @@ cdef inline vec modulated_slope(
     return (constant(&rest, gamma) * nll + 1) * modulation(rest, gamma, integer_gamma)
 
 
-cdef void nll_lines(
-    const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label, const vec *e,
-    const vec *scale, vec *nll,
+cdef inline vec part_of_nll(const Problem *q, vec nll, vec own, vec rest) noexcept nogil:
+    """The part in H of a voxel with this -log of the probability `own` of its class; for the gradient its derivative for
+    `nll`.
+    """
+    if not q.focal:
+        return nll
+    if q.grad == NULL:
+        return nll * modulation(rest, q.gamma, q.integer_gamma)
+    return modulated_slope(nll, own, rest, q.gamma, q.integer_gamma)
+
+
+cdef inline void nll_of_two(
+    const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label, const vec *e, vec *nll,
+    int channels,
 ) noexcept nogil:
-    """Each voxel's part of H, (1 - s)^gamma (-log s) of its own class; for the gradient its derivative for -log s."""
-    cdef vec own, rest, which, mask, zero, h
-    cdef Py_ssize_t c, i, e_row = q.block // lanes(scale)
+    """`nll_lines` after `softmax_two`: softplus of the other class's logit minus the own one's."""
+    cdef vec u, v, zero
+    cdef Py_ssize_t i, e_row = q.block // lanes(nll)
     set_zero(&zero)
     for i in range(lines * VECTORS):
-        own = rest = which = zero
-        for c in range(q.classes):
-            mask = equal(label[i], which)
-            own = own + and_mask(mask, e[c * e_row + i])
-            rest = rest + andnot(mask, e[c * e_row + i])
-            which = which + 1
-        own = own * scale[i]
-        rest = rest * scale[i]
-        h = nll_of(own, rest, label[i], x + i * lanes(scale), row, q.channels)
-        if q.focal:
-            if q.grad == NULL:
-                h = h * modulation(rest, q.gamma, q.integer_gamma)
-            else:
-                h = modulated_slope(h, own, rest, q.gamma, q.integer_gamma)
-        nll[i] = h
+        load_difference(&v, x + i * lanes(nll), row, channels)
+        v = select(equal(label[i], zero + 1), zero - v, v)
+        u = minimum(e[i], e[e_row + i])
+        nll[i] = part_of_nll(q, softplus(v, u), sigmoid(zero - v, u), sigmoid(v, u))
+
+
+cdef void nll_lines(
+    const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label, const vec *scale,
+    const vec *own, const vec *rest, vec *nll,
+) noexcept nogil:
+    """Each voxel's part of H, (1 - s)^gamma (-log s) of its own class; for the gradient its derivative for -log s. It may
+    overwrite own.
+    """
+    cdef vec s, r
+    cdef Py_ssize_t i
+    for i in range(lines * VECTORS):
+        s = own[i] * scale[i]
+        r = rest[i] * scale[i]
+        nll[i] = part_of_nll(q, nll_of(s, r, label[i], x + i * lanes(scale), row, q.channels), s, r)
 
 
 # ---- sums and gradient -----------------------------------------------------------------------------------------------
@@ -287,10 +390,11 @@ cdef vec complement_by_squaring(vec s, vec rest, Py_ssize_t p) noexcept nogil:
 
 cdef inline void grad_lines(
     const Problem *q, Py_ssize_t lines, const vec *label, const vec *e, const vec *scale, const vec *nll,
-    const char *cotangent, logit *grad, Py_ssize_t row, Py_ssize_t p, bint cross_entropy, bint non_temporal,
+    const vec *binary, const char *cotangent, logit *grad, Py_ssize_t row, Py_ssize_t p, bint cross_entropy,
+    bint add_binary, bint non_temporal,
 ) noexcept nogil:
-    """Writes the gradient, which may overwrite e. Compile-time constants: p, if it is 1 or 2; whether there is an H; how
-    to store.
+    """Writes the gradient, which may overwrite e. Compile-time constants: p, if it is 1 or 2; whether there is an H;
+    whether to add `binary`, the gradient of B+ and B-; how to store.
 
     With d_c the derivative with respect to s_c, the gradient is s_c (d_c - sum s d) + h_o (s_c - [c=o]), o the voxel's own
     class. For near-perfect predictions nothing must cancel: 1 - s_o is the sum r of the others, the gradient of o is s_o
@@ -367,6 +471,8 @@ cdef inline void grad_lines(
                     s = s * select(mask, dot[k], slope - own[k])
                     if cross_entropy:
                         s = s - and_mask(mask, rest[k])
+                    if add_binary:
+                        s = s + binary[at - e + k]
                     if non_temporal:
                         store_non_temporal(to + k * lanes(&s), s)
                     else:
@@ -374,6 +480,7 @@ cdef inline void grad_lines(
                 to += row
             which = which + 1
             at += e_row
+        binary += VECTORS
         e += VECTORS
         label += VECTORS
         scale += VECTORS
@@ -381,135 +488,207 @@ cdef inline void grad_lines(
         grad += VECTORS * lanes(&s)
 
 
+cdef void look_up(const Problem *q, Py_ssize_t n, const real *label, const real *table, real *out) noexcept nogil:
+    """out = table[label], 0 for ignored voxels."""
+    cdef Py_ssize_t v, c
+    for v in range(n):
+        c = <Py_ssize_t>label[v]
+        out[v] = table[c] if c >= 0 else 0
+
+
+cdef inline void look_up_own(
+    const Problem *q, Py_ssize_t lines, const vec *label, const char *cotangent, int k, vec *out
+) noexcept nogil:
+    """The cotangents, in row k, of the voxels' own classes."""
+    if vec is f64:
+        look_up(q, lines * q.line, <const double *>label, <const double *>cotangent + k * q.classes, <double *>out)
+    else:
+        look_up(q, lines * q.line, <const float *>label, <const float *>cotangent + k * q.classes, <float *>out)
+
+
+cdef inline void grad_many(
+    const Problem *q, const Scratch *t, const logit *x, Py_ssize_t x_row, Py_ssize_t lines, const vec *label, vec *e,
+    logit *grad, Py_ssize_t row, bint cross_entropy, bint non_temporal,
+) noexcept nogil:
+    """`grad_lines` of many classes, class by class, for p = 1 and gamma = 0. The last two arguments are compile-time
+    constants.
+    """
+    cdef vec *scale = <vec *>t.scale
+    cdef vec *own = <vec *>t.nll
+    cdef vec *rest = <vec *>t.rest
+    cdef vec *dot = <vec *>t.dot
+    cdef vec *slope = <vec *>t.slope
+    cdef vec s, b, mask, which
+    cdef Py_ssize_t c, i, j
+    cdef int k
+    softmax_many(q, x, x_row, lines, label, e, scale, own, rest, True, dot, t.cotangent, True)
+    look_up_own(q, lines, label, t.cotangent, TARGET_SUM, slope)
+    for i in range(lines * VECTORS):
+        rest[i] = rest[i] * scale[i]
+        s = dot[i] * scale[i]
+        dot[i] = slope[i] * (own[i] * scale[i]) + s  # sum s d over all classes
+        own[i] = slope[i] * rest[i] - s  # d_o r minus that sum over the other classes
+    if cross_entropy:
+        look_up_own(q, lines, label, t.cotangent, CROSS_ENTROPY, slope)
+        for i in range(lines * VECTORS):
+            dot[i] = dot[i] - slope[i]
+            rest[i] = slope[i] * rest[i]
+    set_zero(&which)
+    for c in range(q.classes):
+        broadcast(&b, t.cotangent, PRED_SUM * q.classes + c)
+        for i in range(lines):
+            for k in range(VECTORS):
+                j = i * VECTORS + k
+                mask = equal(label[j], which)
+                s = e[j] * scale[j] * select(mask, own[j], b - dot[j])
+                if cross_entropy:
+                    s = s - and_mask(mask, rest[j])
+                if non_temporal:
+                    store_non_temporal(grad + j * lanes(&s), s)
+                else:
+                    store(grad + j * lanes(&s), s)
+        which = which + 1
+        e += q.block // lanes(&s)
+        grad += row
+
+
+cdef inline void run_grad_many(
+    const Problem *q, const Scratch *t, const logit *x, Py_ssize_t x_row, Py_ssize_t lines, const vec *label, vec *e,
+    logit *grad, Py_ssize_t grad_row, bint non_temporal,
+) noexcept nogil:
+    if q.cross_entropy:
+        if non_temporal:
+            grad_many(q, t, x, x_row, lines, label, e, grad, grad_row, True, True)
+        else:
+            grad_many(q, t, x, x_row, lines, label, e, grad, grad_row, True, False)
+    elif non_temporal:
+        grad_many(q, t, x, x_row, lines, label, e, grad, grad_row, False, True)
+    else:
+        grad_many(q, t, x, x_row, lines, label, e, grad, grad_row, False, False)
+
+
 # ---- two classes -----------------------------------------------------------------------------------------------------
 
-cdef inline void two_classes(
+cdef inline void grad_two(
     const Problem *q, const Scratch *t, const logit *x, Py_ssize_t x_row, Py_ssize_t lines, const vec *label,
-    logit *grad, Py_ssize_t row, int channels, bint sums, bint cross_entropy, bint non_temporal,
+    logit *grad, Py_ssize_t row, int channels, bint cross_entropy, bint non_temporal,
 ) noexcept nogil:
-    """Sums or gradient of two classes, p = 1 and gamma = 0, without a detour through scratch. The last four arguments
-    are compile-time constants.
+    """The gradient of two classes, p = 1 and gamma = 0, without a detour through scratch. The last three arguments are
+    compile-time constants.
 
     The gradient of class 1 is s_0 s_1 (d_1 - d_0) + h_0 [y=0] s_1 - h_1 [y=1] s_0, that of class 0 its negative; d_c is
-    the derivative with respect to s_c.
+    the derivative with respect to s_c. With u = exp(-|x_1 - x_0|), s_0 s_1 is u / (1 + u)^2.
     """
-    cdef vec s[2]
     cdef vec a[2]
     cdef vec b[2]
     cdef vec h[2]
     cdef vec difference[2]  # d_1 - d_0 of the voxels of each class
-    cdef vec mask[2]
-    cdef vec intersection[2]
-    cdef vec pred_sum[2]
-    cdef vec target_sum[2]
-    cdef vec of_nll[2]
-    cdef vec zero, first, v, total, scale
-    cdef vec *out = <vec *>t.sums
+    cdef vec zero, one, own, u, v, r, slope
     cdef Py_ssize_t i
     cdef int c
     set_zero(&zero)
+    one = zero + 1
     for c in range(2):
-        intersection[c] = pred_sum[c] = of_nll[c] = zero
-        target_sum[c] = out[2 * TARGET_SUM + c]
         broadcast(&a[c], t.cotangent, 2 * TARGET_SUM + c)
         broadcast(&b[c], t.cotangent, 2 * PRED_SUM + c)
         if cross_entropy:
             broadcast(&h[c], t.cotangent, 2 * CROSS_ENTROPY + c)
     difference[0] = b[1] - a[0]
     difference[1] = a[1] - b[0]
+    h[1] = zero - h[1] if cross_entropy else zero
     for i in range(lines * VECTORS):
-        first = zero
+        load_difference(&v, x, x_row, channels)
+        u = exp_minus_abs(v)
+        r = andnot(less(label[i], zero), one / (u + 1))
+        own = equal(label[i], one)
+        slope = select(own, difference[1], difference[0]) * (u * r * r)
+        if cross_entropy:
+            v = select(own, zero - v, v)
+            v = select(less(v, zero), u, one) * r  # the probability of the other class
+            slope = slope + select(own, h[1], h[0]) * v
         if channels == 2:
-            load(&first, x)
-        load(&v, x + (channels - 1) * x_row)
-        v = v - first
-        s[0] = first * 0 + 1  # NaN if it is infinite
-        s[1] = exp_within(v)
-        total = s[0] + s[1]
-        if any_greater(total, LARGEST_SUM):
-            total = softmax_rare(x, x_row, channels, s, 1)
-        scale = andnot(less(label[i], zero), (zero + 1) / total)
-        for c in range(2):
-            s[c] = s[c] * scale
-            mask[c] = equal(label[i], zero + 1 if c else zero)
-            if sums:
-                intersection[c] = intersection[c] + and_mask(mask[c], s[c])
-                pred_sum[c] = pred_sum[c] + s[c]
-                target_sum[c] = count_mask(target_sum[c], mask[c])
-        if sums and cross_entropy:
-            v = nll_of(
-                and_mask(mask[0], s[0]) + and_mask(mask[1], s[1]), andnot(mask[0], s[0]) + andnot(mask[1], s[1]),
-                label[i], x, x_row, channels,
-            )
-            for c in range(2):
-                of_nll[c] = of_nll[c] + and_mask(mask[c], v)
-        if not sums:
-            v = select(mask[0], difference[0], difference[1]) * (s[0] * s[1])
-            if cross_entropy:
-                v = v + (and_mask(mask[0], h[0] * s[1]) - and_mask(mask[1], h[1] * s[0]))
-            if channels == 2:
-                if non_temporal:
-                    store_non_temporal(grad, zero - v)
-                else:
-                    store(grad, zero - v)
             if non_temporal:
-                store_non_temporal(grad + (channels - 1) * row, v)
+                store_non_temporal(grad, zero - slope)
             else:
-                store(grad + (channels - 1) * row, v)
-            grad += lanes(&v)
+                store(grad, zero - slope)
+        if non_temporal:
+            store_non_temporal(grad + (channels - 1) * row, slope)
+        else:
+            store(grad + (channels - 1) * row, slope)
         x += lanes(&v)
-    if sums:
-        for c in range(2):
-            out[c] = out[c] + intersection[c]
-            out[2 * PRED_SUM + c] = out[2 * PRED_SUM + c] + pred_sum[c]
-            out[2 * TARGET_SUM + c] = target_sum[c]
-            if cross_entropy:
-                out[2 * CROSS_ENTROPY + c] = out[2 * CROSS_ENTROPY + c] + of_nll[c]
+        grad += lanes(&v)
 
 
-cdef inline void run_two_classes(
+cdef inline void run_grad_two(
     const Problem *q, const Scratch *t, const logit *x, Py_ssize_t x_row, Py_ssize_t lines, const vec *label,
     logit *grad, Py_ssize_t grad_row, int channels, bint non_temporal,
 ) noexcept nogil:
-    if q.grad == NULL:
-        if q.cross_entropy:
-            two_classes(q, t, x, x_row, lines, label, grad, grad_row, channels, True, True, False)
-        else:
-            two_classes(q, t, x, x_row, lines, label, grad, grad_row, channels, True, False, False)
-    elif q.cross_entropy:
+    if q.cross_entropy:
         if non_temporal:
-            two_classes(q, t, x, x_row, lines, label, grad, grad_row, channels, False, True, True)
+            grad_two(q, t, x, x_row, lines, label, grad, grad_row, channels, True, True)
         else:
-            two_classes(q, t, x, x_row, lines, label, grad, grad_row, channels, False, True, False)
+            grad_two(q, t, x, x_row, lines, label, grad, grad_row, channels, True, False)
     elif non_temporal:
-        two_classes(q, t, x, x_row, lines, label, grad, grad_row, channels, False, False, True)
+        grad_two(q, t, x, x_row, lines, label, grad, grad_row, channels, False, True)
     else:
-        two_classes(q, t, x, x_row, lines, label, grad, grad_row, channels, False, False, False)
+        grad_two(q, t, x, x_row, lines, label, grad, grad_row, channels, False, False)
 
 
 # ---- any number of classes -------------------------------------------------------------------------------------------
 
+cdef inline void run_softmax_of(
+    const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label, vec *e, vec *scale,
+    vec *own, vec *rest, bint split,
+) noexcept nogil:
+    if q.classes == 1:
+        softmax_few(q, x, row, lines, label, e, scale, own, rest, 1, split)
+    elif q.channels == 1:
+        softmax_two(q, x, row, lines, label, e, scale, 1)
+    elif q.classes == 2:
+        softmax_two(q, x, row, lines, label, e, scale, 2)
+    elif q.classes == 3:
+        softmax_few(q, x, row, lines, label, e, scale, own, rest, 3, split)
+    elif q.classes == 4:
+        softmax_few(q, x, row, lines, label, e, scale, own, rest, 4, split)
+    elif q.classes == 5:
+        softmax_few(q, x, row, lines, label, e, scale, own, rest, 5, split)
+    elif q.classes == 6:
+        softmax_few(q, x, row, lines, label, e, scale, own, rest, 6, split)
+    elif q.classes == 7:
+        softmax_few(q, x, row, lines, label, e, scale, own, rest, 7, split)
+    elif q.classes == 8:
+        softmax_few(q, x, row, lines, label, e, scale, own, rest, 8, split)
+    else:
+        softmax_many(q, x, row, lines, label, e, scale, own, rest, split, scale, NULL, False)
+
+
 cdef void run_softmax(
     const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label, vec *e, vec *scale
 ) noexcept nogil:
-    if q.classes == 1:
-        softmax_few(q, x, row, lines, label, e, scale, 1)
-    elif q.classes == 2:
-        softmax_few(q, x, row, lines, label, e, scale, 2)
-    elif q.classes == 3:
-        softmax_few(q, x, row, lines, label, e, scale, 3)
-    elif q.classes == 4:
-        softmax_few(q, x, row, lines, label, e, scale, 4)
-    elif q.classes == 5:
-        softmax_few(q, x, row, lines, label, e, scale, 5)
-    elif q.classes == 6:
-        softmax_few(q, x, row, lines, label, e, scale, 6)
-    elif q.classes == 7:
-        softmax_few(q, x, row, lines, label, e, scale, 7)
-    elif q.classes == 8:
-        softmax_few(q, x, row, lines, label, e, scale, 8)
+    run_softmax_of(q, x, row, lines, label, e, scale, scale, scale, False)
+
+
+cdef void run_softmax_and_nll(
+    const Problem *q, const Scratch *t, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label, vec *e,
+    vec *scale,
+) noexcept nogil:
+    """`run_softmax` that also fills t.nll, and, with B+ and B-, is `run_binary`."""
+    cdef vec *nll = <vec *>t.nll
+    cdef vec *rest = <vec *>t.rest
+    cdef Py_ssize_t i
+    if q.binary_cross_entropy:
+        run_binary(q, t, x, row, lines, label, e, scale)
     else:
-        softmax_many(q, x, row, lines, label, e, scale)
+        run_softmax_of(q, x, row, lines, label, e, scale, nll, rest, True)
+    if q.channels == 1:
+        nll_of_two(q, x, row, lines, label, e, nll, 1)
+    elif q.classes == 2 and not q.binary_cross_entropy:
+        nll_of_two(q, x, row, lines, label, e, nll, 2)
+    else:
+        if q.binary_cross_entropy:
+            for i in range(lines * VECTORS):
+                split_sum(q, label[i], e + i, nll + i, rest + i)
+        nll_lines(q, x, row, lines, label, scale, nll, rest, nll)
 
 
 cdef inline void run_lines_of_power(
@@ -518,20 +697,25 @@ cdef inline void run_lines_of_power(
 ) noexcept nogil:
     cdef vec *scale = <vec *>t.scale
     cdef vec *nll = <vec *>t.nll
+    cdef const vec *binary = <const vec *>t.binary
     if q.grad == NULL:
         if q.cross_entropy:
             sum_lines(q, lines, label, e, scale, nll, <vec *>t.sums, p, True)
         else:
             sum_lines(q, lines, label, e, scale, nll, <vec *>t.sums, p, False)
     elif q.cross_entropy:
-        if non_temporal:
-            grad_lines(q, lines, label, e, scale, nll, t.cotangent, grad, row, p, True, True)
+        if q.binary_cross_entropy:
+            grad_lines(q, lines, label, e, scale, nll, binary, t.cotangent, grad, row, p, True, True, False)
+        elif non_temporal:
+            grad_lines(q, lines, label, e, scale, nll, binary, t.cotangent, grad, row, p, True, False, True)
         else:
-            grad_lines(q, lines, label, e, scale, nll, t.cotangent, grad, row, p, True, False)
+            grad_lines(q, lines, label, e, scale, nll, binary, t.cotangent, grad, row, p, True, False, False)
+    elif q.binary_cross_entropy:
+        grad_lines(q, lines, label, e, scale, nll, binary, t.cotangent, grad, row, p, False, True, False)
     elif non_temporal:
-        grad_lines(q, lines, label, e, scale, nll, t.cotangent, grad, row, p, False, True)
+        grad_lines(q, lines, label, e, scale, nll, binary, t.cotangent, grad, row, p, False, False, True)
     else:
-        grad_lines(q, lines, label, e, scale, nll, t.cotangent, grad, row, p, False, False)
+        grad_lines(q, lines, label, e, scale, nll, binary, t.cotangent, grad, row, p, False, False, False)
 
 
 cdef void run_plain(
@@ -540,15 +724,22 @@ cdef void run_plain(
 ) noexcept nogil:
     """Adds the sums of whole lines of voxels to t.sums, or writes their gradient."""
     cdef vec *scale = <vec *>t.scale
-    if q.classes == 2 and q.p == 1 and not q.focal:
-        if q.channels == 1:
-            run_two_classes(q, t, x, x_row, lines, label, grad, grad_row, 1, non_temporal)
-        else:
-            run_two_classes(q, t, x, x_row, lines, label, grad, grad_row, 2, non_temporal)
+    cdef bint simple = q.grad != NULL and q.p == 1 and not (q.focal or q.binary_cross_entropy)
+    if simple and q.classes > FEW_CLASSES:
+        run_grad_many(q, t, x, x_row, lines, label, e, grad, grad_row, non_temporal)
         return
-    run_softmax(q, x, x_row, lines, label, e, scale)
+    if simple and q.classes == 2:
+        if q.channels == 1:
+            run_grad_two(q, t, x, x_row, lines, label, grad, grad_row, 1, non_temporal)
+        else:
+            run_grad_two(q, t, x, x_row, lines, label, grad, grad_row, 2, non_temporal)
+        return
     if q.cross_entropy and (q.grad == NULL or q.focal):
-        nll_lines(q, x, x_row, lines, label, e, scale, <vec *>t.nll)
+        run_softmax_and_nll(q, t, x, x_row, lines, label, e, scale)
+    elif q.binary_cross_entropy:
+        run_binary(q, t, x, x_row, lines, label, e, scale)
+    else:
+        run_softmax(q, x, x_row, lines, label, e, scale)
     if q.p == 1:
         run_lines_of_power(q, t, lines, label, e, grad, grad_row, 1, non_temporal)
     elif q.p == 2:
