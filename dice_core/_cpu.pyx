@@ -341,9 +341,11 @@ cdef int describe(Problem *q, logits_buffer, labels_buffer, grad_buffer, spec) e
     merge_axes(&q.axes)
 
     # A non-temporal store avoids reading a cache line that is about to be overwritten completely. It does not pay off
-    # on fresh pages, which are still in the caches because the operating system has just cleared them.
+    # on fresh pages, which are still in the caches because the operating system has just cleared them. Where it would
+    # be a normal store, the loops for it are not used: the compiler may fuse other multiplications and additions there,
+    # and the last bit of the gradient would depend on its alignment.
     q.non_temporal = (
-        q.grad != NULL and q.grad != q.logits and q.axes.count == 1
+        HAS_NON_TEMPORAL and q.grad != NULL and q.grad != q.logits and q.axes.count == 1
         and not (<uintptr_t>q.grad | <uintptr_t>q.grad_n | <uintptr_t>q.grad_c) % CACHE_LINE
         and is_resident(q.grad, q.voxels * q.itemsize)
     )

@@ -116,12 +116,14 @@ DEFINE(doubles, double, longs, longwords, 52)
 #undef DEFINE
 
 /* Non-temporal stores, which bypass the caches, to multiples of the vector's size. They are weakly ordered: the fence
-   after them makes them visible to other threads before what follows it. */
+   after them makes them visible to other threads before what follows it. If there are none, HAS_NON_TEMPORAL is 0. */
 #if defined(SIMD)
+enum { HAS_NON_TEMPORAL = 1 };
 INLINE void store_non_temporal_floats(void *p, floats v) { SIMD(stream_ps)((float *)p, v); }
 INLINE void store_non_temporal_doubles(void *p, doubles v) { SIMD(stream_pd)((double *)p, v); }
 #define NON_TEMPORAL_FENCE() _mm_sfence()
 #else
+enum { HAS_NON_TEMPORAL = 0 };
 INLINE void store_non_temporal_floats(void *p, floats v) { store_floats(p, v); }
 INLINE void store_non_temporal_doubles(void *p, doubles v) { store_doubles(p, v); }
 #define NON_TEMPORAL_FENCE()

@@ -11,6 +11,7 @@ cdef extern from "simd.h":
     ctypedef double f64 "doubles"
     enum:
         VECTORS  # in 64 bytes
+        HAS_NON_TEMPORAL
     const float LN2  # ln(2) = LN2 + LN2_REST
     const float LN2_REST
 
