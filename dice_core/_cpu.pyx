@@ -16,8 +16,8 @@ Design
    its size depends only on the shape. A *tile*, up to 1024 voxels, is summed before conversion to float64. A *block* is
    the part of a tile for which the exponentials of all classes stay in the L1 cache (for many classes: in L2). A *line*
    is 64 bytes of numbers: 16 voxels in float32, one cache line.
-4. The sums of the chunks are added in order after the parallel loop (`cpu/parallel.h`): bitwise reproducible for any
-   number of threads.
+4. A thread works through neighbouring chunks, then helps other threads with theirs (`cpu/parallel.h`). The sums of the
+   chunks are added in order afterwards: bitwise reproducible for any number of threads.
 5. For a block, the exponentials of all classes go to scratch; from there they are summed class by class, or turned into
    the gradient. For up to eight classes the compiler unrolls the softmax for their number, and its voxels' gradient is
    that of all classes at a time; with more, everything is done class by class, and the logits of the next class are

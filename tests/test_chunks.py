@@ -52,3 +52,14 @@ def test_each_voxel_has_one_chunk(volume, backend, threads):
     over = x.copy()
     dice_core.loss_and_grad(over, y, **options, out=over)
     assert_bitwise_equal(over, np.ascontiguousarray(grad))
+
+
+@backend
+def test_more_threads_than_shares(backend):
+    """The parallel loop divides its chunks, here one for each sample, into at most 64 shares."""
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((70, 2, 128, 128), np.float32), np.zeros((70, 128, 128), np.uint8)
+    one = dice_core.loss_and_grad(x, y, backend=backend, num_threads=1)
+    many = dice_core.loss_and_grad(x, y, backend=backend, num_threads=70)
+    assert_bitwise_equal(many[1], one[1])
+    assert many[0] == one[0]

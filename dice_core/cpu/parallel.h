@@ -156,26 +156,50 @@ static int usable_threads(int wanted) { return DICE_OPENMP ? wanted : 1; }
 
 typedef Py_ssize_t (*Work)(const void *arguments, Py_ssize_t item, int thread);
 
-/* Calls work for every item < count, without the GIL, and adds up what it returns. Each thread takes the next item as
-   soon as it is free: one that shares its core with another process then does less, and the others need not wait for
-   its share. If `interruptible`, Python's signal handlers run meanwhile, in the calling thread; once one has raised an
-   exception no further item is begun, and the result is -1. */
+/* The items are divided into shares, one for each thread, of neighbours in memory: what the hardware prefetches past the
+   end of one item serves the next, and two threads rarely touch the same fresh page. */
+#define SHARES 64 /* at most */
+#define STRIDE 8  /* one counter in each cache line */
+
+/* The next item of a share. */
+static Py_ssize_t take(Py_ssize_t *next) {
+    Py_ssize_t item;
+#if DICE_OPENMP >= 201107
+#pragma omp atomic capture
+#else
+#pragma omp critical
+#endif
+    item = (*next)++;
+    return item;
+}
+
+/* Calls work for every item < count, without the GIL, and adds up what it returns. A thread that has finished its own
+   share takes items from the others': one that shares its core with another process then does less, and the others
+   need not wait for it. If `interruptible`, Python's signal handlers run meanwhile, in the calling thread; once
+   one has raised an exception no further item is begun, and the result is -1. */
 static Py_ssize_t parallel(Work work, const void *arguments, Py_ssize_t count, int threads, int interruptible) {
     PyThreadState *state = PyEval_SaveThread();
-    Py_ssize_t i, total = 0;
+    Py_ssize_t next[SHARES * STRIDE], total = 0;
     double checked = interruptible ? seconds() : 0;
+    int k, shares = threads < SHARES ? threads : SHARES;
     volatile int interrupted = 0;
-#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(+ : total)
-    for (i = 0; i < count; i++) {
-        int thread = thread_number();
-        if (interrupted)
-            continue;
-        total += work(arguments, i, thread);
-        if (interruptible && thread == 0 && seconds() - checked > SIGNAL_INTERVAL) {
-            PyEval_RestoreThread(state); /* thread 0 is the calling one */
-            interrupted = PyErr_CheckSignals() != 0;
-            state = PyEval_SaveThread();
-            checked = seconds();
+    for (k = 0; k < shares; k++)
+        next[k * STRIDE] = k * count / shares;
+#pragma omp parallel num_threads(threads) reduction(+ : total)
+    {
+        int thread = thread_number(), i;
+        for (i = 0; i < shares; i++) {
+            int share = (thread + i) % shares;
+            Py_ssize_t item, stop = (share + 1) * count / shares;
+            while (!interrupted && (item = take(&next[share * STRIDE])) < stop) {
+                total += work(arguments, item, thread);
+                if (interruptible && thread == 0 && seconds() - checked > SIGNAL_INTERVAL) {
+                    PyEval_RestoreThread(state); /* thread 0 is the calling one */
+                    interrupted = PyErr_CheckSignals() != 0;
+                    state = PyEval_SaveThread();
+                    checked = seconds();
+                }
+            }
         }
     }
     PyEval_RestoreThread(state);
