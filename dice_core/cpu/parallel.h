@@ -156,8 +156,8 @@ static int usable_threads(int wanted) { return DICE_OPENMP ? wanted : 1; }
 
 typedef Py_ssize_t (*Work)(const void *arguments, Py_ssize_t item, int thread);
 
-/* The items are divided into shares, one for each thread, of neighbours in memory: what the hardware prefetches past the
-   end of one item serves the next, and two threads rarely touch the same fresh page. */
+/* The items are divided into shares, one for each thread, of neighbours in memory: what the hardware prefetches past
+   the end of one item serves the next, and two threads rarely touch the same fresh page. */
 #define SHARES 64 /* at most */
 #define STRIDE 8  /* one counter in each cache line */
 
@@ -175,8 +175,8 @@ static Py_ssize_t take(Py_ssize_t *next) {
 
 /* Calls work for every item < count, without the GIL, and adds up what it returns. A thread that has finished its own
    share takes items from the others': one that shares its core with another process then does less, and the others
-   need not wait for it. If `interruptible`, Python's signal handlers run meanwhile, in the calling thread; once
-   one has raised an exception no further item is begun, and the result is -1. */
+   need not wait for it. If `interruptible`, Python's signal handlers run meanwhile, in the calling thread; once one has
+   raised an exception no further item is begun, and the result is -1. */
 static Py_ssize_t parallel(Work work, const void *arguments, Py_ssize_t count, int threads, int interruptible) {
     PyThreadState *state = PyEval_SaveThread();
     Py_ssize_t next[SHARES * STRIDE], total = 0;
