@@ -64,7 +64,6 @@ cdef enum:
     MAX_CLASSES = 1 << 24  # class indices are exact in float32
     TILE = 1024  # voxels
     FEW_CLASSES = 8  # up to so many classes, the softmax is unrolled
-    MANY_CLASSES = 32  # from so many on, stores into fresh pages are non-temporal
     BLOCK = 4096  # exponentials of a block: 16 KiB of float32, half of an L1 cache;
     LARGE_BLOCK = 32768  # of one with many classes: 128 KiB, a quarter of an L2 cache
     MAX_INTEGER_GAMMA = 16  # up to it, integer powers are computed by multiplication
@@ -341,15 +340,14 @@ cdef int describe(Problem *q, logits_buffer, labels_buffer, grad_buffer, spec) e
             add_axis(&q.axes, size, logits_strides[i], labels_strides[i if q.soft_targets else i - 1], grad_strides[i])
     merge_axes(&q.axes)
 
-    # A non-temporal store avoids reading a cache line that is about to be overwritten completely. It does not pay off
-    # on fresh pages, which are still in the caches because the operating system has just cleared them, unless the rows
-    # of many classes evict each other there. Where it would be a normal store, the loops for it are not used: the
-    # compiler may fuse other multiplications and additions there, and the last bit of the gradient would depend on its
-    # alignment.
+    # A non-temporal store avoids reading a cache line that is about to be overwritten completely. With few classes it does
+    # not pay off on fresh pages, which are still in the caches because the operating system has just cleared them, and
+    # with two nowhere. Where it would be a normal store, the loops for it are not used: the compiler may fuse other
+    # multiplications and additions there, and the last bit of the gradient would depend on its alignment.
     q.non_temporal = (
         HAS_NON_TEMPORAL and q.grad != NULL and q.grad != q.logits and q.axes.count == 1
         and not (<uintptr_t>q.grad | <uintptr_t>q.grad_n | <uintptr_t>q.grad_c) % CACHE_LINE
-        and (q.classes >= MANY_CLASSES or is_resident(q.grad, q.voxels * q.itemsize))
+        and (q.classes > FEW_CLASSES or (q.classes > 2 and is_resident(q.grad, q.voxels * q.itemsize)))
     )
     q.line = VECTORS * vector_size(q) // q.real_size
     # Blocks of about equal size, in an odd number of lines, so that the rows of the classes do not share cache sets.

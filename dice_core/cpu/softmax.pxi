@@ -571,9 +571,9 @@ cdef inline void run_grad_many(
 
 cdef inline void grad_two(
     const Problem *q, const Scratch *t, const logit *x, Py_ssize_t x_row, Py_ssize_t lines, const vec *label,
-    logit *grad, Py_ssize_t row, int channels, bint cross_entropy, bint non_temporal,
+    logit *grad, Py_ssize_t row, int channels, bint cross_entropy,
 ) noexcept nogil:
-    """The gradient of two classes, p = 1 and gamma = 0, without a detour through scratch. The last three arguments are
+    """The gradient of two classes, p = 1 and gamma = 0, without a detour through scratch. The last two arguments are
     compile-time constants.
 
     The gradient of class 1 is s_0 s_1 (d_1 - d_0) + h_0 [y=0] s_1 - h_1 [y=1] s_0, that of class 0 its negative; d_c is
@@ -607,31 +607,10 @@ cdef inline void grad_two(
             v = select(less(v, zero), u, one) * r  # the probability of the other class
             slope = slope + select(own, h[1], h[0]) * v
         if channels == 2:
-            if non_temporal:
-                store_non_temporal(grad, zero - slope)
-            else:
-                store(grad, zero - slope)
-        if non_temporal:
-            store_non_temporal(grad + (channels - 1) * row, slope)
-        else:
-            store(grad + (channels - 1) * row, slope)
+            store(grad, zero - slope)
+        store(grad + (channels - 1) * row, slope)
         x += lanes(&v)
         grad += lanes(&v)
-
-
-cdef inline void run_grad_two(
-    const Problem *q, const Scratch *t, const logit *x, Py_ssize_t x_row, Py_ssize_t lines, const vec *label,
-    logit *grad, Py_ssize_t grad_row, int channels, bint non_temporal,
-) noexcept nogil:
-    if q.cross_entropy:
-        if non_temporal:
-            grad_two(q, t, x, x_row, lines, label, grad, grad_row, channels, True, True)
-        else:
-            grad_two(q, t, x, x_row, lines, label, grad, grad_row, channels, True, False)
-    elif non_temporal:
-        grad_two(q, t, x, x_row, lines, label, grad, grad_row, channels, False, True)
-    else:
-        grad_two(q, t, x, x_row, lines, label, grad, grad_row, channels, False, False)
 
 
 # ---- any number of classes -------------------------------------------------------------------------------------------
@@ -729,10 +708,14 @@ cdef void run_plain(
         run_grad_many(q, t, x, x_row, lines, label, e, grad, grad_row, non_temporal)
         return
     if simple and q.classes == 2:
-        if q.channels == 1:
-            run_grad_two(q, t, x, x_row, lines, label, grad, grad_row, 1, non_temporal)
+        if q.channels == 1 and q.cross_entropy:
+            grad_two(q, t, x, x_row, lines, label, grad, grad_row, 1, True)
+        elif q.channels == 1:
+            grad_two(q, t, x, x_row, lines, label, grad, grad_row, 1, False)
+        elif q.cross_entropy:
+            grad_two(q, t, x, x_row, lines, label, grad, grad_row, 2, True)
         else:
-            run_grad_two(q, t, x, x_row, lines, label, grad, grad_row, 2, non_temporal)
+            grad_two(q, t, x, x_row, lines, label, grad, grad_row, 2, False)
         return
     if q.cross_entropy and (q.grad == NULL or q.focal):
         run_softmax_and_nll(q, t, x, x_row, lines, label, e, scale)
