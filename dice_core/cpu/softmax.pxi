@@ -391,11 +391,10 @@ cdef vec complement_by_squaring(vec s, vec rest, Py_ssize_t p) noexcept nogil:
 cdef inline void grad_lines(
     const Problem *q, Py_ssize_t lines, const vec *label, const vec *e, const vec *scale, const vec *nll,
     const vec *binary, const char *cotangent, logit *grad, Py_ssize_t row, Py_ssize_t p, bint cross_entropy,
-    bint add_binary, bint non_temporal, bint per_voxel,
+    bint add_binary, bint non_temporal,
 ) noexcept nogil:
     """Writes the gradient, which may overwrite e. Compile-time constants: p, if it is 1 or 2; whether there is an H;
-    whether to add `binary`, the gradient of B+ and B-; how to store; whether the cotangent has, in place of each number,
-    a row of them, for each voxel of a block.
+    whether to add `binary`, the gradient of B+ and B-; how to store.
 
     With d_c the derivative with respect to s_c, the gradient is s_c (d_c - sum s d) + h_o (s_c - [c=o]), o the voxel's own
     class. For near-perfect predictions nothing must cancel: 1 - s_o is the sum r of the others, the gradient of o is s_o
@@ -412,7 +411,6 @@ cdef inline void grad_lines(
     cdef vec s, slope, mask, a, b, h, which, zero, near_1
     cdef Py_ssize_t c, e_row = q.block // lanes(&s)
     cdef const vec *at
-    cdef const vec *of_voxels = <const vec *>cotangent
     cdef logit *to
     cdef int k
     set_zero(&zero)
@@ -431,13 +429,6 @@ cdef inline void grad_lines(
             if cross_entropy:
                 broadcast(&h, cotangent, CROSS_ENTROPY * q.classes + c)
             for k in range(VECTORS):
-                if per_voxel:
-                    a = of_voxels[(TARGET_SUM * q.classes + c) * e_row + k]
-                    b = of_voxels[(PRED_SUM * q.classes + c) * e_row + k]
-                    if p > 1:
-                        slope = of_voxels[(INTERSECTION * q.classes + c) * e_row + k]
-                    if cross_entropy:
-                        h = of_voxels[(CROSS_ENTROPY * q.classes + c) * e_row + k]
                 mask = equal(label[k], which)
                 s = andnot(mask, at[k])
                 rest[k] = rest[k] + s
@@ -474,8 +465,6 @@ cdef inline void grad_lines(
             if c >= q.classes - q.channels:
                 broadcast(&b, cotangent, PRED_SUM * q.classes + c)
                 for k in range(VECTORS):
-                    if per_voxel:
-                        b = of_voxels[(PRED_SUM * q.classes + c) * e_row + k]
                     s = at[k] * scale[k]
                     mask = equal(label[k], which)
                     slope = b if p == 1 else b * power(s, p - 1)
@@ -496,7 +485,6 @@ cdef inline void grad_lines(
         label += VECTORS
         scale += VECTORS
         nll += VECTORS
-        of_voxels += VECTORS
         grad += VECTORS * lanes(&s)
 
 
@@ -696,17 +684,17 @@ cdef inline void run_lines_of_power(
             sum_lines(q, lines, label, e, scale, nll, <vec *>t.sums, p, False)
     elif q.cross_entropy:
         if q.binary_cross_entropy:
-            grad_lines(q, lines, label, e, scale, nll, binary, t.cotangent, grad, row, p, True, True, False, False)
+            grad_lines(q, lines, label, e, scale, nll, binary, t.cotangent, grad, row, p, True, True, False)
         elif non_temporal:
-            grad_lines(q, lines, label, e, scale, nll, binary, t.cotangent, grad, row, p, True, False, True, False)
+            grad_lines(q, lines, label, e, scale, nll, binary, t.cotangent, grad, row, p, True, False, True)
         else:
-            grad_lines(q, lines, label, e, scale, nll, binary, t.cotangent, grad, row, p, True, False, False, False)
+            grad_lines(q, lines, label, e, scale, nll, binary, t.cotangent, grad, row, p, True, False, False)
     elif q.binary_cross_entropy:
-        grad_lines(q, lines, label, e, scale, nll, binary, t.cotangent, grad, row, p, False, True, False, False)
+        grad_lines(q, lines, label, e, scale, nll, binary, t.cotangent, grad, row, p, False, True, False)
     elif non_temporal:
-        grad_lines(q, lines, label, e, scale, nll, binary, t.cotangent, grad, row, p, False, False, True, False)
+        grad_lines(q, lines, label, e, scale, nll, binary, t.cotangent, grad, row, p, False, False, True)
     else:
-        grad_lines(q, lines, label, e, scale, nll, binary, t.cotangent, grad, row, p, False, False, False, False)
+        grad_lines(q, lines, label, e, scale, nll, binary, t.cotangent, grad, row, p, False, False, False)
 
 
 cdef void run_plain(
