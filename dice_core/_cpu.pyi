@@ -10,7 +10,7 @@ def loss(
     logits: Buffer,
     labels: Buffer,
     value: Buffer,
-    derivative: Buffer,
+    derivative: Buffer | None,
     spec: Spec,
     ratio: tuple[Any, ...],
     weight: Buffer | None,

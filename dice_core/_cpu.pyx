@@ -6,7 +6,7 @@ Design
 ------
 1. The sums, per sample and class over the valid voxels: I = sum s_c [y=c], P = sum s_c^p, Y = sum [y=c] and, if
    requested, H = sum [y=c] (1 - s_c)^gamma (-log s_c), with s = softmax(x); a single channel is two classes,
-   (1 - sigmoid(x), sigmoid(x)). `cpu/softmax.pxi` computes these, and `cpu/binary.pxi`, if requested, B+ and B-, the same
+   (1 - sigmoid(x), sigmoid(x)). `cpu/plain.pxi` computes these, and `cpu/binary.pxi`, if requested, B+ and B-, the same
    as H for sigmoid(x_c), of the voxels in and outside the class. Other activations, targets and sums share one loop, in
    `cpu/general.pxi`. The gradient is the vector-Jacobian product of the sums.
 2. Precision: float64 logits are computed in float64, all others in float32; float16 and bfloat16 are converted on load,
@@ -32,6 +32,9 @@ Design
 9. The logits of ignored voxels are replaced by 0 in scratch, not multiplied by it: their NaN or infinity has no effect.
 10. Nothing of the size of the logits is allocated: there is one small scratch area per thread, and one float64 per sum,
     class and chunk for partial sums.
+11. Where samples have fewer voxels than a line, as in logits (N, C), the lanes are samples (`cpu/samples.pxi`). The
+    work item then is a block of samples; it goes through scratch voxel by voxel, and its ratio, such as Dice, is
+    computed while its sums are in the caches.
 
 The source is compiled once per instruction set; `cpu/simd.h` has the vectors of each.
 """
@@ -71,6 +74,7 @@ cdef enum:
     CHUNK_STEP = 256  # voxels; chunks are multiples of it
     MAX_CHUNKS = 256  # of a sample
     THREAD_NUMBERS = 32768  # logits that justify another thread
+    FEW_THREAD_NUMBERS = 8192  # of samples of few voxels, of which each has sums and a ratio of its own
     SIGNAL_NUMBERS = 1 << 20  # logits that take long enough for signals to be handled meanwhile
     CACHE_LINE = 64  # bytes
     PAGE = 4096  # bytes
@@ -172,6 +176,7 @@ cdef struct Problem:
     # what is summed
     bint plain  # whether this is a softmax and class labels, without NLL
     bint needs_softmax
+    bint few_voxels  # per sample: lanes are samples, and a work item is a block of them
     int activation
     Py_ssize_t p
     Py_ssize_t sums  # K
@@ -184,6 +189,7 @@ cdef struct Problem:
     bint non_temporal  # how the gradient is stored
     Py_ssize_t line, block, chunk  # voxels
     Py_ssize_t chunks  # of a sample
+    Py_ssize_t items  # of work, for the threads
 
 cdef struct Scratch:
     # The memory of one thread. Numbers are floats, for float64 logits doubles.
@@ -194,21 +200,23 @@ cdef struct Scratch:
     char *rest  # (block,) the sum of the other classes' exponentials
     char *dot  # (block,) the same of their products with the derivatives with respect to the probabilities
     char *slope  # (block,) the derivative with respect to the probability of the own class
-    char *label  # (TILE,) class, -1 if ignored, -2 if out of range
+    char *label  # (TILE,), or (block,) of few voxels: class, -1 if ignored, -2 if out of range
     char *targets  # (classes, block) soft targets, -1 if ignored or out of range
     char *binary  # (classes, block) gradient of B+ and B-
     char *top  # (3, block) nll and logit of the most probable class, and the others' probability
-    char *sums  # (K, classes) vectors
-    char *cotangent  # (ROWS, classes)
+    char *sums  # (K, classes) vectors; of few voxels (K, block, classes) doubles
+    char *cotangent  # (ROWS, classes), or of few voxels (4, classes, block)
 
 
 include "cpu/memory.pxi"
 include "cpu/labels.pxi"
 include "cpu/softmax.pxi"
 include "cpu/binary.pxi"
+include "cpu/plain.pxi"
 include "cpu/general.pxi"
 include "cpu/chunk.pxi"
 include "cpu/ratio.pxi"
+include "cpu/samples.pxi"
 
 
 # ---- all chunks ------------------------------------------------------------------------------------------------------
@@ -220,7 +228,7 @@ cdef class Workspace:
 
     cdef char *memory
     cdef Scratch *of_thread
-    cdef double *partial  # (samples, chunks, K, classes); NULL for the gradient
+    cdef double *partial  # (samples, chunks, K, classes); NULL for the gradient, and for few voxels
 
     def __cinit__(self):
         self.memory = NULL
@@ -236,21 +244,25 @@ cdef class Workspace:
         # Whole cache lines, so that no two threads share one.
         cdef Py_ssize_t row = padded(q.block * q.real_size, CACHE_LINE)
         cdef Py_ssize_t rows = padded(q.classes * q.block * q.real_size, CACHE_LINE)
-        cdef Py_ssize_t label = padded(TILE * q.real_size, CACHE_LINE)
+        cdef Py_ssize_t label = padded(max(TILE, q.block) * q.real_size, CACHE_LINE)
         cdef Py_ssize_t targets = rows if q.soft_targets else 0
         cdef Py_ssize_t binary = rows if q.plain and q.binary_cross_entropy else 0
         cdef Py_ssize_t top = 0 if q.plain else 3 * row
         cdef Py_ssize_t sums = padded(q.sums * q.classes * vector_size(q), CACHE_LINE)
         cdef Py_ssize_t cotangent = padded(ROWS * q.classes * q.real_size, CACHE_LINE)
+        if q.few_voxels:
+            sums = q.sums * q.classes * q.block * sizeof(double) if q.grad == NULL else 0
+            cotangent = NLL * rows if q.grad != NULL else 0
         cdef Py_ssize_t size = PAGE + 2 * rows + 5 * row + label + targets + binary + top + sums + cotangent
         cdef Py_ssize_t i
         cdef Scratch *t
         cdef char *at
         self.memory = <char *>malloc(threads * size + CACHE_LINE)
         self.of_thread = <Scratch *>malloc(threads * sizeof(Scratch))
-        if q.grad == NULL:
+        cdef bint partial = q.grad == NULL and not q.few_voxels
+        if partial:
             self.partial = <double *>calloc(max(1, q.samples * q.chunks * q.sums * q.classes), sizeof(double))
-        if self.memory == NULL or self.of_thread == NULL or (q.grad == NULL and self.partial == NULL):
+        if self.memory == NULL or self.of_thread == NULL or (partial and self.partial == NULL):
             raise MemoryError
         at = <char *>padded(<Py_ssize_t><uintptr_t>self.memory, CACHE_LINE)
         for i in range(threads):
@@ -268,7 +280,8 @@ cdef class Workspace:
             t.targets = t.label + label
             t.binary = t.targets + targets
             t.top = t.binary + binary  # (3, block), and a page for `move_scratch`
-            memset(t.sums, 0, sums)
+            if not q.few_voxels:
+                memset(t.sums, 0, sums)
             at += size
         return 0
 
@@ -350,24 +363,30 @@ cdef int describe(Problem *q, logits_buffer, labels_buffer, grad_buffer, spec) e
         and (q.classes > FEW_CLASSES or (q.classes > 2 and is_resident(q.grad, q.voxels * q.itemsize)))
     )
     q.line = VECTORS * vector_size(q) // q.real_size
+    q.few_voxels = (
+        q.plain and not q.binary_cross_entropy and 0 < q.voxels < q.line and q.voxels <= q.samples
+        and q.classes * q.line <= LARGE_BLOCK
+    )
     # Blocks of about equal size, in an odd number of lines, so that the rows of the classes do not share cache sets.
     # Large ones let the next class be prefetched, but not if the logits go through scratch.
-    in_place = q.axes.logits[q.axes.count - 1] == q.itemsize
-    most = LARGE_BLOCK if q.classes > FEW_CLASSES and in_place else BLOCK
+    in_place = q.axes.logits[q.axes.count - 1] == q.itemsize and not q.few_voxels
+    most = BLOCK // 4 if q.few_voxels else LARGE_BLOCK if q.classes > FEW_CLASSES and in_place else BLOCK
     most = max(1, most // (q.classes * q.line))
-    lines = padded(max(1, min(TILE, q.voxels)), q.line) // q.line
+    lines = padded(max(1, min(TILE, q.samples if q.few_voxels else q.voxels)), q.line) // q.line
     blocks = (lines + most - 1) // most
     q.block = ((lines + blocks - 1) // blocks | 1) * q.line
     q.chunk = max(CHUNK_NUMBERS // q.classes, (q.voxels + MAX_CHUNKS - 1) // MAX_CHUNKS, 1)
     q.chunk = padded(q.chunk, CHUNK_STEP)
     q.chunks = (q.voxels + q.chunk - 1) // q.chunk
+    q.items = (q.samples + q.block - 1) // q.block if q.few_voxels else q.samples * q.chunks
     return 0
 
 
 cdef int team(const Problem *q, threads) except -1:
     """The number of threads, limited so that each has enough work."""
-    cdef Py_ssize_t worth = q.samples * q.voxels * q.classes // THREAD_NUMBERS
-    return usable_threads(max(1, min(worth, threads, q.samples * q.chunks)))
+    cdef Py_ssize_t numbers = FEW_THREAD_NUMBERS if q.few_voxels else THREAD_NUMBERS
+    cdef Py_ssize_t worth = q.samples * q.voxels * q.classes // numbers
+    return usable_threads(max(1, min(worth, threads, q.items)))
 
 
 cdef struct Job:
@@ -375,12 +394,45 @@ cdef struct Job:
     const Scratch *of_thread
     const double *cotangent
     double *sums
+    # for few voxels, whose sums are needed only for the ratio if `sums` is NULL:
+    const Ratio *ratio
+    const double *weight
+    double *parts  # (samples,) of the loss
+    double *totals  # (3, items, classes), if the ratio pools samples
+
+
+cdef Py_ssize_t run_block(const Job *job, Py_ssize_t item, const Scratch *t) noexcept nogil:
+    """One block of samples of a Job. Returns the number of out-of-range labels."""
+    cdef const Problem *q = job.q
+    cdef Py_ssize_t first = item * q.block, n = min(q.block, q.samples - first), k, row, out_of_range
+    cdef double *sums
+    if job.sums == NULL:
+        sums, row = <double *>t.sums, q.block * q.classes
+    else:
+        sums, row = job.sums + first * q.classes, q.samples * q.classes
+    if q.dtype == FLOAT16:
+        out_of_range = run_samples(q, first, t, job.cotangent, sums, row, <float16 *>t.staged)
+    elif q.dtype == BFLOAT16:
+        out_of_range = run_samples(q, first, t, job.cotangent, sums, row, <bfloat16 *>t.staged)
+    elif q.dtype == FLOAT32:
+        out_of_range = run_samples(q, first, t, job.cotangent, sums, row, <float *>t.staged)
+    else:
+        out_of_range = run_samples(q, first, t, job.cotangent, sums, row, <double *>t.staged)
+    if job.totals != NULL:
+        for k in range(3):
+            pool_samples(sums + k * row, n, q.classes)
+            memcpy(job.totals + (k * q.items + item) * q.classes, sums + k * row, q.classes * sizeof(double))
+    elif job.ratio != NULL:
+        run_ratio(job.ratio, job.weight, n, q.classes, row, sums, job.parts + first, job.sums != NULL)
+    return out_of_range
 
 
 cdef Py_ssize_t run_item(const void *arguments, Py_ssize_t item, int thread) noexcept nogil:
-    """One chunk of a Job. Returns the number of out-of-range labels."""
+    """One chunk, or block of samples, of a Job. Returns the number of out-of-range labels."""
     cdef const Job *job = <const Job *>arguments
     cdef const Scratch *t = &job.of_thread[thread]
+    if job.q.few_voxels:
+        return run_block(job, item, t)
     if job.q.dtype == FLOAT16:
         return run_chunk(job.q, item, t, job.cotangent, job.sums, <float16 *>NULL)
     if job.q.dtype == BFLOAT16:
@@ -390,47 +442,91 @@ cdef Py_ssize_t run_item(const void *arguments, Py_ssize_t item, int thread) noe
     return run_chunk(job.q, item, t, job.cotangent, job.sums, <double *>NULL)
 
 
-cdef Py_ssize_t run_chunks(const Problem *q, Workspace workspace, int workers, const double *cotangent) except -1:
-    """Every chunk of every sample. Returns the number of out-of-range labels."""
-    cdef Job job = Job(q, workspace.of_thread, cotangent, workspace.partial)
+cdef Py_ssize_t run_job(Job *job, Workspace workspace, int workers) except -1:
+    """Every work item. Returns the number of out-of-range labels."""
+    cdef const Problem *q = job.q
     cdef bint interruptible = (
         q.samples * q.voxels * q.classes > SIGNAL_NUMBERS and threading.get_ident() == threading.main_thread().ident
     )
-    return parallel(run_item, &job, q.samples * q.chunks, workers, interruptible)
+    job.of_thread = workspace.of_thread
+    return parallel(run_item, job, q.items, workers, interruptible)
 
 
 # ---- entry points ----------------------------------------------------------------------------------------------------
+
+cdef Py_ssize_t run_sums(const Problem *q, threads, double *sums) except -1:
+    """Fills sums, (K, N, C). Returns the number of out-of-range labels or targets."""
+    cdef Workspace workspace = Workspace()
+    cdef int workers = team(q, threads)
+    workspace.allocate(q, workers)
+    cdef const double *partial = workspace.partial
+    cdef Job job = Job(q, NULL, NULL, sums, NULL, NULL, NULL, NULL)
+    if q.few_voxels:
+        return run_job(&job, workspace, workers)
+    job.sums = workspace.partial
+    cdef Py_ssize_t out_of_range = run_job(&job, workspace, workers)
+    with nogil:
+        add_chunks(q, partial, sums)
+    return out_of_range
+
 
 def statistics(logits, labels, sums, spec, threads):
     """Fills sums, (K, N, C) contiguous float64. Returns the number of out-of-range labels or targets."""
     cdef Problem q
     describe(&q, logits, labels, None, spec)
-    cdef Py_ssize_t out_of_range
-    cdef int workers = team(&q, threads)
-    cdef double *out = <double *><uintptr_t>sums.address
-    cdef Workspace workspace = Workspace()
-    workspace.allocate(&q, workers)
-    out_of_range = run_chunks(&q, workspace, workers, NULL)
-    cdef const double *partial = workspace.partial
-    with nogil:
-        add_chunks(&q, partial, out)
-    return out_of_range
+    return run_sums(&q, threads, <double *><uintptr_t>sums.address)
 
 
 def loss(logits, labels, value, derivative, spec, ratio, weight, threads):
-    """Fills value, one number or (N,), and derivative, (K, N, C) contiguous float64, for a `losses.Ratio` with class
-    weights (C,) float64 or None. Returns how many labels or targets are out of range.
+    """Fills value, one number or (N,), and derivative, (K, N, C) contiguous float64 or None, for a `losses.Ratio` with
+    class weights (C,) float64 or None. Returns how many labels or targets are out of range.
     """
+    cdef Problem q
+    describe(&q, logits, labels, None, spec)
     cdef Ratio r = read_ratio(ratio)
-    cdef double *sums = <double *><uintptr_t>derivative.address
+    cdef double *out = NULL if derivative is None else <double *><uintptr_t>derivative.address
     cdef const double *weights = NULL if weight is None else <const double *><uintptr_t>weight.address
-    cdef Py_ssize_t k, n, c
-    out_of_range = statistics(logits, labels, derivative, spec, threads)
-    k, n, c = derivative.layout.shape
-    if value.layout.dtype == "float32":
-        run_ratio(&r, weights, k, n, c, sums, <float *><uintptr_t>value.address)
-    else:
-        run_ratio(&r, weights, k, n, c, sums, <double *><uintptr_t>value.address)
+    cdef Py_ssize_t samples = max(1, q.samples), row = q.samples * q.classes, out_of_range, k
+    cdef Py_ssize_t count = q.items if q.few_voxels else q.samples  # of sums that are pooled
+    cdef Py_ssize_t size = 3 * count * q.classes if r.pooled and q.few_voxels else 0 if out != NULL else q.sums * row
+    cdef double *parts = <double *>malloc((samples + size) * sizeof(double))
+    cdef double *at = parts + samples if size else out
+    cdef Workspace workspace
+    cdef Job job
+    cdef int workers
+    if parts == NULL:
+        raise MemoryError
+    try:
+        if q.few_voxels:
+            job = Job(&q, NULL, NULL, out, &r, weights, parts, NULL)
+            if r.pooled:
+                job.sums, job.totals = NULL, at
+            workers = team(&q, threads)
+            workspace = Workspace()
+            workspace.allocate(&q, workers)
+            out_of_range = run_job(&job, workspace, workers)
+        else:
+            out_of_range = run_sums(&q, threads, at)
+        with nogil:
+            if r.pooled:
+                for k in range(3):
+                    pool_samples(at + k * count * q.classes, count, q.classes)
+                run_ratio(&r, weights, 1, q.classes, count * q.classes, at, parts, True)
+                for k in range(3 if out != NULL else 0):
+                    if at != out:
+                        memcpy(out + k * row, at + k * count * q.classes, q.classes * sizeof(double))
+                    repeat_sample(out + k * row, q.samples, q.classes)
+            elif not q.few_voxels:
+                run_ratio(&r, weights, q.samples, q.classes, row, at, parts, out != NULL)
+            if out != NULL:
+                memset(out + 3 * row, 0, (q.sums - 3) * row * sizeof(double))
+        samples = 1 if r.pooled else q.samples
+        if value.layout.dtype == "float32":
+            finish_ratio(&r, samples, parts, <float *><uintptr_t>value.address)
+        else:
+            finish_ratio(&r, samples, parts, <double *><uintptr_t>value.address)
+    finally:
+        free(parts)
     return out_of_range
 
 
@@ -443,7 +539,8 @@ def gradient(logits, labels, cotangent, grad, spec, threads):
     cdef int workers = team(&q, threads)
     cdef Workspace workspace = Workspace()
     workspace.allocate(&q, workers)
-    return run_chunks(&q, workspace, workers, <const double *><uintptr_t>cotangent.address)
+    cdef Job job = Job(&q, NULL, <const double *><uintptr_t>cotangent.address, NULL, NULL, NULL, NULL, NULL)
+    return run_job(&job, workspace, workers)
 
 
 def elementwise(name, x, out):

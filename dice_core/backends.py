@@ -17,7 +17,7 @@ It may also define
 - ``unavailable() -> list[str]``, the reasons why it does not run on this machine;
 - ``loss(logits, labels, value, derivative, spec, ratio, weight, threads) -> int``, which fills the
   value of a ``losses.Ratio``, () or (N,), in the loss's dtype, and its derivative with respect to
-  the sums, (K, N, C); the class weights are (C,) float64 or None.
+  the sums, (K, N, C), which in host memory may be None; the class weights are (C,) float64 or None.
 
 On a device, reading a number back would synchronize; a backend for device memory defines `loss` and
 differs:

@@ -48,6 +48,8 @@ class Call:
     gradients are float64 for float64 logits, else float32.
     """
 
+    needs_derivative = True  # whether kernels compute a ratio only together with its derivative
+
     def __init__(
         self,
         logits: Buffer,
@@ -79,22 +81,26 @@ class Call:
     def value(self, term: Any) -> Array:
         """The loss."""
         if term.has_derivative:
-            return self.value_and_derivative(term)[0]
+            return self.value_and_derivative(term, self.needs_derivative)[0]
         sums = self.statistics().to_host()
         with allocators.quiet(sums.array):
             return self.from_host(np.asarray(term.value(sums), self.loss_dtype))
 
-    def value_and_derivative(self, term: Any) -> tuple[Array, Array]:
+    def value_and_derivative(self, term: Any, needed: bool = True) -> tuple[Array, Array]:
         """The loss, and its derivative with respect to the sums, (K, N, C): computed by the kernels
-        if the term is a ratio of the usual sums, otherwise by the term.
+        if the term is a ratio of the usual sums, otherwise by the term. It may be None unless it
+        is needed.
         """
         _, samples, classes = self.shape
         ratio = None if TARGET_SQUARE in self.spec.fields else term.ratio(samples, classes)
         if ratio is None or not hasattr(self.kernels, "loss"):
             return self.evaluate(term, self.statistics())
         value = self._empty(term.shape(samples, classes), self.loss_dtype)
-        derivative = self._empty(self.shape, "float64")
-        at, weight = buffers.of(derivative, "derivative"), None
+        derivative: Array = None
+        at = weight = None
+        if needed:
+            derivative = self._empty(self.shape, "float64")
+            at = buffers.of(derivative, "derivative")
         if term.weights:
             weight = buffers.of(self._weight(term.weights[0]), "weight")
         found = self.kernels.loss(
@@ -161,7 +167,7 @@ class Call:
         """A NumPy array in that memory."""
         raise NotImplementedError
 
-    def _check(self, found: int, sums: Buffer) -> None:
+    def _check(self, found: int, sums: Buffer | None) -> None:
         """Raises ValueError for out-of-range targets; `found` is a kernel's count."""
         raise NotImplementedError
 
@@ -172,8 +178,10 @@ class Call:
 class HostCall(Call):
     """A call on host memory: sums, losses and derivatives are NumPy arrays."""
 
+    needs_derivative = False
+
     def gradient(self, derivative: Array, grad_loss: Array | None, grad: Buffer) -> None:
-        if grad_loss is not None:
+        if grad_loss is not None and not (grad_loss.ndim == 0 and grad_loss == 1):
             derivative = cotangent(derivative, grad_loss)
         at = buffers.of(np.ascontiguousarray(derivative), "cotangent")
         found = self.kernels.gradient(
@@ -193,7 +201,7 @@ class HostCall(Call):
     def from_host(self, numbers: Array) -> Array:
         return numbers
 
-    def _check(self, found: int, sums: Buffer) -> None:
+    def _check(self, found: int, sums: Buffer | None) -> None:
         if found:
             self._raise_for_targets(found)
 
@@ -238,7 +246,7 @@ class DeviceCall(Call):
     def from_host(self, numbers: Array) -> Array:
         return allocators.from_host(numbers, self.logits)
 
-    def _check(self, found: int, sums: Buffer) -> None:
+    def _check(self, found: int, sums: Any) -> None:
         """Checks the labels if requested and some sum is NaN, then waits if necessary."""
         check = self.check_labels
         if check is None:

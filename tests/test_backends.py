@@ -43,9 +43,9 @@ def record(monkeypatch):
     for row in backends.BUILT_IN:
         if row.unavailable():
             continue
-        for function in ("statistics", "gradient"):
-            real = getattr(row.load(), function)
-            monkeypatch.setattr(row.load(), function, recorder(row.name, real, ran))
+        for function in ("statistics", "loss", "gradient"):
+            if real := getattr(row.load(), function, None):
+                monkeypatch.setattr(row.load(), function, recorder(row.name, real, ran))
     return ran
 
 

@@ -274,7 +274,7 @@ def test_wrong_values_and_refusals_are_noted(monkeypatch, restored):
 
 def test_times_are_medians(monkeypatch, restored):
     samples = [{"forward": n, "step": 10 * n} for n in (5.0, 1.0, 2.0)]
-    monkeypatch.setattr(measure, "_rounds", lambda steps, *_: dict.fromkeys(steps, samples))
+    monkeypatch.setattr(measure, "_samples", lambda steps, *_: dict.fromkeys(steps, samples))
     settings = measure.Settings(memory=False)
     found = measure.times(cases.CASES["g"].with_sides(4), ["naive"], settings)
     assert found.get("naive", "forward") == found.get("floor", "forward") == 2

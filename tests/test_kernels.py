@@ -423,6 +423,50 @@ def test_layouts(kernels, dtype, channels, pair):
     check(kernels, READ_ONLY_LAYOUTS[layout](x), labels)
 
 
+FEW = [(16, 10), (700, 3, 1), (41, 2), (17, 1), (40, 5, 2, 2), (9, 4, 7), (15, 3, 15), (300, 20)]
+
+
+@backend
+@product(
+    "shape options",
+    FEW,
+    [{}, {"gamma": 0, "p": 2}, {"gamma": 1.5, "p": 3, "ignore_label": 1}],
+    others=(FEW[:5], [{"gamma": 2, "ignore_label": 0}]),
+)
+def test_samples_of_few_voxels(kernels, dtype, shape, options):
+    """Their lanes are samples, not voxels; a sample's sums and gradient are those of it alone."""
+    x, y = example(shape, dtype)
+    check(kernels, x, y, **options)
+    sums, grad = run(kernels, x, y, **options)
+    for threads in (2, 3):
+        other_sums, other_grad = run(kernels, x, y, threads=threads, **options)
+        assert_bitwise_equal(other_sums, sums)
+        assert_bitwise_equal(other_grad, grad)
+    _, other_grad = run(kernels, x, y, out=np.asfortranarray(np.full_like(x, np.nan)), **options)
+    assert_bitwise_equal(np.ascontiguousarray(other_grad), grad)
+    run(kernels, x, y, out=x, **options)
+    assert_bitwise_equal(x, grad)
+
+
+@backend
+@floats
+def test_faults_of_samples_of_few_voxels_stay_in_them(kernels, dtype):
+    x, y = example((70, 3, 2), dtype)
+    tolerance = ARITHMETIC[dtype]
+    expected, found = sums_of(kernels, x, y, gamma=0)
+    assert found == 0
+    wrong, marked = x.copy(), y.astype(np.int8)
+    wrong[7, 1, 0], wrong[8, :, 1], marked[8, 1], marked[9] = np.nan, np.inf, -1, 3
+    sums, found = sums_of(kernels, wrong, marked, gamma=0, ignore_label=-1)
+    assert found == 2
+    assert np.isnan(sums[[0, 1, 3], 7]).all()
+    alone, _ = sums_of(kernels, x[8:9, :, :1], y[8:9, :1], gamma=0)
+    assert_close(sums[:, 8:9], alone, rtol=tolerance, atol=tolerance)
+    assert not sums[:, 9].any()
+    others = np.delete(expected, (7, 8, 9), 1)  # which may be rounded differently beside NaN
+    assert_close(np.delete(sums, (7, 8, 9), 1), others, rtol=tolerance, atol=tolerance)
+
+
 @backend
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradient_goes_into_any_strides(kernels, layout):
@@ -800,10 +844,11 @@ RATIOS = [
 @backend
 @floats
 @pytest.mark.parametrize("term", RATIOS, ids=repr)
-@pytest.mark.parametrize("samples", [0, 1, 4])
-def test_a_ratio_of_the_sums(kernels, dtype, term, samples):
+@pytest.mark.parametrize("shape", [(0, 3, 50), (1, 3, 50), (4, 3, 50), (300, 3, 1)], ids=str)
+def test_a_ratio_of_the_sums(kernels, dtype, term, shape):
     """Value and derivative are those of the term."""
-    x, y = example((samples, 3, 50), dtype)
+    x, y = example(shape, dtype)
+    samples = shape[0]
     y[1:2] = 0  # absent classes,
     y[2:3] = -1  # and nothing at all
     logits, labels, spec, sums = bind(x, y, p=dict(term.needs)["p"], ignore_label=-1)
@@ -823,8 +868,12 @@ def test_a_ratio_of_the_sums(kernels, dtype, term, samples):
         1,
     )
     assert found == 0
-    assert_close(value, expected, rtol=1e-13 if dtype == "float64" else 1e-7)
+    assert_close(value, expected, rtol=1e-13 if dtype == "float64" else 1e-7, atol=1e-16)
     assert_close(derivative, np.broadcast_to(slopes, sums.shape), rtol=1e-12, atol=1e-16)
+    alone = np.full_like(value, np.nan)
+    of_alone = buffers.of(alone, "loss")
+    kernels.loss(logits, labels, of_alone, None, spec, term.ratio(samples, 3), weight, 1)
+    assert_bitwise_equal(alone, value)
 
 
 @backend
@@ -841,6 +890,22 @@ def test_a_ratio_of_soft_targets_and_of_labels_out_of_range(kernels):
         assert found == count
         assert_close(value, expected, rtol=1e-7)
         assert_close(derivative, slopes, rtol=1e-12, atol=1e-16)
+
+
+@backend
+def test_a_ratio_with_a_negative_denominator(kernels):
+    """Logits that count as probabilities may be negative: tiny scores still have all digits."""
+    x, y = example((40, 3, 1), "float32")
+    y[:] = 0
+    term = losses.Dice(smooth=1e-5, reduction="none")
+    logits, labels, spec, sums = bind(-1 - abs(x), y, activation="none")
+    kernels.statistics(logits, labels, buffers.of(sums, "sums"), spec, 1)
+    expected, slopes = term.with_derivative(Statistics(sums, spec))
+    value, derivative = np.empty(40, np.float32), np.full(sums.shape, np.nan)
+    arrays = buffers.of(value, "loss"), buffers.of(derivative, "derivative")
+    kernels.loss(logits, labels, *arrays, spec, term.ratio(40, 3), None, 1)
+    assert_close(value, expected, rtol=1e-7)
+    assert_close(derivative, slopes, rtol=1e-12, atol=1e-18)
 
 
 # ---- precision ----------------------------------------------------------------------------------

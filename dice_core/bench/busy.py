@@ -4,7 +4,6 @@ processes use too, as the workers of a DataLoader do.
 
 from __future__ import annotations
 
-import gc
 import math
 import random
 import subprocess
@@ -19,7 +18,7 @@ import torch
 from .cases import Case
 from .devices import DEVICES
 from .implementations import IMPLEMENTATIONS
-from .measure import FEWEST_ROUNDS, SAMPLE, Settings
+from .measure import SAMPLE, Settings, rounds
 from .results import CaseResult, Measurement
 
 SETTLE = 0.05  # seconds until the scheduler has taken notice of what runs
@@ -78,24 +77,19 @@ def times(case: Case, names: Sequence[str], settings: Settings) -> CaseResult:
     threads = {"one": 1, "all": settings.threads}
     order = [(name, number) for name in names for number in threads]
     samples: dict[tuple[str, str], list[float]] = {}
-    gc.collect()
-    gc.disable()
+    done = 0
     with neighbours(settings.busy) as switch:
-        start, rounds = time.perf_counter(), 0
-        while rounds < settings.rounds and (
-            rounds < FEWEST_ROUNDS or time.perf_counter() - start < settings.budget
-        ):
+        for done in rounds(settings):
             for busy in (False, True):
                 switch(busy)
-                random.Random(rounds).shuffle(order)
+                random.Random(done).shuffle(order)
                 for name, number in order:
                     torch.set_num_threads(threads[number])
                     device.seconds(steps[name], 1)  # with the threads that it has from now on
                     what = f"{number} busy" if busy else number
                     seconds = device.seconds(steps[name], repeats)["step"]
                     samples.setdefault((name, what), []).append(seconds)
-            rounds += 1
     rows: dict[str, Measurement] = {name: {"notes": []} for name in names}
     for (name, what), found in samples.items():
         rows[name][what] = median(found)
-    return CaseResult(str(case), rows, rounds, len(inputs), case.logits_bytes())
+    return CaseResult(str(case), rows, done + 1, len(inputs), case.logits_bytes())

@@ -7,7 +7,7 @@ import math
 import random
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import median
@@ -68,19 +68,30 @@ def times(case: Case, names: Sequence[str], settings: Settings) -> CaseResult:
         found["expected"] = expected(row.formula) + row.offset
         found["notes"] += wrong_value(found["value"], found["expected"], x.dtype)
 
-    rounds = _rounds(steps, device, settings)
-    for name, samples in rounds.items():
+    samples = _samples(steps, device, settings)
+    for name, of_rounds in samples.items():
         found = rows.setdefault(name, {"notes": []})
-        found |= {what: median(sample[what] for sample in samples) for what in samples[0]}
+        found |= {what: median(times[what] for times in of_rounds) for what in of_rounds[0]}
         if settings.memory and not device.memory_needs_fresh_process:
             found |= growth(steps[name], device, case.logits_bytes())
     if floors := [rows.pop(name) for name in steps if name not in names]:
         rows["floor"] = {what: min(row[what] for row in floors) for what in ("forward", "step")}
-    count = max(map(len, rounds.values()), default=0)
+    count = max(map(len, samples.values()), default=0)
     return CaseResult(str(case), rows, count, len(inputs), case.logits_bytes(), case.network)
 
 
-def _rounds(
+def rounds(settings: Settings) -> Iterator[int]:
+    """Counts rounds until they, or their time, are used up; no garbage is collected meanwhile."""
+    gc.collect()
+    gc.disable()
+    start = time.perf_counter()
+    for done in range(settings.rounds):
+        if done >= FEWEST_ROUNDS and time.perf_counter() - start >= settings.budget:
+            break
+        yield done
+
+
+def _samples(
     steps: Mapping[str, Step], device: Device, settings: Settings
 ) -> dict[str, list[dict[str, float]]]:
     """The times of each step in each round.
@@ -91,12 +102,7 @@ def _rounds(
     slowest = max((device.seconds(step, 1)["step"] for step in steps.values()), default=1.0)
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
     order, shuffle = list(steps), random.Random(0).shuffle
-    gc.collect()
-    gc.disable()
-    start = time.perf_counter()
-    for done in range(settings.rounds):
-        if done >= FEWEST_ROUNDS and time.perf_counter() - start >= settings.budget:
-            break
+    for _ in rounds(settings):
         shuffle(order)
         for name in order:
             samples[name].append(device.seconds(steps[name], math.ceil(SAMPLE / slowest)))

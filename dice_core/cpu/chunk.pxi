@@ -32,26 +32,36 @@ cdef void run_staged(
         scatter(q, sample, first, n, words)
 
 
-cdef void load_cotangent(const Problem *q, const double *cotangent, char *to) noexcept nogil:
-    """The cotangent of one sample as (ROWS, classes) numbers, that of P times p. The row of Y, which does not depend on
-    the logits, is the derivative for the probability of the voxel's own class where that is 1: the sum of those for I
-    and P, which may be small beside them.
+cdef inline void load_cotangent_row(
+    const Problem *q, Py_ssize_t k, Py_ssize_t n, const double *cotangent, real *to
+) noexcept nogil:
+    """n numbers of the cotangent of one sum, of P times p. The row of Y, which does not depend on the logits, is the
+    derivative for the probability of the voxel's own class where that is 1: the sum of those for I and P, which may be
+    small beside them.
     """
-    cdef Py_ssize_t k, c, row = q.samples * q.classes
-    cdef double number
+    cdef Py_ssize_t i, row = q.samples * q.classes
+    cdef const double *of_intersection = cotangent + q.row[INTERSECTION] * row
+    cdef const double *of_pred_sum = cotangent + q.row[PRED_SUM] * row
+    cdef double factor = q.p if k == PRED_SUM else 1
+    if k == TARGET_SUM:
+        for i in range(n):
+            to[i] = <real>(of_intersection[i] + q.p * of_pred_sum[i])
+    else:
+        cotangent += q.row[k] * row
+        for i in range(n):
+            to[i] = <real>(factor * cotangent[i])
+
+
+cdef void load_cotangent(const Problem *q, const double *cotangent, char *to) noexcept nogil:
+    """The cotangent of one sample as (ROWS, classes) numbers, as `load_cotangent_row` defines them."""
+    cdef Py_ssize_t k
     for k in range(TARGET_SQUARE):  # the last two sums do not depend on the logits
         if q.row[k] < 0:
             continue
-        for c in range(q.classes):
-            number = cotangent[q.row[k] * row + c]
-            if k == PRED_SUM:
-                number *= q.p
-            elif k == TARGET_SUM:
-                number = cotangent[q.row[INTERSECTION] * row + c] + q.p * cotangent[q.row[PRED_SUM] * row + c]
-            if q.real_size == sizeof(double):
-                (<double *>to)[k * q.classes + c] = number
-            else:
-                (<float *>to)[k * q.classes + c] = <float>number
+        if q.real_size == sizeof(double):
+            load_cotangent_row(q, k, q.classes, cotangent, <double *>to + k * q.classes)
+        else:
+            load_cotangent_row(q, k, q.classes, cotangent, <float *>to + k * q.classes)
 
 
 cdef void add_lanes(const Problem *q, vec *sums, real *numbers, double *out) noexcept nogil:
@@ -155,6 +165,17 @@ cdef Py_ssize_t run_chunk(
     return out_of_range
 
 
+cdef void spread_nan(const Problem *q, Py_ssize_t n, double *sums, Py_ssize_t row) noexcept nogil:
+    """I and H are masked by the label, but where the probabilities are NaN, s [y=c] must be NaN for every class. Of
+    K rows of n sums.
+    """
+    cdef Py_ssize_t i
+    for i in range(n):
+        sums[i] += 0 * sums[PRED_SUM * row + i]
+        if q.cross_entropy:
+            sums[CROSS_ENTROPY * row + i] += 0 * sums[PRED_SUM * row + i]
+
+
 cdef void add_chunks(const Problem *q, const double *partial, double *out) noexcept nogil:
     """Adds (samples, chunks, K, classes) up to (K, samples, classes), in the order of the chunks."""
     cdef Py_ssize_t j, k, n, c, width = q.sums * q.classes, all_classes = q.samples * q.classes
@@ -167,8 +188,4 @@ cdef void add_chunks(const Problem *q, const double *partial, double *out) noexc
                     total += partial[(n * q.chunks + j) * width + k * q.classes + c]
                 out[k * all_classes + n * q.classes + c] = total
     if q.plain:
-        # I and H are masked by the label, but where the probabilities are NaN, s [y=c] must be NaN for every class.
-        for c in range(all_classes):
-            out[c] += 0 * out[PRED_SUM * all_classes + c]
-            if q.cross_entropy:
-                out[CROSS_ENTROPY * all_classes + c] += 0 * out[PRED_SUM * all_classes + c]
+        spread_nan(q, all_classes, out, all_classes)
