@@ -22,8 +22,8 @@ Design
    the gradient. For up to eight classes the compiler unrolls the softmax for their number, and its voxels' gradient is
    that of all classes at a time; with more, everything is done class by class, and the logits of the next class are
    prefetched meanwhile: the prefetch distance is one class of a block.
-6. Loops are short: a processor works on as many voxels at a time as their instructions fit into its window, and one long
-   loop, from load to sum, would leave it waiting for the latencies of exp, division and log. The gradient of two
+6. Loops are short: a processor works on as many voxels at a time as their instructions fit into its window, and one
+   long loop, from load to sum, would leave it waiting for the latencies of exp, division and log. The gradient of two
    classes, the most common case, is short enough to do without scratch.
 7. Any strides: voxels are visited in the order of the logits' strides, axes merged where possible. Where the voxels are
    contiguous, logits are read and the gradient is written in place; otherwise they are copied to or from scratch, in
@@ -353,9 +353,9 @@ cdef int describe(Problem *q, logits_buffer, labels_buffer, grad_buffer, spec) e
             add_axis(&q.axes, size, logits_strides[i], labels_strides[i if q.soft_targets else i - 1], grad_strides[i])
     merge_axes(&q.axes)
 
-    # A non-temporal store avoids reading a cache line that is about to be overwritten completely. With few classes it does
-    # not pay off on fresh pages, which are still in the caches because the operating system has just cleared them, and
-    # with two nowhere. Where it would be a normal store, the loops for it are not used: the compiler may fuse other
+    # A non-temporal store avoids reading a cache line that is about to be overwritten completely. With few classes it
+    # does not pay off on fresh pages, which are still in the caches because the operating system has just cleared them,
+    # and with two nowhere. Where it would be a normal store, the loops for it are not used: the compiler may fuse other
     # multiplications and additions there, and the last bit of the gradient would depend on its alignment.
     q.non_temporal = (
         HAS_NON_TEMPORAL and q.grad != NULL and q.grad != q.logits and q.axes.count == 1

@@ -951,6 +951,12 @@ def test_probabilities_underflow_to_zero(kernels, dtype):
     expected = (e / (1 + e) ** 2).astype(np.float64)
     assert_close(grad[0, 1], expected, rtol=8 * info.eps, atol=1.01 * info.tiny)
     assert not grad[0, 1, d > -np.log(info.tiny) + 1].any()
+    for c in range(2):
+        far = np.zeros((1, 2, 40), dtype)
+        far[:, c] = 1000
+        sums, _ = run(kernels, far, np.zeros((1, 40), int))
+        assert sums[1, 0, 1 - c] == 0
+        assert_close(sums[1, 0, c], 40, rtol=info.eps)
 
 
 @backend

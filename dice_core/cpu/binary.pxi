@@ -140,8 +140,8 @@ cdef inline void binary_channel(
     const Problem *q, const Scratch *t, const logit *x, Py_ssize_t lines, const vec *label, const vec *e,
     double gamma, Py_ssize_t integer_gamma, bint sums,
 ) noexcept nogil:
-    """`binary_classes` of a single channel x, after `softmax_two`. The classes' logits are -x and x: what one adds to B+,
-    the other adds to B-, and the gradient is the difference of theirs.
+    """`binary_classes` of a single channel x, after `softmax_two`. The classes' logits are -x and x: what one adds to
+    B+, the other adds to B-, and the gradient is the difference of theirs.
     """
     cdef vec positive[2]
     cdef vec negative[2]
@@ -190,7 +190,7 @@ cdef inline void run_binary_of(
     vec *scale, double gamma, Py_ssize_t integer_gamma,
 ) noexcept nogil:
     if q.channels == 1:
-        softmax_two(q, x, row, lines, label, e, scale, 1)
+        softmax_two(q, x, row, lines, label, e, scale, 1, True)
         if q.grad == NULL:
             binary_channel(q, t, x, lines, label, e, gamma, integer_gamma, True)
         else:

@@ -51,8 +51,8 @@ cdef void find_top(
     const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label, const vec *e,
     const vec *scale, vec *top,
 ) noexcept nogil:
-    """Fills top, (3, block), with -log of the largest probability of each voxel, the logit it belongs to, and the sum of
-    all other probabilities.
+    """Fills top, (3, block), with -log of the largest probability of each voxel, the logit it belongs to, and the sum
+    of all other probabilities.
     """
     cdef vec own, rest, which, mask, found, zero, largest, v
     cdef Py_ssize_t c, i, e_row = q.block // lanes(scale)
@@ -162,20 +162,20 @@ cdef inline vec binary_slope(const Problem *q, vec z, vec target, vec positive, 
 cdef inline vec overlap_slope(
     const Problem *q, const char *cotangent, Py_ssize_t c, vec t, vec s, vec rest, vec ignored
 ) noexcept nogil:
-    """The derivative of the parts in I and P for the probability s, with rest = 1 - s: a t + b s^(p-1). Where s is near 1
-    and t above 1/2, these may cancel; there it is (a + b) t + b (1 - t) - b (1 - s^(p-1)).
+    """The derivative of the parts in I and P for the probability s, with rest = 1 - s: a t + b s^(p-1). Where s is near
+    1 and t above 1/2, these may cancel; there it is (a + b) t + b (1 - t) - b (1 - s^(p-1)).
     """
-    cdef vec zero, half, a, b, both
+    cdef vec zero, near_1, a, b, both
     set_zero(&zero)
     broadcast(&a, cotangent, INTERSECTION * q.classes + c)
     broadcast(&b, cotangent, PRED_SUM * q.classes + c)
     a = and_mask(less(zero, t), a * t)  # the factor may be infinite, such as 2 / den of a class without targets
     if q.p == 1:
         return andnot(ignored, a + b)
-    half = constant(&zero, 0.5)
     broadcast(&both, cotangent, TARGET_SUM * q.classes + c)
     both = both * t + b * ((zero + 1 - t) - complement_of_power(s, rest, q.p - 1))
-    return andnot(ignored, select(and_mask(less(rest, constant(&zero, 0.5 / (q.p - 1))), less(half, t)), both, a + b * power(s, q.p - 1)))
+    near_1 = and_mask(less(constant(&zero, 0.5), t), less(rest, constant(&zero, 0.5 / (q.p - 1))))
+    return andnot(ignored, select(near_1, both, a + b * power(s, q.p - 1)))
 
 
 cdef void grad_general(

@@ -85,11 +85,12 @@ cdef inline uint64_t rotated(uint64_t bits, Py_ssize_t n) noexcept nogil:
 
 
 cdef Scratch move_scratch(const Problem *q, const Scratch *t, const char *grad) noexcept nogil:
-    """The scratch, moved by less than a page so that its rows stay clear of the gradient of a chunk that begins at grad.
+    """The scratch, moved by less than a page so that its rows stay clear of the gradient of a chunk that begins at
+    grad.
 
-    Processors tell a load from the stores before it by the lowest 12 bits of the addresses: one that agrees with a store
-    that is not done yet waits for it. All rows advance together, so that would happen on every line, and take up to four
-    times as long. Only the gradient of few classes, from all of their rows at once, is prone to it.
+    Processors tell a load from the stores before it by the lowest 12 bits of the addresses: one that agrees with a
+    store that is not done yet waits for it. All rows advance together, so that would happen on every line, and take up
+    to four times as long. Only the gradient of few classes, from all of their rows at once, is prone to it.
     """
     cdef Scratch moved = t[0]
     cdef uint64_t clash = 0, bad = 0  # a bit for each of the 64 cache lines of a page

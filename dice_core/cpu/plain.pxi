@@ -11,7 +11,8 @@ cdef inline void sum_lines(
     const Problem *q, Py_ssize_t lines, const vec *label, const vec *e, const vec *scale, const vec *nll, vec *sums,
     Py_ssize_t p, bint cross_entropy,
 ) noexcept nogil:
-    """Adds I, P, Y and H to sums, (3 or 4, classes). Compile-time constants: p, if it is 1 or 2; whether there is an H."""
+    """Adds I, P, Y and H to sums, (3 or 4, classes). Compile-time constants: p, if it is 1 or 2; whether there is an H.
+    """
     cdef vec intersection[VECTORS]
     cdef vec pred_sum[VECTORS]
     cdef vec of_nll[VECTORS]
@@ -72,13 +73,13 @@ cdef inline void grad_lines(
     bint add_binary, bint non_temporal, bint per_voxel,
 ) noexcept nogil:
     """Writes the gradient, which may overwrite e. Compile-time constants: p, if it is 1 or 2; whether there is an H;
-    whether to add `binary`, the gradient of B+ and B-; how to store; whether the cotangent has, in place of each number,
-    a row of them, for each voxel of a block.
+    whether to add `binary`, the gradient of B+ and B-; how to store; whether the cotangent has, in place of each
+    number, a row of them, for each voxel of a block.
 
-    With d_c the derivative with respect to s_c, the gradient is s_c (d_c - sum s d) + h_o (s_c - [c=o]), o the voxel's own
-    class. For near-perfect predictions nothing must cancel: 1 - s_o is the sum r of the others, the gradient of o is s_o
-    (d_o r - dot) - h_o r with dot = sum s d over the others, and where s_o is near 1, d_o is not a_o + b_o s_o^(p-1) but
-    (a + b)_o - b_o (1 - s_o^(p-1)).
+    With d_c the derivative with respect to s_c, the gradient is s_c (d_c - sum s d) + h_o (s_c - [c=o]), o the voxel's
+    own class. For near-perfect predictions nothing must cancel: 1 - s_o is the sum r of the others, the gradient of o
+    is s_o (d_o r - dot) - h_o r with dot = sum s d over the others, and where s_o is near 1, d_o is not a_o + b_o
+    s_o^(p-1) but (a + b)_o - b_o (1 - s_o^(p-1)).
     """
     cdef vec dot[VECTORS]
     cdef vec rest[VECTORS]  # the sum of the other classes' exponentials

@@ -89,8 +89,8 @@ cdef inline void softmax_few(
     """The softmax for a constant number of classes, with the first logit in place of the maximum. `split`, another
     compile-time constant, is whether to fill own and rest.
 
-    That saves one exponential, and the exponentials need not wait for the maximum. The division is a loop of its own, so
-    that the exponentials of the next voxels need not wait for it either.
+    That saves one exponential, and the exponentials need not wait for the maximum. The division is a loop of its own,
+    so that the exponentials of the next voxels need not wait for it either.
     """
     cdef vec first, total, v, mask, of_own, zero
     cdef Py_ssize_t e_row = q.block // lanes(scale)
@@ -199,7 +199,8 @@ cdef inline void softmax_many(
 
 
 cdef inline void load_difference(vec *v, const logit *x, Py_ssize_t row, int channels) noexcept nogil:
-    """v = x_1 - x_0, NaN if the larger is infinite; of a single channel x, the logits of whose classes are 0 and x, that.
+    """v = x_1 - x_0, NaN if the larger is infinite; of a single channel x, the logits of whose classes are 0 and x,
+    that.
     """
     cdef vec first
     load(v, x + (channels - 1) * row)
@@ -210,19 +211,30 @@ cdef inline void load_difference(vec *v, const logit *x, Py_ssize_t row, int cha
 
 cdef inline void softmax_two(
     const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label, vec *e, vec *scale,
-    int channels,
+    int channels, bint symmetric,
 ) noexcept nogil:
-    """The softmax of two classes: with v = x_1 - x_0, one of the exponentials is exp(-|v|), the other 1."""
-    cdef vec u, v, zero, below
+    """The softmax of two classes. With v = x_1 - x_0, their exponentials are 1 and exp(v), which takes the fewest
+    instructions; if `symmetric`, 1 and exp(-|v|), so that none is large. The last two arguments are compile-time
+    constants.
+    """
+    cdef vec u, v, below, zero, one, lowest, highest
     cdef Py_ssize_t i, e_row = q.block // lanes(scale)
     set_zero(&zero)
+    one = zero + 1
+    set_lowest_exp(&lowest)
+    highest = constant(&zero, 708.3 if vec is f64 else 87.3)  # beyond it, 1 / exp(v) is no normal number
     for i in range(lines * VECTORS):
         load_difference(&v, x + i * lanes(scale), row, channels)
-        u = exp_minus_abs(v)
-        below = less(v, zero)
-        e[i] = select(below, zero + 1, u)
-        e[e_row + i] = select(below, u, zero + 1)
-        scale[i] = andnot(less(label[i], zero), (zero + 1) / (u + 1))
+        if symmetric:
+            u = exp_minus_abs(v)
+            below = less(v, zero)
+            e[i] = select(below, one, u)
+            e[e_row + i] = select(below, u, one)
+        else:
+            u = exp(minimum(highest, maximum(lowest, v)))
+            e[i] = andnot(less(highest, v), one)
+            e[e_row + i] = u
+        scale[i] = andnot(less(label[i], zero), one / (u + 1))
 
 
 # ---- negative log-likelihood -----------------------------------------------------------------------------------------
@@ -289,8 +301,8 @@ cdef inline vec modulated_slope(
 
 
 cdef inline vec part_of_nll(const Problem *q, vec nll, vec own, vec rest) noexcept nogil:
-    """The part in H of a voxel with this -log of the probability `own` of its class; for the gradient its derivative for
-    `nll`.
+    """The part in H of a voxel with this -log of the probability `own` of its class; for the gradient its derivative
+    for `nll`.
     """
     if not q.focal:
         return nll
@@ -318,8 +330,8 @@ cdef void nll_lines(
     const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label, const vec *scale,
     const vec *own, const vec *rest, vec *nll,
 ) noexcept nogil:
-    """Each voxel's part of H, (1 - s)^gamma (-log s) of its own class; for the gradient its derivative for -log s. It may
-    overwrite own.
+    """Each voxel's part of H, (1 - s)^gamma (-log s) of its own class; for the gradient its derivative for -log s. It
+    may overwrite own.
     """
     cdef vec s, r
     cdef Py_ssize_t i
@@ -335,12 +347,19 @@ cdef inline void run_softmax_of(
     const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label, vec *e, vec *scale,
     vec *own, vec *rest, bint split,
 ) noexcept nogil:
+    cdef bint symmetric = split or q.grad != NULL
     if q.classes == 1:
         softmax_few(q, x, row, lines, label, e, scale, own, rest, 1, split)
     elif q.channels == 1:
-        softmax_two(q, x, row, lines, label, e, scale, 1)
+        if symmetric:
+            softmax_two(q, x, row, lines, label, e, scale, 1, True)
+        else:
+            softmax_two(q, x, row, lines, label, e, scale, 1, False)
     elif q.classes == 2:
-        softmax_two(q, x, row, lines, label, e, scale, 2)
+        if symmetric:
+            softmax_two(q, x, row, lines, label, e, scale, 2, True)
+        else:
+            softmax_two(q, x, row, lines, label, e, scale, 2, False)
     elif q.classes == 3:
         softmax_few(q, x, row, lines, label, e, scale, own, rest, 3, split)
     elif q.classes == 4:
