@@ -200,6 +200,7 @@ cdef struct Scratch:
     char *rest  # (block,) the sum of the other classes' exponentials
     char *dot  # (block,) the same of their products with the derivatives with respect to the probabilities
     char *slope  # (block,) the derivative with respect to the probability of the own class
+    char *own  # (block,) the exponential of the own class; then its gradient over that
     char *label  # (TILE,), or (block,) of few voxels: class, -1 if ignored, -2 if out of range
     char *targets  # (classes, block) soft targets, -1 if ignored or out of range
     char *binary  # (classes, block) gradient of B+ and B-
@@ -253,7 +254,7 @@ cdef class Workspace:
         if q.few_voxels:
             sums = q.sums * q.classes * q.block * sizeof(double) if q.grad == NULL else 0
             cotangent = NLL * rows if q.grad != NULL else 0
-        cdef Py_ssize_t size = PAGE + 2 * rows + 5 * row + label + targets + binary + top + sums + cotangent
+        cdef Py_ssize_t size = PAGE + 2 * rows + 6 * row + label + targets + binary + top + sums + cotangent
         cdef Py_ssize_t i
         cdef Scratch *t
         cdef char *at
@@ -276,7 +277,8 @@ cdef class Workspace:
             t.rest = t.nll + row
             t.dot = t.rest + row
             t.slope = t.dot + row
-            t.label = t.slope + row
+            t.own = t.slope + row
+            t.label = t.own + row
             t.targets = t.label + label
             t.binary = t.targets + targets
             t.top = t.binary + binary  # (3, block), and a page for `move_scratch`

@@ -112,6 +112,7 @@ cdef Scratch move_scratch(const Problem *q, const Scratch *t, const char *grad) 
     moved.rest += shift
     moved.dot += shift
     moved.slope += shift
+    moved.own += shift
     moved.label += shift
     moved.targets += shift
     moved.binary += shift

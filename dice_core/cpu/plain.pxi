@@ -199,33 +199,82 @@ cdef inline void look_up_own(
         look_up(q, lines * q.line, <const float *>label, <const float *>cotangent + k * q.classes, <float *>out)
 
 
-cdef inline void grad_many(
-    const Problem *q, const Scratch *t, const logit *x, Py_ssize_t x_row, Py_ssize_t lines, const vec *label, vec *e,
-    logit *grad, Py_ssize_t row, bint cross_entropy, bint non_temporal,
+cdef void split_many(
+    const Problem *q, const Scratch *t, Py_ssize_t lines, const vec *label, const vec *e, vec *own
 ) noexcept nogil:
-    """`grad_lines` of many classes, class by class, for p = 1 and gamma = 0. The last two arguments are compile-time
-    constants.
+    """What `softmax_many` computes if it splits and sums up, from e."""
+    cdef vec *rest = <vec *>t.rest
+    cdef vec *dot = <vec *>t.dot
+    cdef vec b, v, mask, which
+    cdef Py_ssize_t c, i
+    set_zero(&which)
+    for i in range(lines * VECTORS):
+        own[i] = rest[i] = dot[i] = which
+    for c in range(q.classes):
+        broadcast(&b, t.cotangent, PRED_SUM * q.classes + c)
+        for i in range(lines * VECTORS):
+            mask = equal(label[i], which)
+            v = andnot(mask, e[i])
+            own[i] = own[i] + and_mask(mask, e[i])
+            rest[i] = rest[i] + v
+            dot[i] = dot[i] + b * v
+        which = which + 1
+        e += q.block // lanes(&b)
+
+
+cdef inline void slopes_many(
+    const Problem *q, const Scratch *t, Py_ssize_t lines, const vec *label, vec *own
+) noexcept nogil:
+    """Replaces dot by the sum of s d over all classes, minus h of the own one; own by the slope of the own class; rest
+    by what that loses to h.
     """
     cdef vec *scale = <vec *>t.scale
-    cdef vec *own = <vec *>t.nll
+    cdef vec *nll = <vec *>t.nll
     cdef vec *rest = <vec *>t.rest
     cdef vec *dot = <vec *>t.dot
     cdef vec *slope = <vec *>t.slope
-    cdef vec s, b, mask, which
-    cdef Py_ssize_t c, i, j
-    cdef int k
-    softmax_many(q, x, x_row, lines, label, e, scale, own, rest, True, dot, t.cotangent, True)
+    cdef vec s, zero
+    cdef Py_ssize_t i
+    set_zero(&zero)
     look_up_own(q, lines, label, t.cotangent, TARGET_SUM, slope)
     for i in range(lines * VECTORS):
         rest[i] = rest[i] * scale[i]
         s = dot[i] * scale[i]
-        dot[i] = slope[i] * (own[i] * scale[i]) + s  # sum s d over all classes
-        own[i] = slope[i] * rest[i] - s  # d_o r minus that sum over the other classes
-    if cross_entropy:
+        dot[i] = slope[i] * (own[i] * scale[i]) + s
+        own[i] = slope[i] * rest[i] - s  # d_o r minus the sum over the other classes
+    if q.cross_entropy:
         look_up_own(q, lines, label, t.cotangent, CROSS_ENTROPY, slope)
         for i in range(lines * VECTORS):
-            dot[i] = dot[i] - slope[i]
-            rest[i] = slope[i] * rest[i]
+            s = slope[i] * nll[i] if q.focal else slope[i]
+            dot[i] = dot[i] - s
+            rest[i] = s * rest[i]
+    elif q.binary_cross_entropy:
+        for i in range(lines * VECTORS):
+            rest[i] = zero
+
+
+cdef inline void grad_many(
+    const Problem *q, const Scratch *t, const logit *x, Py_ssize_t x_row, Py_ssize_t lines, const vec *label, vec *e,
+    logit *grad, Py_ssize_t row, bint cross_entropy, bint add_binary, bint non_temporal,
+) noexcept nogil:
+    """`grad_lines` of many classes, class by class, for p = 1. The last three arguments are compile-time constants."""
+    cdef vec *scale = <vec *>t.scale
+    cdef vec *own = <vec *>t.own
+    cdef vec *rest = <vec *>t.rest
+    cdef vec *dot = <vec *>t.dot
+    cdef const vec *binary = <const vec *>t.binary
+    cdef vec s, b, mask, which
+    cdef Py_ssize_t c, i, j
+    cdef int k
+    if q.focal or add_binary:
+        if q.focal:
+            run_softmax_and_nll(q, t, x, x_row, lines, label, e, scale)
+        else:
+            run_binary(q, t, x, x_row, lines, label, e, scale)
+        split_many(q, t, lines, label, e, own)
+    else:
+        softmax_many(q, x, x_row, lines, label, e, scale, own, rest, True, dot, t.cotangent, True)
+    slopes_many(q, t, lines, label, own)
     set_zero(&which)
     for c in range(q.classes):
         broadcast(&b, t.cotangent, PRED_SUM * q.classes + c)
@@ -236,12 +285,15 @@ cdef inline void grad_many(
                 s = e[j] * scale[j] * select(mask, own[j], b - dot[j])
                 if cross_entropy:
                     s = s - and_mask(mask, rest[j])
+                if add_binary:
+                    s = s + binary[j]
                 if non_temporal:
                     store_non_temporal(grad + j * lanes(&s), s)
                 else:
                     store(grad + j * lanes(&s), s)
         which = which + 1
         e += q.block // lanes(&s)
+        binary += q.block // lanes(&s)
         grad += row
 
 
@@ -249,15 +301,20 @@ cdef inline void run_grad_many(
     const Problem *q, const Scratch *t, const logit *x, Py_ssize_t x_row, Py_ssize_t lines, const vec *label, vec *e,
     logit *grad, Py_ssize_t grad_row, bint non_temporal,
 ) noexcept nogil:
-    if q.cross_entropy:
+    if q.binary_cross_entropy:
         if non_temporal:
-            grad_many(q, t, x, x_row, lines, label, e, grad, grad_row, True, True)
+            grad_many(q, t, x, x_row, lines, label, e, grad, grad_row, True, True, True)
         else:
-            grad_many(q, t, x, x_row, lines, label, e, grad, grad_row, True, False)
+            grad_many(q, t, x, x_row, lines, label, e, grad, grad_row, True, True, False)
+    elif q.cross_entropy:
+        if non_temporal:
+            grad_many(q, t, x, x_row, lines, label, e, grad, grad_row, True, False, True)
+        else:
+            grad_many(q, t, x, x_row, lines, label, e, grad, grad_row, True, False, False)
     elif non_temporal:
-        grad_many(q, t, x, x_row, lines, label, e, grad, grad_row, False, True)
+        grad_many(q, t, x, x_row, lines, label, e, grad, grad_row, False, False, True)
     else:
-        grad_many(q, t, x, x_row, lines, label, e, grad, grad_row, False, False)
+        grad_many(q, t, x, x_row, lines, label, e, grad, grad_row, False, False, False)
 
 
 # ---- gradient of two classes -----------------------------------------------------------------------------------------
@@ -341,11 +398,10 @@ cdef void run_plain(
 ) noexcept nogil:
     """Adds the sums of whole lines of voxels to t.sums, or writes their gradient."""
     cdef vec *scale = <vec *>t.scale
-    cdef bint simple = q.grad != NULL and q.p == 1 and not (q.focal or q.binary_cross_entropy)
-    if simple and q.classes > FEW_CLASSES:
+    if q.grad != NULL and q.p == 1 and q.classes > FEW_CLASSES:
         run_grad_many(q, t, x, x_row, lines, label, e, grad, grad_row, non_temporal)
         return
-    if simple and q.classes == 2:
+    if q.grad != NULL and q.p == 1 and q.classes == 2 and not (q.focal or q.binary_cross_entropy):
         if q.channels == 1 and q.cross_entropy:
             grad_two(q, t, x, x_row, lines, label, grad, grad_row, 1, True)
         elif q.channels == 1:
