@@ -139,6 +139,14 @@ def server() -> None:
         assert workers.apply_async(started, [4]).get(LIMIT) == 3
 
 
+def benchmark() -> None:
+    """The processes in which the benchmark measures may use threads."""
+    from dice_core.bench.run import in_fresh_process
+
+    digest(1)  # loads the kernels
+    assert [in_fresh_process(False, started, 2) for _ in range(8)] == [1] * 8
+
+
 def with_torch() -> None:
     """torch has used the OpenMP runtime that the kernels use, before they were loaded."""
     import torch

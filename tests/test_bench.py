@@ -308,7 +308,7 @@ def test_a_process_that_dies_is_reported(monkeypatch):
     monkeypatch.setattr(measure, "times", die)
     found = run.measured(cases.CASES["g"], ["ours"], measure.Settings())
     assert "process" in found.measurements["ours"]["notes"][0]
-    assert "terminated" in tables.notes(results.Report({}, {"g": found}))
+    assert "exit code 3" in tables.notes(results.Report({}, {"g": found}))
 
 
 # ---- measuring on a fake GPU of known costs ---- ------------------------------------------------

@@ -41,6 +41,7 @@ def run(scenario: str, *arguments: object, **environment: str) -> str:
         "fork",
         "fork_during_a_call",
         "server",
+        "benchmark",
         "processes_limit",
         "memory_limit",
         "cores",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from typing import Any
 
 from . import busy, machine, measure
@@ -61,10 +61,35 @@ def measured(case: Case, names: Sequence[str], settings: Settings) -> CaseResult
 
 
 def in_fresh_process(spawn: bool, work: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of `work` in a new process, a fork unless `spawn`."""
-    context = multiprocessing.get_context("spawn" if spawn else "fork")
-    with ProcessPoolExecutor(1, context) as pool:
-        return pool.submit(work, *arguments).result()
+    """The result of `work` in a new process, a fork unless `spawn`.
+
+    Not a pool, whose threads in this process would make dice_core use one thread in a fork.
+    """
+    get_context = multiprocessing.get_context
+    context = get_context("spawn") if spawn else get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, work, arguments))
+    process.start()
+    sender.close()
+    try:
+        result, error = receiver.recv()
+    except EOFError:
+        process.join()
+        error = RuntimeError(f"its process ended with exit code {process.exitcode}")
+    process.join()
+    if error is not None:
+        raise error
+    return result
+
+
+def _send(sender: Connection, work: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    """Sends the result of `work`, and the error that it raised or None."""
+    result = error = None
+    try:
+        result = work(*arguments)
+    except Exception as raised:
+        error = raised
+    sender.send((result, error))
 
 
 def _reason(error: Exception) -> str:
