@@ -77,6 +77,7 @@ cdef enum:
     FEW_THREAD_NUMBERS = 8192  # of samples of few voxels, of which each has sums and a ratio of its own
     SIGNAL_NUMBERS = 1 << 20  # logits that take long enough for signals to be handled meanwhile
     CACHE_LINE = 64  # bytes
+    AHEAD = 8 * CACHE_LINE  # how far ahead of the loads of few classes each row is prefetched
     PAGE = 4096  # bytes
 
 cdef extern from *:

@@ -29,7 +29,7 @@ truth = functools.cache(
 def test_the_error_is_at_most_twice_that_of_the_naive_code(gap, p, name, kind, backend):
     loss, activation = LOSSES[name], "sigmoid" if kind == "sigmoid" else "softmax"
     expected = truth(name, gap, activation, p)
-    for dtype, largest in (("float32", 1e-4), ("float64", 1e-8)):
+    for dtype, largest in (("float32", 1e-4), ("float64", 1e-7)):
         x, y = example(gap, 3)
         x, eps = x.astype(dtype), np.finfo(dtype).eps
         naive = precision.by_naive_code(loss, x, y, p, activation)
@@ -40,7 +40,7 @@ def test_the_error_is_at_most_twice_that_of_the_naive_code(gap, p, name, kind, b
             continue
         error = relative_error(ours, expected)
         assert error <= 2 * relative_error(naive, expected) + 8 * eps
-        assert error <= largest  # whatever that of the naive code
+        assert error <= largest  # whatever that of the naive code; e^20 eps is 1e-7 in float64
 
 
 def absent_class(dtype, below, onehot):

@@ -24,8 +24,15 @@ PACKAGES += [
     "segmentation-models-pytorch",
     "kornia",
 ]
-# They affect the cost of allocation and the placement of threads.
-VARIABLES = ("GLIBC_TUNABLES", "LD_PRELOAD", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY")
+# They affect the cost of allocation, and where threads run and how they wait.
+VARIABLES = (
+    "GLIBC_TUNABLES",
+    "LD_PRELOAD",
+    "OMP_PROC_BIND",
+    "GOMP_CPU_AFFINITY",
+    "OMP_WAIT_POLICY",
+    "GOMP_SPINCOUNT",
+)
 
 
 def facts(settings: Settings) -> dict[str, str]:

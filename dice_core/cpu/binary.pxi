@@ -45,7 +45,7 @@ cdef inline vec negative_slope(vec z, vec e, double gamma, Py_ssize_t integer_ga
     return modulation(s, gamma, integer_gamma) * (s + z)
 
 
-cdef inline vec zero_or_nan(vec z, vec own) noexcept nogil:
+cdef inline vec zero_or_nan(vec z, mask_t own) noexcept nogil:
     """Added to `negative_part`: 0, or NaN for those infinite logits for which torch's (1 - t) x + log(1 + exp(-x)) is.
     z is the logit, negated where the mask `own` of targets 1 is set.
     """
@@ -77,7 +77,8 @@ cdef inline void binary_classes(
     """
     cdef vec positive[VECTORS]
     cdef vec negative[VECTORS]
-    cdef vec zero, which, u, v, z, own, ignored, own_factor, factor
+    cdef vec zero, which, u, v, z, own_factor, factor
+    cdef mask_t own, ignored
     cdef vec *out = <vec *>t.sums
     cdef vec *to = <vec *>t.binary
     cdef Py_ssize_t c, i, j, e_row = q.block // lanes(scale)
@@ -115,7 +116,7 @@ cdef inline void binary_classes(
                 z = select(own, zero - v, v)
                 if sums:
                     v = negative_part(z, u, gamma, integer_gamma) + zero_or_nan(z, own)
-                    positive[k] = positive[k] + and_mask(own, v)
+                    positive[k] = add_where(own, positive[k], v)
                     negative[k] = negative[k] + andnot(ignored, andnot(own, v))
                 else:
                     v = select(own, own_factor, factor) * negative_slope(z, u, gamma, integer_gamma)
@@ -145,7 +146,8 @@ cdef inline void binary_channel(
     """
     cdef vec positive[2]
     cdef vec negative[2]
-    cdef vec zero, u, v, z, h, own, ignored, own_factor, factor
+    cdef vec zero, u, v, z, h, own_factor, factor
+    cdef mask_t own, ignored
     cdef vec *out = <vec *>t.sums
     cdef vec *to = <vec *>t.binary
     cdef Py_ssize_t i, e_row = q.block // lanes(&v)
@@ -170,8 +172,8 @@ cdef inline void binary_channel(
             h = negative_part(z, u, gamma, integer_gamma)
             v = andnot(ignored, h + z * 0)
             h = andnot(ignored, h + minimum(zero, z) * 0)
-            positive[1] = positive[1] + and_mask(own, v)
-            negative[0] = negative[0] + and_mask(own, h)
+            positive[1] = add_where(own, positive[1], v)
+            negative[0] = add_where(own, negative[0], h)
             positive[0] = positive[0] + andnot(own, v)
             negative[1] = negative[1] + andnot(own, h)
         else:

@@ -14,7 +14,7 @@ cdef inline vec logit_of(const Problem *q, const logit *x, Py_ssize_t row, Py_ss
 
 
 cdef inline vec target_of(
-    const Problem *q, const vec *target, vec label, vec which, vec *ignored
+    const Problem *q, const vec *target, vec label, vec which, mask_t *ignored
 ) noexcept nogil:
     """The targets of class `which`, 0 where ignored; sets `ignored` to the mask of ignored targets."""
     cdef vec zero
@@ -54,7 +54,8 @@ cdef void find_top(
     """Fills top, (3, block), with -log of the largest probability of each voxel, the logit it belongs to, and the sum
     of all other probabilities.
     """
-    cdef vec own, rest, which, mask, found, zero, largest, v
+    cdef vec own, rest, which, found, zero, largest, v
+    cdef mask_t mask
     cdef Py_ssize_t c, i, e_row = q.block // lanes(scale)
     set_zero(&zero)
     for i in range(lines * VECTORS):
@@ -70,7 +71,7 @@ cdef void find_top(
         for c in range(q.classes):
             mask = equal(found, which)
             v = e[c * e_row + i]
-            own = own + and_mask(mask, v)
+            own = add_where(mask, own, v)
             rest = rest + andnot(mask, v)
             which = which + 1
         own = own * scale[i] + and_mask(less(label[i], zero), zero + 1)  # 1 for ignored voxels
@@ -93,7 +94,8 @@ cdef void sum_general(
 ) noexcept nogil:
     """Adds the requested sums to sums, (K, classes)."""
     cdef vec total[ROWS]
-    cdef vec zero, which, t, s, v, softmax, ignored, h, z, u, slope, half
+    cdef vec zero, which, t, s, v, softmax, h, z, u, slope
+    cdef mask_t ignored, half
     cdef Py_ssize_t c, i, k, at, e_row = q.block // lanes(scale)
     set_zero(&zero)
     which = zero
@@ -120,7 +122,7 @@ cdef void sum_general(
                     u = select(less(constant(&zero, 0.5), softmax), top[2 * e_row + i], zero + 1 - softmax)
                     h = t * modulation(u, q.gamma, q.integer_gamma) * h
                     # Masked, since h may be infinite where t is 0; but NaN must propagate to every class.
-                    total[CROSS_ENTROPY] = total[CROSS_ENTROPY] + and_mask(less(zero, t), h)
+                    total[CROSS_ENTROPY] = add_where(less(zero, t), total[CROSS_ENTROPY], h)
                     total[CROSS_ENTROPY] = total[CROSS_ENTROPY] + andnot(ignored, softmax * 0)
             if q.binary_cross_entropy:
                 z = zero - logit_of(q, x + i * lanes(scale), row, 1, t) if c < q.classes - q.channels else v
@@ -129,7 +131,7 @@ cdef void sum_general(
                     half = less(zero, t)
                     z = select(half, zero - z, z)
                     h = negative_part(z, u, q.binary_gamma, q.integer_binary_gamma) + zero_or_nan(z, half)
-                    total[POSITIVE] = total[POSITIVE] + and_mask(half, h)
+                    total[POSITIVE] = add_where(half, total[POSITIVE], h)
                     total[NEGATIVE] = total[NEGATIVE] + andnot(ignored, andnot(half, h))
                     continue
                 h = negative_part(zero - z, u, q.binary_gamma, q.integer_binary_gamma)
@@ -147,7 +149,8 @@ cdef void sum_general(
 
 cdef inline vec binary_slope(const Problem *q, vec z, vec target, vec positive, vec negative) noexcept nogil:
     """The derivative for the logit z of its parts in B+ and B-, whose cotangents are `positive` and `negative`."""
-    cdef vec zero, e, mask
+    cdef vec zero, e
+    cdef mask_t mask
     set_zero(&zero)
     e = exp_minus_abs(z)
     if not q.soft_targets:  # the target is 0 or 1, and one of the halves is 0
@@ -160,12 +163,13 @@ cdef inline vec binary_slope(const Problem *q, vec z, vec target, vec positive, 
 
 
 cdef inline vec overlap_slope(
-    const Problem *q, const char *cotangent, Py_ssize_t c, vec t, vec s, vec rest, vec ignored
+    const Problem *q, const char *cotangent, Py_ssize_t c, vec t, vec s, vec rest, mask_t ignored
 ) noexcept nogil:
     """The derivative of the parts in I and P for the probability s, with rest = 1 - s: a t + b s^(p-1). Where s is near
     1 and t above 1/2, these may cancel; there it is (a + b) t + b (1 - t) - b (1 - s^(p-1)).
     """
-    cdef vec zero, near_1, a, b, both
+    cdef vec zero, a, b, both
+    cdef mask_t near_1
     set_zero(&zero)
     broadcast(&a, cotangent, INTERSECTION * q.classes + c)
     broadcast(&b, cotangent, PRED_SUM * q.classes + c)
@@ -174,7 +178,7 @@ cdef inline vec overlap_slope(
         return andnot(ignored, a + b)
     broadcast(&both, cotangent, TARGET_SUM * q.classes + c)
     both = both * t + b * ((zero + 1 - t) - complement_of_power(s, rest, q.p - 1))
-    near_1 = and_mask(less(constant(&zero, 0.5), t), less(rest, constant(&zero, 0.5 / (q.p - 1))))
+    near_1 = less(constant(&zero, 0.5), t) & less(rest, constant(&zero, 0.5 / (q.p - 1)))
     return andnot(ignored, select(near_1, both, a + b * power(s, q.p - 1)))
 
 
@@ -190,15 +194,17 @@ cdef void grad_general(
     D = sum s_c (d_c - d_o), the gradient of the others is s (d - d_o - D) + softmax sum u - u, and that of o is -s D +
     softmax (the others' sum u) - u (1 - softmax).
     """
-    cdef vec zero, which, t, s, v, softmax, ignored, h, z, slope, factor, d, u, dot, before, valid
-    cdef vec likely, others, rest, likely_d, likely_u, others_u
+    cdef vec zero, which, t, s, v, softmax, h, z, slope, factor, d, u, dot, before, valid
+    cdef mask_t ignored, likely
+    cdef vec others, rest, likely_d, likely_u, others_u
     cdef Py_ssize_t c, i, e_row = q.block // lanes(scale)
     cdef int turn, first = 0 if q.needs_softmax else 1
     cdef bint complements = q.p > 1 or q.focal  # whether 1 - s is needed
     cdef const logit *at
     cdef logit *to
     set_zero(&zero)
-    softmax = slope = likely = h = rest = zero
+    softmax = slope = h = rest = zero
+    likely = less(zero, zero)
     for i in range(lines * VECTORS):
         at = x + i * lanes(scale)
         dot = before = valid = likely_d = likely_u = others_u = zero
@@ -230,8 +236,8 @@ cdef void grad_general(
                     u = u + andnot(ignored, factor)
                 if turn == 0:
                     dot = dot + andnot(likely, s * d)
-                    likely_d = likely_d + and_mask(likely, d)
-                    likely_u = likely_u + and_mask(likely, u)
+                    likely_d = add_where(likely, likely_d, d)
+                    likely_u = add_where(likely, likely_u, u)
                     others_u = others_u + andnot(likely, u)
                     if not complements:
                         others = others + andnot(likely, softmax)
@@ -265,7 +271,8 @@ cdef void decide(
     const Problem *q, const logit *x, Py_ssize_t row, Py_ssize_t lines, const vec *label, vec *e, vec *scale
 ) noexcept nogil:
     """The argmax in place of the softmax: 1 for the largest logit (the first of several), else 0. NaN ranks as +inf."""
-    cdef vec zero, infinity, top, found, which, larger, v
+    cdef vec zero, infinity, top, found, which, v
+    cdef mask_t larger
     cdef Py_ssize_t c, i, e_row = q.block // lanes(scale)
     set_zero(&zero)
     set_largest(&infinity)

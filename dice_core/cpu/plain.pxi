@@ -16,7 +16,8 @@ cdef inline void sum_lines(
     cdef vec intersection[VECTORS]
     cdef vec pred_sum[VECTORS]
     cdef vec of_nll[VECTORS]
-    cdef vec target_sum, which, mask, s
+    cdef vec target_sum, which, s
+    cdef mask_t mask
     cdef Py_ssize_t c, i, at
     cdef int k
     set_zero(&which)
@@ -32,10 +33,10 @@ cdef inline void sum_lines(
                 mask = equal(label[at], which)
                 s = e[at] * scale[at]
                 target_sum = count_mask(target_sum, mask)
-                intersection[k] = intersection[k] + and_mask(mask, s)
+                intersection[k] = add_where(mask, intersection[k], s)
                 pred_sum[k] = pred_sum[k] + power(s, p)
                 if cross_entropy:
-                    of_nll[k] = of_nll[k] + and_mask(mask, nll[at])
+                    of_nll[k] = add_where(mask, of_nll[k], nll[at])
         for k in range(VECTORS):
             sums[c] = sums[c] + intersection[k]
             sums[PRED_SUM * q.classes + c] = sums[PRED_SUM * q.classes + c] + pred_sum[k]
@@ -88,7 +89,8 @@ cdef inline void grad_lines(
     cdef vec own_b[VECTORS]
     cdef vec own_e[VECTORS]
     cdef vec own_h[VECTORS]
-    cdef vec s, slope, mask, a, b, h, which, zero, near_1
+    cdef vec s, slope, a, b, h, which, zero, near_1
+    cdef mask_t mask
     cdef Py_ssize_t c, e_row = q.block // lanes(&s)
     cdef const vec *at
     cdef const vec *of_voxels = <const vec *>cotangent
@@ -121,13 +123,13 @@ cdef inline void grad_lines(
                 s = andnot(mask, at[k])
                 rest[k] = rest[k] + s
                 dot[k] = dot[k] + s * (b if p == 1 else b * power(at[k] * scale[k], p - 1))
-                own[k] = own[k] + and_mask(mask, a)
-                own_e[k] = own_e[k] + and_mask(mask, at[k])
+                own[k] = add_where(mask, own[k], a)
+                own_e[k] = add_where(mask, own_e[k], at[k])
                 if p > 1:
-                    own_a[k] = own_a[k] + and_mask(mask, slope)
-                    own_b[k] = own_b[k] + and_mask(mask, b)
+                    own_a[k] = add_where(mask, own_a[k], slope)
+                    own_b[k] = add_where(mask, own_b[k], b)
                 if cross_entropy:
-                    own_h[k] = own_h[k] + and_mask(mask, h)
+                    own_h[k] = add_where(mask, own_h[k], h)
             which = which + 1
             at += e_row
         for k in range(VECTORS):
@@ -205,7 +207,8 @@ cdef void split_many(
     """What `softmax_many` computes if it splits and sums up, from e."""
     cdef vec *rest = <vec *>t.rest
     cdef vec *dot = <vec *>t.dot
-    cdef vec b, v, mask, which
+    cdef vec b, v, which
+    cdef mask_t mask
     cdef Py_ssize_t c, i
     set_zero(&which)
     for i in range(lines * VECTORS):
@@ -215,7 +218,7 @@ cdef void split_many(
         for i in range(lines * VECTORS):
             mask = equal(label[i], which)
             v = andnot(mask, e[i])
-            own[i] = own[i] + and_mask(mask, e[i])
+            own[i] = add_where(mask, own[i], e[i])
             rest[i] = rest[i] + v
             dot[i] = dot[i] + b * v
         which = which + 1
@@ -263,7 +266,8 @@ cdef inline void grad_many(
     cdef vec *rest = <vec *>t.rest
     cdef vec *dot = <vec *>t.dot
     cdef const vec *binary = <const vec *>t.binary
-    cdef vec s, b, mask, which
+    cdef vec s, b, which
+    cdef mask_t mask
     cdef Py_ssize_t c, i, j
     cdef int k
     if q.focal or add_binary:
@@ -333,7 +337,8 @@ cdef inline void grad_two(
     cdef vec b[2]
     cdef vec h[2]
     cdef vec difference[2]  # d_1 - d_0 of the voxels of each class
-    cdef vec zero, one, own, u, v, r, slope
+    cdef vec zero, one, u, v, r, slope
+    cdef mask_t own
     cdef Py_ssize_t i
     cdef int c
     set_zero(&zero)

@@ -45,7 +45,8 @@ cdef inline void ratios(
     """Fills loss, the parts of the loss of n sums I, P and Y, for their shares of it, and replaces the sums by the
     derivative if requested, a compile-time constant. Whole vectors are read and written.
     """
-    cdef f64 num, den, of_score, quotient, part, none, low, zero, factor
+    cdef f64 num, den, of_score, quotient, part, zero, factor
+    cdef mask_t none, low
     cdef f64 sums[3]
     cdef Py_ssize_t first = 0
     cdef int k

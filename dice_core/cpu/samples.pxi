@@ -74,7 +74,7 @@ cdef void raise_probabilities(
         set_zero(&which)
         for c in range(q.classes):
             s = e[c * e_row + i] * scale[i]
-            own = own + and_mask(equal(label[i], which), s)
+            own = add_where(equal(label[i], which), own, s)
             e[c * e_row + i] = power(s, q.p)
             which = which + 1
         scale[i] = own

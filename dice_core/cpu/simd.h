@@ -1,6 +1,7 @@
 /* The SIMD vectors of the kernels: `floats` and `doubles`, GCC vector types of 64, 32 or 16 bytes, whichever the
    instruction set compiled for has, or scalars if the compiler has no vector types. C applies + - * / to them lane
-   by lane; the functions here do the rest. A mask is a vector whose lanes have all bits set, or none. */
+   by lane; the functions here do the rest. A mask has one lane for each of a vector's: with AVX-512 a bit, otherwise
+   all bits, of which all are set or none. */
 #ifndef DICE_SIMD_H
 #define DICE_SIMD_H
 
@@ -86,13 +87,6 @@ INLINE doubles min_doubles(doubles a, doubles b) { return vminq_f64(a, b); }
     INLINE vec load_##vec(const void *p) { vec v; memcpy(&v, p, sizeof v); return v; }                                 \
     INLINE void store_##vec(void *p, vec v) { memcpy(p, &v, sizeof v); }                                               \
     INLINE vec broadcast_##vec(number x) { return x - (vec){0}; }                                                      \
-    INLINE vec equal_##vec(vec a, vec b) { return vec_of_##bits((bits)MASK(a == b)); }                                 \
-    INLINE vec less_##vec(vec a, vec b) { return vec_of_##bits((bits)MASK(a < b)); }                                   \
-    INLINE vec and_mask_##vec(vec mask, vec v) { return vec_of_##bits(bits_of_##vec(mask) & bits_of_##vec(v)); }       \
-    INLINE vec andnot_##vec(vec mask, vec v) { return vec_of_##bits(~bits_of_##vec(mask) & bits_of_##vec(v)); }        \
-    INLINE vec select_##vec(vec mask, vec a, vec b) {                                                                  \
-        return vec_of_##bits((bits_of_##vec(a) & bits_of_##vec(mask)) | (bits_of_##vec(b) & ~bits_of_##vec(mask)));    \
-    }                                                                                                                  \
     /* The lowest bits of the significand, moved to the exponent field. */                                             \
     INLINE vec exponent_##vec(vec v) {                                                                                 \
         return vec_of_##bits((bits)((unsigned_bits)bits_of_##vec(v) << mantissa_bits));                                \
@@ -107,12 +101,48 @@ INLINE doubles min_doubles(doubles a, doubles b) { return vminq_f64(a, b); }
         bits n = (bits_of_##vec(v) - bits_of_##vec(broadcast_##vec((number)0.7071067811865476))) >> mantissa_bits;     \
         *m = vec_of_##bits((bits)((unsigned_bits)bits_of_##vec(v) - ((unsigned_bits)n << mantissa_bits)));             \
         return vec_of_##bits(n + bits_of_##vec(broadcast_##vec(unit))) - unit;                                         \
-    }                                                                                                                  \
-    /* Adds 1 to the lanes of count, which are integers, where the mask is set: its bits are the integer -1. */        \
-    INLINE vec count_##vec(vec count, vec mask) { return vec_of_##bits(bits_of_##vec(count) - bits_of_##vec(mask)); }
+    }
 
 DEFINE(floats, float, ints, words, 23)
 DEFINE(doubles, double, longs, longwords, 52)
+#undef DEFINE
+
+/* Masks: `add_where` adds v to x where the mask is set, `count` adds 1 to lanes that are integers. */
+#if BYTES == 64
+typedef __mmask16 mask_t;
+#define DEFINE(vec, suffix, integer)                                                                                   \
+    INLINE mask_t equal_##vec(vec a, vec b) { return _mm512_cmp_##suffix##_mask(a, b, _CMP_EQ_OQ); }                   \
+    INLINE mask_t less_##vec(vec a, vec b) { return _mm512_cmp_##suffix##_mask(a, b, _CMP_LT_OQ); }                    \
+    INLINE vec and_mask_##vec(mask_t mask, vec v) { return _mm512_maskz_mov_##suffix(mask, v); }                       \
+    INLINE vec andnot_##vec(mask_t mask, vec v) { return _mm512_mask_blend_##suffix(mask, v, (vec){0}); }              \
+    INLINE vec select_##vec(mask_t mask, vec a, vec b) { return _mm512_mask_blend_##suffix(mask, b, a); }              \
+    INLINE vec add_where_##vec(vec x, mask_t mask, vec v) { return _mm512_mask_add_##suffix(x, mask, x, v); }          \
+    INLINE vec count_##vec(vec count, mask_t mask) {                                                                   \
+        __m512i n = (__m512i)count;                                                                                    \
+        return (vec)_mm512_mask_sub_##integer(n, mask, n, _mm512_set1_##integer(-1));                                  \
+    }
+DEFINE(floats, ps, epi32)
+DEFINE(doubles, pd, epi64)
+#else
+#if defined(BYTES)
+typedef ints mask_t;
+#else
+typedef int64_t mask_t;
+#endif
+#define DEFINE(vec, bits)                                                                                              \
+    INLINE mask_t equal_##vec(vec a, vec b) { return (mask_t)MASK(a == b); }                                           \
+    INLINE mask_t less_##vec(vec a, vec b) { return (mask_t)MASK(a < b); }                                             \
+    INLINE vec and_mask_##vec(mask_t mask, vec v) { return vec_of_##bits((bits)mask & bits_of_##vec(v)); }             \
+    INLINE vec andnot_##vec(mask_t mask, vec v) { return vec_of_##bits(~(bits)mask & bits_of_##vec(v)); }              \
+    INLINE vec select_##vec(mask_t mask, vec a, vec b) {                                                               \
+        return vec_of_##bits((bits_of_##vec(a) & (bits)mask) | (bits_of_##vec(b) & ~(bits)mask));                      \
+    }                                                                                                                  \
+    INLINE vec add_where_##vec(vec x, mask_t mask, vec v) { return x + and_mask_##vec(mask, v); }                      \
+    /* A set mask is the integer -1. */                                                                                \
+    INLINE vec count_##vec(vec count, mask_t mask) { return vec_of_##bits(bits_of_##vec(count) - (bits)mask); }
+DEFINE(floats, ints)
+DEFINE(doubles, longs)
+#endif
 #undef DEFINE
 
 /* Non-temporal stores, which bypass the caches, to multiples of the vector's size. They are weakly ordered: the fence
@@ -236,8 +266,7 @@ INLINE floats load_bf16(const void *p) {
 INLINE void store_bf16(void *p, floats v) {
     words b = (words)bits_of_floats(v);
     words rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
-    words number = (words)bits_of_floats(equal_floats(v, v));
-    halves h = narrow(select_words(number, rounded, 0x7fc0 + (b & 0)));
+    halves h = narrow(select_words((words)MASK(v == v), rounded, 0x7fc0 + (b & 0)));
     memcpy(p, &h, sizeof h);
 }
 

@@ -1,7 +1,7 @@
 """SIMD vectors: loads and stores, masks, exp and log; the Cython interface to `simd.h`.
 
-To Cython a vector is a number: it passes + - * / on to C, which applies them to every lane. A mask has all bits set in
-the lanes where a condition holds, and none in the others.
+To Cython a vector is a number: it passes + - * / on to C, which applies them to every lane. A mask is set in the lanes
+where a condition holds.
 """
 
 from libc.stdint cimport int16_t, uint16_t, uint32_t, uint64_t
@@ -9,6 +9,7 @@ from libc.stdint cimport int16_t, uint16_t, uint32_t, uint64_t
 cdef extern from "simd.h":
     ctypedef float f32 "floats"
     ctypedef double f64 "doubles"
+    ctypedef int mask_t
     enum:
         VECTORS  # in 64 bytes
         HAS_NON_TEMPORAL
@@ -36,16 +37,16 @@ cdef extern from "simd.h":
     f64 max_doubles(f64, f64) noexcept nogil
     f32 min_floats(f32, f32) noexcept nogil
     f64 min_doubles(f64, f64) noexcept nogil
-    f32 equal_floats(f32, f32) noexcept nogil
-    f64 equal_doubles(f64, f64) noexcept nogil
-    f32 less_floats(f32, f32) noexcept nogil
-    f64 less_doubles(f64, f64) noexcept nogil
-    f32 and_mask_floats(f32, f32) noexcept nogil
-    f64 and_mask_doubles(f64, f64) noexcept nogil
-    f32 andnot_floats(f32, f32) noexcept nogil
-    f64 andnot_doubles(f64, f64) noexcept nogil
-    f32 select_floats(f32, f32, f32) noexcept nogil
-    f64 select_doubles(f64, f64, f64) noexcept nogil
+    mask_t equal_floats(f32, f32) noexcept nogil
+    mask_t equal_doubles(f64, f64) noexcept nogil
+    mask_t less_floats(f32, f32) noexcept nogil
+    mask_t less_doubles(f64, f64) noexcept nogil
+    f32 and_mask_floats(mask_t, f32) noexcept nogil
+    f64 and_mask_doubles(mask_t, f64) noexcept nogil
+    f32 andnot_floats(mask_t, f32) noexcept nogil
+    f64 andnot_doubles(mask_t, f64) noexcept nogil
+    f32 select_floats(mask_t, f32, f32) noexcept nogil
+    f64 select_doubles(mask_t, f64, f64) noexcept nogil
     f32 abs_floats(f32) noexcept nogil
     f64 abs_doubles(f64) noexcept nogil
     bint any_greater_floats(f32, float) noexcept nogil
@@ -54,8 +55,10 @@ cdef extern from "simd.h":
     f64 exponent_doubles(f64) noexcept nogil
     f32 split_floats(f32, f32 *) noexcept nogil
     f64 split_doubles(f64, f64 *) noexcept nogil
-    f32 count_floats(f32, f32) noexcept nogil
-    f64 count_doubles(f64, f64) noexcept nogil
+    f32 add_where_floats(f32, mask_t, f32) noexcept nogil
+    f64 add_where_doubles(f64, mask_t, f64) noexcept nogil
+    f32 count_floats(f32, mask_t) noexcept nogil
+    f64 count_doubles(f64, mask_t) noexcept nogil
 
 ctypedef uint16_t float16  # as stored; two distinct types, so that functions can be specialised for them
 ctypedef int16_t bfloat16
@@ -160,21 +163,21 @@ cdef inline vec minimum(vec a, vec b) noexcept nogil:
         return min_floats(a, b)
 
 
-cdef inline vec equal(vec a, vec b) noexcept nogil:
+cdef inline mask_t equal(vec a, vec b) noexcept nogil:
     if vec is f64:
         return equal_doubles(a, b)
     else:
         return equal_floats(a, b)
 
 
-cdef inline vec less(vec a, vec b) noexcept nogil:
+cdef inline mask_t less(vec a, vec b) noexcept nogil:
     if vec is f64:
         return less_doubles(a, b)
     else:
         return less_floats(a, b)
 
 
-cdef inline vec and_mask(vec mask, vec v) noexcept nogil:
+cdef inline vec and_mask(mask_t mask, vec v) noexcept nogil:
     """v where the mask is set, else 0 (even if v is NaN)."""
     if vec is f64:
         return and_mask_doubles(mask, v)
@@ -182,7 +185,7 @@ cdef inline vec and_mask(vec mask, vec v) noexcept nogil:
         return and_mask_floats(mask, v)
 
 
-cdef inline vec andnot(vec mask, vec v) noexcept nogil:
+cdef inline vec andnot(mask_t mask, vec v) noexcept nogil:
     """0 where the mask is set (even if v is NaN), else v."""
     if vec is f64:
         return andnot_doubles(mask, v)
@@ -190,12 +193,20 @@ cdef inline vec andnot(vec mask, vec v) noexcept nogil:
         return andnot_floats(mask, v)
 
 
-cdef inline vec select(vec mask, vec a, vec b) noexcept nogil:
+cdef inline vec select(mask_t mask, vec a, vec b) noexcept nogil:
     """a where the mask is set, else b."""
     if vec is f64:
         return select_doubles(mask, a, b)
     else:
         return select_floats(mask, a, b)
+
+
+cdef inline vec add_where(mask_t mask, vec total, vec v) noexcept nogil:
+    """total + v where the mask is set, else total (even if v is NaN)."""
+    if vec is f64:
+        return add_where_doubles(total, mask, v)
+    else:
+        return add_where_floats(total, mask, v)
 
 
 cdef inline vec exponent(vec t) noexcept nogil:
@@ -206,7 +217,7 @@ cdef inline vec exponent(vec t) noexcept nogil:
         return exponent_floats(t)
 
 
-cdef inline vec count_mask(vec count, vec mask) noexcept nogil:
+cdef inline vec count_mask(vec count, mask_t mask) noexcept nogil:
     """count + 1 where the mask is set; the lanes of count are integers."""
     if vec is f64:
         return count_doubles(count, mask)
@@ -293,7 +304,8 @@ cdef inline vec log(vec x, vec rest) noexcept nogil:
 
     NaN gives an arbitrary number.
     """
-    cdef vec n, m, r, f, w, y, near
+    cdef vec n, m, r, f, w, y
+    cdef mask_t near
     if vec is f64:
         n = split_doubles(x, &m)
     else:

@@ -9,6 +9,11 @@ in elements, between the channels of an array.
 
 # ---- softmax ---------------------------------------------------------------------------------------------------------
 
+cdef inline void prefetch_ahead(const logit *x) noexcept nogil:
+    """Prefetches what follows in the same row, which the hardware does too late."""
+    PREFETCH(<const char *>x + AHEAD)
+
+
 cdef inline vec softmax_shifted(
     const logit *x, Py_ssize_t row, Py_ssize_t channels, vec *e, Py_ssize_t e_row
 ) noexcept nogil:
@@ -52,13 +57,14 @@ cdef inline void split_sum(
     const Problem *q, vec label, const vec *e, vec *own, vec *rest
 ) noexcept nogil:
     """own and rest of one vector of voxels."""
-    cdef vec which, mask
+    cdef vec which
+    cdef mask_t mask
     cdef Py_ssize_t e_row = q.block // lanes(own)
     set_zero(&which)
     own[0] = rest[0] = which
     for _ in range(q.classes):
         mask = equal(label, which)
-        own[0] = own[0] + and_mask(mask, e[0])
+        own[0] = add_where(mask, own[0], e[0])
         rest[0] = rest[0] + andnot(mask, e[0])
         which = which + 1
         e += e_row
@@ -92,7 +98,8 @@ cdef inline void softmax_few(
     That saves one exponential, and the exponentials need not wait for the maximum. The division is a loop of its own,
     so that the exponentials of the next voxels need not wait for it either.
     """
-    cdef vec first, total, v, mask, of_own, zero
+    cdef vec first, total, v, of_own, zero
+    cdef mask_t mask
     cdef Py_ssize_t e_row = q.block // lanes(scale)
     cdef Py_ssize_t i
     cdef const logit *at
@@ -101,6 +108,7 @@ cdef inline void softmax_few(
     of_own = zero
     for i in range(lines * VECTORS):
         at = x + i * lanes(scale)
+        prefetch_ahead(at)
         load(&first, at)
         v = first * 0 + 1  # NaN if it is infinite
         e[i] = total = v
@@ -110,12 +118,13 @@ cdef inline void softmax_few(
             total = andnot(mask, v)
         for c in range(1, classes):
             at += row
+            prefetch_ahead(at)
             load(&v, at)
             v = exp_within(v - first)
             e[c * e_row + i] = v
             if split:
                 mask = equal(label[i], constant(&zero, c))
-                of_own = of_own + and_mask(mask, v)
+                of_own = add_where(mask, of_own, v)
                 total = total + andnot(mask, v)
             else:
                 total = total + v
@@ -150,7 +159,8 @@ cdef inline void softmax_many(
     The hardware prefetcher does not follow the jump from one class to the next, so the same voxels of the next class
     are prefetched meanwhile; after the last class, the first one's of the next block.
     """
-    cdef vec first, v, mask, which, zero, b
+    cdef vec first, v, which, zero, b
+    cdef mask_t mask
     cdef Py_ssize_t e_row = q.block // lanes(scale)
     cdef Py_ssize_t i, j, c
     cdef const logit *at = x
@@ -179,7 +189,7 @@ cdef inline void softmax_many(
                 to[j] = v
                 if split:
                     mask = equal(label[j], which)
-                    own[j] = own[j] + and_mask(mask, v)
+                    own[j] = add_where(mask, own[j], v)
                     v = andnot(mask, v)
                     rest[j] = rest[j] + v
                     if dots:
@@ -203,8 +213,10 @@ cdef inline void load_difference(vec *v, const logit *x, Py_ssize_t row, int cha
     that.
     """
     cdef vec first
+    prefetch_ahead(x + (channels - 1) * row)
     load(v, x + (channels - 1) * row)
     if channels == 2:
+        prefetch_ahead(x)
         load(&first, x)
         v[0] = maximum(first, v[0]) * 0 + (v[0] - first)
 
@@ -217,7 +229,8 @@ cdef inline void softmax_two(
     instructions; if `symmetric`, 1 and exp(-|v|), so that none is large. The last two arguments are compile-time
     constants.
     """
-    cdef vec u, v, below, zero, one, lowest, highest
+    cdef vec u, v, zero, one, lowest, highest
+    cdef mask_t below
     cdef Py_ssize_t i, e_row = q.block // lanes(scale)
     set_zero(&zero)
     one = zero + 1
@@ -252,7 +265,7 @@ cdef vec nll_from_logits(const logit *x, Py_ssize_t row, Py_ssize_t channels, ve
     own = total = which = zero
     for c in range(channels):
         load(&v, x + c * row)
-        own = own + and_mask(equal(label, which), v)
+        own = add_where(equal(label, which), own, v)
         total = total + exp(maximum(lowest, v - top))
         which = which + 1
     return log(total, zero + 1 - total) + total * 0 - (own - top)  # total * 0: the log of NaN is not NaN
@@ -264,9 +277,10 @@ cdef inline vec nll_of(
     """-log(own): `own` are the probabilities of the voxels' own classes, `rest` those of all others together, x the
     logits. Arbitrary for ignored voxels.
     """
-    cdef vec zero, exact, nll
+    cdef vec zero, nll
+    cdef mask_t exact
     set_zero(&zero)
-    own = own + and_mask(less(label, zero), zero + 1)
+    own = add_where(less(label, zero), own, zero + 1)
     nll = zero - log(own, rest)
     if any_greater(zero - own, -SMALLEST_EXACT):
         exact = less(constant(&zero, SMALLEST_EXACT), own)
