@@ -14,29 +14,38 @@ from dataclasses import replace
 from typing import Any
 
 from . import allocators, buffers
-from .gpu import cache, driver, kernels
+from .gpu import cache, driver, kernels, toolkit
 from .gpu import plan as plans
 from .gpu.plan import Plan
 from .spec import BASIC, VOXELS
 
 CAPABILITY = (8, 0)  # minimum: required by conversions to bfloat16
-INSTALL = 'pip install "dice_core[gpu]"'
+NEWEST_CUDA = 13  # the extra `gpu`, for any later driver too
 SIGNIFICANT_BITS = {"float16": 11, "bfloat16": 8, "float32": 24, "float64": 53}
 
 
 def unavailable() -> list[str]:
     """The reasons why it does not run on this machine; empty if it does."""
     reasons = driver.unavailable()
-    if cache.version("numba-cuda") is None:
-        reasons.append(f"needs numba-cuda, which replaces numba's built-in CUDA target: {INSTALL}")
-    linker = cache.version("nvidia-nvjitlink")
-    if not reasons and linker and driver.version() < int(linker.split(".")[0]):
-        reasons.append(
-            f"the NVIDIA driver supports CUDA {driver.version()}, the compiler "
-            f"(nvidia-nvjitlink {linker}) needs a later version; update the driver, or install a "
-            f"compiler of its version: pip install numba-cuda[cu12]"
-        )
-    return reasons
+    cuda = driver.version() if not reasons else NEWEST_CUDA
+    if toolkit.version("numba-cuda") is None:
+        return [
+            *reasons,
+            f"needs numba-cuda, which replaces numba's built-in CUDA target: "
+            f"{toolkit.install(cuda)}",
+        ]
+    if reasons:
+        return reasons
+    linker = toolkit.linker()
+    if linker is None:
+        return [f"finds no nvJitLink of a CUDA toolkit: {toolkit.install(cuda)}"]
+    if cuda < linker[0]:
+        return [
+            f"the NVIDIA driver supports CUDA {cuda}, the compiler (nvJitLink "
+            f"{linker[0]}.{linker[1]}) needs one for CUDA {linker[0]}; update the driver, or "
+            f"{toolkit.replace(cuda)}"
+        ]
+    return []
 
 
 def unsupported(signature: Any) -> list[str]:

@@ -17,7 +17,7 @@ import pytest
 
 import dice_core
 from dice_core import _gpu, backends, buffers, spec
-from dice_core.gpu import cache, driver, kernels
+from dice_core.gpu import cache, driver, kernels, toolkit
 from dice_core.gpu.plan import INTEGER, NUMBER, Arguments, Plan
 
 STUB = Path(__file__).parent / "stub_driver.c"
@@ -45,6 +45,7 @@ def calls(library, monkeypatch, tmp_path):
 
     monkeypatch.setenv("STUB_LOG", str(log))
     monkeypatch.setattr(driver, "LIBRARY", str(library))
+    monkeypatch.setattr(toolkit, "_torch_cuda", lambda: None)
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
     forget()
     yield logged
@@ -60,6 +61,7 @@ def forget():
         driver.name,
         _gpu._kernel,
         cache._origin,
+        toolkit.linker,
     ):
         found.cache_clear()
 
@@ -178,27 +180,52 @@ class TestUnavailable:
         assert "older than CUDA 12" in _gpu.unavailable()[0]
 
     @needs_compiler
-    def test_without_numba_cuda(self, calls, monkeypatch):
-        monkeypatch.setattr(cache, "version", lambda package: None)
+    @pytest.mark.parametrize(("version", "extra"), [(12020, "gpu-cu12"), (13000, "gpu-cu13")])
+    def test_without_numba_cuda(self, calls, monkeypatch, version, extra):
+        monkeypatch.setenv("STUB_VERSION", str(version))
+        monkeypatch.setattr(toolkit, "version", lambda package: None)
         (reason,) = _gpu.unavailable()
-        assert "needs numba-cuda" in reason
-        assert 'pip install "dice_core[gpu]"' in reason
+        assert reason == (
+            f"needs numba-cuda, which replaces numba's built-in CUDA target: "
+            f'pip install "dice_core[{extra}]"'
+        )
 
     @needs_compiler
-    def test_with_a_driver_older_than_the_compiler(self, calls, monkeypatch):
-        monkeypatch.setenv("STUB_VERSION", "12080")
-        monkeypatch.setattr(cache, "version", lambda package: "13.5.37")
+    def test_without_a_linker(self, calls, monkeypatch):
+        installed(monkeypatch)
+        monkeypatch.setattr(toolkit, "_loaded", lambda: None)
         (reason,) = _gpu.unavailable()
-        assert "supports CUDA 12, the compiler (nvidia-nvjitlink 13.5.37) needs a later" in reason
-        assert "update the driver" in reason
+        assert reason == ('finds no nvJitLink of a CUDA toolkit: pip install "dice_core[gpu-cu13]"')
 
     @needs_compiler
-    def test_with_all(self, calls, monkeypatch):
-        monkeypatch.setattr(cache, "version", lambda package: "13.5.37")
+    @pytest.mark.parametrize("version", [12020, 12080])
+    def test_with_a_driver_older_than_the_compiler(self, calls, monkeypatch, version):
+        monkeypatch.setenv("STUB_VERSION", str(version))
+        installed(monkeypatch, **{"nvidia-nvjitlink": "13.5.37"})
+        (reason,) = _gpu.unavailable()
+        assert reason == (
+            "the NVIDIA driver supports CUDA 12, the compiler (nvJitLink 13.5) needs one for "
+            f"CUDA 13; update the driver, or {toolkit.replace(12)}"
+        )
+
+    @needs_compiler
+    @pytest.mark.parametrize(
+        ("version", "linker"),
+        [(12020, "-cu12"), (12080, "-cu12"), (13000, "-cu12"), (13000, ""), (14000, "")],
+    )
+    def test_with_all(self, calls, monkeypatch, version, linker):
+        monkeypatch.setenv("STUB_VERSION", str(version))
+        installed(monkeypatch, **{f"nvidia-nvjitlink{linker}": "12.9.86" if linker else "13.5.37"})
         assert _gpu.unavailable() == []
         assert driver.capability(0) == (9, 0)
         assert driver.capability(1) == (12, 0)
         assert driver.name(1) == "Stub 41"
+
+
+def installed(monkeypatch, **packages):
+    """Claims that pip installed numba-cuda and these."""
+    packages |= {"numba-cuda": "0.30.4", "cuda-bindings": "13.5.0"}
+    monkeypatch.setattr(toolkit, "version", packages.get)
 
 
 def test_the_cache_knows_every_source():
@@ -253,12 +280,14 @@ class TestCache:
         assert cache.cubin(*other) != code
         assert len(self.files()) == 2
 
-    @pytest.mark.parametrize("what", ["version", "SOURCES"])
+    @pytest.mark.parametrize("what", ["linker", "SOURCES"])
     def test_other_versions_are_other_files(self, compiled, monkeypatch, what):
         cache.cubin("total", PLAN, (9, 0))
         cache._origin.cache_clear()
-        value = (lambda package: "999") if what == "version" else ("driver.py",)
-        monkeypatch.setattr(cache, what, value)
+        if what == "linker":
+            monkeypatch.setattr(toolkit, "linker", lambda: (99, 9))
+        else:
+            monkeypatch.setattr(cache, "SOURCES", ("driver.py",))
         cache.cubin("total", PLAN, (9, 0))
         cache._origin.cache_clear()
         assert len(compiled) == 2

@@ -73,7 +73,7 @@ ARROWS = {
     "buffers": set(),
     "threads": set(),
     "_reference": set(),
-    "_gpu": {"gpu.plan", "gpu.kernels", "gpu.cache", "gpu.driver", "spec", *ARRAYS},
+    "_gpu": {"gpu.plan", "gpu.kernels", "gpu.cache", "gpu.driver", "gpu.toolkit", "spec", *ARRAYS},
     "gpu.__init__": set(),
     "gpu.kernels": {"gpu.plan", "gpu.blocks", "gpu.general", "gpu.totals"},
     "gpu.general": {"gpu.plan", "gpu.blocks"},
@@ -82,8 +82,9 @@ ARROWS = {
     "gpu.plan": {"spec"},
     "gpu.intrinsics": set(),
     "gpu.compile": {"gpu.plan", "gpu.kernels", "gpu.intrinsics"},
-    "gpu.cache": {"gpu.plan", "gpu.compile"},
+    "gpu.cache": {"gpu.plan", "gpu.compile", "gpu.toolkit"},
     "gpu.driver": set(),
+    "gpu.toolkit": set(),
 }
 IN_BENCH = {
     "__init__": set(),

@@ -16,7 +16,7 @@ import pytest
 from compare import kernel_rows
 
 from dice_core import backends
-from dice_core.gpu import cache
+from dice_core.gpu import cache, toolkit
 from dice_core.gpu.plan import Plan
 
 PLAN = Plan("float16", "uint8", 4, voxels=8)
@@ -223,10 +223,11 @@ def test_a_folder_that_cannot_be_written_to_is_read(compiled, folder, monkeypatc
 
 @pytest.mark.parametrize("package", cache.COMPILERS)
 def test_every_compiler_s_version_is_in_the_name(monkeypatch, package):
-    monkeypatch.setattr(cache, "version", lambda name: "1")
+    monkeypatch.setattr(toolkit, "linker", lambda: (13, 5))
+    monkeypatch.setattr(toolkit, "version", lambda name: "1")
     cache._origin.cache_clear()
     before = cache._key("total", PLAN, (9, 0))
-    monkeypatch.setattr(cache, "version", lambda name: "2" if name == package else "1")
+    monkeypatch.setattr(toolkit, "version", lambda name: "2" if name == package else "1")
     cache._origin.cache_clear()
     assert cache._key("total", PLAN, (9, 0)) != before
     cache._origin.cache_clear()

@@ -6,6 +6,7 @@
 - totals: adds the partial sums of blocks, and optionally computes a loss from the totals.
 - intrinsics: operations of the kernels that numba.cuda lacks, as LLVM.
 - compile: kernels to cubins. cache: cubins on disk. driver: loads and launches them.
+- toolkit: the version of the CUDA toolkit that compiles.
 
 `dice_core._gpu` is the backend that uses them.
 """

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import os
 import stat
 import sys
@@ -24,6 +23,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from . import toolkit
 from .plan import Plan
 
 VARIABLE = "DICE_CORE_CACHE_DIR"
@@ -37,7 +37,7 @@ SOURCES = (  # relative to this file
     "intrinsics.py",
     "compile.py",
 )
-COMPILERS = (  # those of a CUDA toolkit outside Python have no version here
+COMPILERS = (  # pip's packages; of a toolkit from elsewhere only the linker's version is known
     "numba",
     "numba-cuda",
     "llvmlite",
@@ -99,15 +99,8 @@ def _origin() -> tuple[str, ...]:
     here = Path(__file__).parent
     texts = [hashlib.sha256((here / name).read_bytes()).hexdigest() for name in SOURCES]
     python = str(sys.implementation.cache_tag)  # whose bytecode numba compiles
-    return (*texts, python, *(str(version(package)) for package in COMPILERS))
-
-
-def version(package: str) -> str | None:
-    """The version of an installed package; None if it is not, as a system-wide compiler is not."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    versions = (toolkit.linker(), *(toolkit.version(package) for package in COMPILERS))
+    return (*texts, python, *map(str, versions))
 
 
 def _private(path: Path) -> Path:
