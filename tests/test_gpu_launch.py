@@ -228,6 +228,47 @@ def installed(monkeypatch, **packages):
     monkeypatch.setattr(toolkit, "version", packages.get)
 
 
+def header(abi):
+    """The first bytes of a cubin of this ABI."""
+    return b"\x7fELF\2\1\1" + bytes([abi, 7]) + bytes(40)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("cuda", "abi", "capability", "accepted"),
+    [
+        (12080, 0x33, (9, 0), True),
+        (12080, 0x41, (9, 0), False),
+        (12080, 0x41, (10, 0), True),
+        (12080, 0x41, (12, 0), True),
+        (13000, 0x33, (9, 0), True),
+        (13000, 0x41, (9, 0), True),
+        (12020, None, (9, 0), True),
+    ],
+)
+def test_the_driver_accepts(calls, monkeypatch, cuda, abi, capability, accepted):
+    monkeypatch.setenv("STUB_VERSION", str(cuda))
+    assert driver.accepts(b"code" if abi is None else header(abi), capability) is accepted
+
+
+@needs_compiler
+@pytest.mark.parametrize("cuda", [12020, 12080, 13000])
+def test_the_installed_linker_is_refused_by_drivers_that_cannot_load_its_code(
+    calls, monkeypatch, cuda
+):
+    """The check before a call agrees with what the linker really makes."""
+    pytest.importorskip("numba_cuda", reason="needs the extra gpu-cu12 or gpu-cu13")
+    from dice_core.gpu import compile as compiler
+
+    monkeypatch.setenv("STUB_VERSION", str(cuda))
+    code = compiler.compile("total", Plan("float32", "uint8", 1), (9, 0))
+    assert code[:4] == b"\x7fELF"
+    assert driver.accepts(code, (9, 0)) == (not _gpu.unavailable())
+    newest = compiler.compile("total", Plan("float32", "uint8", 1), (12, 0))
+    assert driver.accepts(newest, (12, 0))
+    assert toolkit.linker() == toolkit._loaded()
+
+
 def test_the_cache_knows_every_source():
     """Everything that `gpu.compile` imports from the package, except argument checks."""
     folder, found = Path(cache.__file__).parent, set()
@@ -301,6 +342,21 @@ class TestCache:
         assert cache.cubin("total", PLAN, (9, 0)) == code
         assert path.read_bytes() == whole
         assert len(compiled) == 2
+
+    @needs_compiler
+    def test_a_file_of_an_abi_that_the_driver_lacks_is_replaced(self, compiled, calls, monkeypatch):
+        """As another toolkit leaves it, of which neither pip nor its linker gives the version."""
+        code = cache.cubin("total", PLAN, (9, 0))
+        (path,) = self.files()
+        key, stale = path.stem, header(0x41)
+        path.write_bytes(cache._digest(key, stale) + stale)
+        monkeypatch.setenv("STUB_VERSION", "13000")
+        assert cache.cubin("total", PLAN, (9, 0)) == stale
+        monkeypatch.setenv("STUB_VERSION", "12080")
+        assert cache.cubin("total", PLAN, (9, 0)) == code
+        assert cache.cubin("total", PLAN, (9, 0)) == code
+        assert len(compiled) == 2
+        assert len(self.files()) == 1
 
     def test_without_a_writable_folder_every_process_compiles(
         self, compiled, monkeypatch, tmp_path

@@ -82,7 +82,7 @@ ARROWS = {
     "gpu.plan": {"spec"},
     "gpu.intrinsics": set(),
     "gpu.compile": {"gpu.plan", "gpu.kernels", "gpu.intrinsics"},
-    "gpu.cache": {"gpu.plan", "gpu.compile", "gpu.toolkit"},
+    "gpu.cache": {"gpu.plan", "gpu.compile", "gpu.driver", "gpu.toolkit"},
     "gpu.driver": set(),
     "gpu.toolkit": set(),
 }

@@ -1,7 +1,7 @@
 """Compiled kernels on disk, so that only the first process that needs one imports numba.
 
-A file holds a digest and a cubin. Its name is a hash of everything that the cubin depends on, so no
-file is ever out of date; the folder can be deleted at any time.
+A file holds a digest and a cubin. Its name is a hash of everything that the cubin is known to
+depend on; one that the driver still cannot load is replaced. The folder can be deleted at any time.
 
 A cubin is code, so none is read that another user may have written: the folder and the file must
 belong to this user or to root, and nobody else may write to them. The folders above are not
@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import toolkit
+from . import driver, toolkit
 from .plan import Plan
 
 VARIABLE = "DICE_CORE_CACHE_DIR"
@@ -55,7 +55,8 @@ READ = os.O_RDONLY | sum(getattr(os, f"O_{name}", 0) for name in ("NOFOLLOW", "N
 
 
 def cubin(kind: str, plan: Plan, capability: tuple[int, int]) -> bytes:
-    """The cubin of a kernel: from the disk if it is there and intact, else compiled and stored.
+    """The cubin of a kernel: from the disk if it is there, intact and of an ABI that the driver
+    accepts, else compiled and stored.
 
     Without a private, writable folder every process compiles it, and a RuntimeWarning says why.
     """
@@ -64,7 +65,7 @@ def cubin(kind: str, plan: Plan, capability: tuple[int, int]) -> bytes:
     with _warning():
         path = _private(folder()) / f"{key}.cubin"
         code = _read(path, key)
-    if code:
+    if code and driver.accepts(code, capability):
         return code
 
     from . import compile as compiler  # numba takes a second to import

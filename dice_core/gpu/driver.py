@@ -19,6 +19,8 @@ LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 BUFFER_POINTER, BUFFER_SIZE, END = 1, 2, 0  # CU_LAUNCH_PARAM_*
+OS_ABI, CUDA_13_ABI = 7, 0x41  # e_ident[EI_OSABI] of a cubin; CUDA 12's is 0x33
+BLACKWELL = (10, 0)
 DEFAULT_STREAMS = {0, 1}  # 0 and CU_STREAM_LEGACY are the same stream
 
 _Extra = c_void_p * 5
@@ -75,6 +77,14 @@ def version() -> int:
     number = c_int()
     _call("cuDriverGetVersion", byref(number))
     return number.value // 1000
+
+
+def accepts(cubin: bytes, capability: tuple[int, int]) -> bool:
+    """Whether the driver can load a cubin for this compute capability, by its ELF header: a driver
+    for CUDA 12 knows CUDA 13's ABI only from Blackwell on, for which CUDA 12's linker has it, too.
+    """
+    new = cubin[OS_ABI : OS_ABI + 1] == bytes([CUDA_13_ABI])
+    return not new or capability >= BLACKWELL or version() >= 13
 
 
 @functools.cache
