@@ -168,6 +168,29 @@ def test_numba_s_own_target_is_refused(monkeypatch):
         compiler.compile("total", plan("float32", "uint8", 1, Spec()), HOPPER)
 
 
+def test_the_linker_s_errors_are_in_the_message():
+    text = compiler.ptx("total", plan("float32", "uint8", 1, Spec()), HOPPER)
+    linker = r"nvJitLink 1\d\.\d+ failed for compute capability 9\.0 \(ERROR_PTX_COMPILE \(4\)\): "
+    broken = text.replace("ret;", "no_such_instruction;")
+    with pytest.raises(RuntimeError, match=linker + r"(?s:.*)no_such_instruction"):
+        compiler.link(broken, HOPPER)
+    later = re.sub(r"\.version \d+\.\d+", ".version 99.9", text)
+    with pytest.raises(RuntimeError, match=r"Unsupported \.version 99\.9(?s:.*)new environment\.$"):
+        compiler.link(later, HOPPER)
+
+
+def test_a_gpu_that_the_linker_does_not_know(monkeypatch):
+    """Pretended: nvJitLink 12.9 really fails for 99.0, and aborts the process when next used."""
+
+    def create(count, options):
+        raise compiler.nvjitlink.nvJitLinkError(16)
+
+    monkeypatch.setattr(compiler.nvjitlink, "create", create)
+    unknown = r"failed for compute capability 99\.0 \(ERROR_UNRECOGNIZED_ARCH \(16\)\)$"
+    with pytest.raises(RuntimeError, match=unknown):
+        compiler.link("", (99, 0))
+
+
 def test_constants_that_two_files_know():
     assert intrinsics.WORD_BYTES == plans.WORD_BYTES
     assert {name: real.bitwidth for name, real in intrinsics.REAL.items()} == {

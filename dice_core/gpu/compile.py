@@ -63,19 +63,52 @@ def signature(kind: str) -> Any:
 
 
 def link(text: str, capability: tuple[int, int]) -> tuple[bytes, str]:
-    """Links PTX to a cubin; also returns the assembler's report of registers and memory."""
+    """Links PTX to a cubin; also returns the assembler's report of registers and memory.
+
+    Raises RuntimeError with the linker's errors if it fails.
+    """
     source = text.encode()
-    handle = nvjitlink.create(3, [f"-arch=sm_{capability[0]}{capability[1]}", "-verbose", "-O3"])
+    handle, errors = None, ""
     try:
-        nvjitlink.add_data(handle, nvjitlink.InputType.PTX, source, len(source), kernels.ENTRY)
-        nvjitlink.complete(handle)
+        architecture = f"-arch=sm_{capability[0]}{capability[1]}"
+        handle = nvjitlink.create(3, [architecture, "-verbose", "-O3"])
+        try:
+            nvjitlink.add_data(handle, nvjitlink.InputType.PTX, source, len(source), kernels.ENTRY)
+            nvjitlink.complete(handle)
+        except nvjitlink.nvJitLinkError:
+            errors = _log(handle, nvjitlink.get_error_log_size, nvjitlink.get_error_log)
+            raise
         cubin = bytearray(nvjitlink.get_linked_cubin_size(handle))
         nvjitlink.get_linked_cubin(handle, cubin)
-        log = bytearray(nvjitlink.get_info_log_size(handle))
-        nvjitlink.get_info_log(handle, log)
+        return bytes(cubin), _log(handle, nvjitlink.get_info_log_size, nvjitlink.get_info_log)
+    except nvjitlink.nvJitLinkError as error:
+        raise RuntimeError(_failure(error, errors, capability)) from error
     finally:
-        nvjitlink.destroy(handle)
-    return bytes(cubin), log.decode()
+        if handle is not None:
+            nvjitlink.destroy(handle)
+
+
+def _log(handle: int, size: Any, get: Any) -> str:
+    """One of the linker's two logs."""
+    log = bytearray(size(handle))
+    get(handle, log)
+    return log.decode(errors="replace").rstrip("\0").strip()
+
+
+def _failure(error: Exception, errors: str, capability: tuple[int, int]) -> str:
+    """The message for a failure of the linker."""
+    linker = ".".join(map(str, nvjitlink.version()))
+    text = (
+        f"nvJitLink {linker} failed for compute capability {capability[0]}.{capability[1]} "
+        f"({error}){f': {errors}' if errors else ''}"
+    )
+    if "Unsupported .version" in errors:
+        text += (
+            "\nThe linker is of an earlier CUDA toolkit than the compiler, NVVM: that of torch is "
+            "used where torch is imported. Install the extra of its version of CUDA, gpu-cu12 or "
+            "gpu-cu13, in a new environment."
+        )
+    return text
 
 
 def operations(plan: Plan) -> Any:
