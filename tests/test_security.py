@@ -2,6 +2,7 @@
 sent, run or imported that a call does not need.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -31,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 def test_the_promises_are_linked():
     assert "](SECURITY.md)" in (ROOT / "README.md").read_text()
     promised = (ROOT / "SECURITY.md").read_text()
-    assert all(word in promised for word in (cache.VARIABLE, backends.VARIABLE, "0700", "0600"))
+    assert all(word in promised for word in (cache.VARIABLE, backends.VARIABLE, "0700", "0644"))
 
 
 # ---- the cache of compiled kernels ---------------------------------------------------------------
@@ -78,16 +80,49 @@ def planted(folder):
     return path, code
 
 
-@needs_modes
-def test_the_cache_is_private(compiled, folder):
-    mask = os.umask(0)
+@contextlib.contextmanager
+def umask(mask):
+    before = os.umask(mask)
     try:
-        kernel()
+        yield
     finally:
-        os.umask(mask)
+        os.umask(before)
+
+
+@needs_modes
+@pytest.mark.parametrize(
+    ("mask", "mode"), [(0, 0o644), (0o002, 0o644), (0o022, 0o644), (0o027, 0o640), (0o077, 0o600)]
+)
+def test_nobody_else_may_write_to_the_cache(compiled, folder, mask, mode):
+    """Who may read a file is for the umask to say; our folder lets nobody else in."""
+    with umask(mask):
+        kernel()
     (path,) = folder.iterdir()
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+    kernel()
+    assert len(compiled) == 1
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become another user"
+)
+def test_a_folder_that_root_filled_is_for_everyone(compiled, monkeypatch):
+    """Another user reads it, and compiles only what is not there."""
+    cache._warn.cache_clear()
+    with tempfile.TemporaryDirectory() as folder, umask(0o022):
+        os.chmod(folder, 0o755)
+        monkeypatch.setenv(cache.VARIABLE, folder)
+        code = kernel()
+        os.seteuid(12345)
+        try:
+            assert kernel() == code
+            with pytest.warns(RuntimeWarning, match="not kept on disk: .*Permission denied"):
+                cache.cubin("loss", PLAN, (9, 0))
+        finally:
+            os.seteuid(0)
+    cache._warn.cache_clear()
+    assert len(compiled) == 2
 
 
 @needs_modes
@@ -131,7 +166,7 @@ def test_a_file_that_others_may_write_to_is_replaced(compiled, folder, mode):
     assert kernel() != code
     assert kernel() != code
     assert len(compiled) == 2
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.stat().st_mode) & cache.OTHERS_WRITE == 0
 
 
 @needs_modes
@@ -211,10 +246,10 @@ def test_a_folder_that_cannot_be_written_to_is_read(compiled, folder, monkeypatc
     """For example one that an administrator filled for everyone."""
     code = kernel()
 
-    def read_only(**_):
+    def read_only(path, content):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(cache.tempfile, "mkstemp", read_only)
+    monkeypatch.setattr(cache, "_write", read_only)
     assert kernel() == code
     with pytest.warns(RuntimeWarning, match="not kept on disk: .*Permission denied"):
         cache.cubin("loss", PLAN, (9, 0))

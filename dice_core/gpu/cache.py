@@ -16,9 +16,9 @@ import contextlib
 import functools
 import hashlib
 import os
+import secrets
 import stat
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +52,7 @@ DIGEST_BYTES = 32
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 # A symbolic link is refused, and a pipe does not block.
 READ = os.O_RDONLY | sum(getattr(os, f"O_{name}", 0) for name in ("NOFOLLOW", "NONBLOCK", "BINARY"))
+WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 
 
 def cubin(kind: str, plan: Plan, capability: tuple[int, int]) -> bytes:
@@ -146,8 +147,11 @@ def _digest(key: str, code: bytes) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Atomically, readable by this user only: other processes see all of the file or none."""
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".new")
+    """Atomically: other processes see all of the file or none. Others may read it if the umask lets
+    them, and never write to it.
+    """
+    name = path.with_suffix(f".{secrets.token_hex(8)}.new")
+    handle = os.open(name, WRITE, 0o644)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
