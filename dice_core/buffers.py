@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 HOST, CUDA, CUDA_MANAGED = 1, 2, 13  # DLDeviceType
+STREAMS = 3  # the version of the CUDA array interface that added streams
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -80,7 +81,9 @@ def of(array: Any, name: str) -> Buffer:
     """The Buffer of an array.
 
     Takes NumPy arrays (memmap too), torch tensors, and objects with `__cuda_array_interface__`
-    (CuPy, numba), `__dlpack__` (JAX), `__array_interface__` or the buffer protocol.
+    (CuPy, numba), `__dlpack__` (JAX), `__array_interface__` or the buffer protocol. Versions of the
+    CUDA array interface below 3 do not say when the memory may be read; DLPack, where there is
+    both, makes the default stream wait until then.
 
     Raises TypeError, with `name` in the message, for anything else, and for arrays whose elements
     cannot be read in place: masked, byte-swapped, misaligned, sparse.
@@ -94,8 +97,11 @@ def of(array: Any, name: str) -> Buffer:
         raise TypeError(f"{name} must be an array, got the class {array.__name__}")
     if hasattr(array, "__dask_graph__"):
         raise TypeError(f"{name} is a dask {type(array).__name__}; use dice_core.dask")
-    if hasattr(array, "__cuda_array_interface__"):
-        return _of_cuda_array(array, name)
+    interface = getattr(array, "__cuda_array_interface__", None)
+    if interface is not None and (
+        interface.get("version", 0) >= STREAMS or not hasattr(array, "__dlpack__")
+    ):
+        return _of_cuda_array(array, interface, name)
     if hasattr(array, "__dlpack__"):
         return _of_dlpack(array, name)
     if hasattr(array, "__array_interface__"):
@@ -229,9 +235,10 @@ def _torch_layout(shape: Any, steps: tuple[int, ...], dtype: Any, device: Any) -
     )
 
 
-def _of_cuda_array(array: Any, name: str) -> Buffer:
-    """Reads version 3 of the CUDA array interface, whose streams 1 and 2 are valid CUDA handles."""
-    interface = array.__cuda_array_interface__
+def _of_cuda_array(array: Any, interface: dict[str, Any], name: str) -> Buffer:
+    """Reads the CUDA array interface, whose streams 1 and 2 are valid CUDA handles; without a
+    stream there is nothing to wait for.
+    """
     if interface.get("mask") is not None:
         raise TypeError(_MASKED.format(name))
     shape, dtype = tuple(interface["shape"]), np.dtype(interface["typestr"])

@@ -210,6 +210,20 @@ def test_cuda_array_stream(handle):
     assert buffers.of(cuda_array(stream=handle), "x").stream == handle
 
 
+@pytest.mark.parametrize("version", [0, 1, 2])
+def test_an_older_interface_does_not_say_when_memory_may_be_read(version):
+    """So that DLPack is used, which waits; without it there is nothing that could."""
+    old, new = cuda_array(version=version), cuda_array(version=3)
+    for a in (old, new):
+        a.__dlpack_device__ = lambda: (2, 1)
+        a.__dlpack__ = lambda *, stream: cuda_capsule(BASE, (2, stream))
+    assert buffers.of(old, "x").address == BASE.ctypes.data
+    assert (buffers.of(old, "x").stream, buffers.of(old, "x").device) == (0, "cuda:1")
+    assert (buffers.of(new, "x").address, buffers.of(new, "x").stream) == (4096, None)
+    del old.__dlpack__
+    assert (buffers.of(old, "x").address, buffers.of(old, "x").stream) == (4096, None)
+
+
 @pytest.mark.parametrize(
     ("typestr", "dtype"), [("|b1", "bool"), ("|u1", "uint8"), ("<f2", "float16"), ("<i8", "int64")]
 )
@@ -462,7 +476,8 @@ class Devices:
 def interface(a, **more):
     strides = None if a.flags.c_contiguous else a.strides
     data = (a.__array_interface__["data"][0], False)
-    return {"shape": a.shape, "typestr": a.dtype.str, "data": data, "strides": strides} | more
+    facts = {"shape": a.shape, "typestr": a.dtype.str, "data": data, "strides": strides}
+    return facts | {"version": 3} | more
 
 
 def fake_cupy(monkeypatch):
@@ -550,12 +565,19 @@ def fake_numba_on_a_stream(monkeypatch):
 
 
 def fake_jax(monkeypatch):
-    """Supports the array API standard only; float64 must be enabled."""
+    """Supports the array API standard; float64 must be enabled. Work on an array is finished for
+    whoever waits for it, as `__dlpack__` does and version 2 of the CUDA array interface does not.
+    """
     module = ModuleType("fake_jax")
 
     class Array:
         def __init__(self, a, device):
             self.a, self.dtype, self.device = a, a.dtype, device
+            self.finished_on = []  # streams
+
+        @property
+        def __cuda_array_interface__(self):
+            return interface(self.a, version=2)
 
         def __array_namespace__(self):
             return module
@@ -566,6 +588,7 @@ def fake_jax(monkeypatch):
         def __dlpack__(self, *, stream=None, dl_device=None, copy=None):
             if dl_device is None:
                 assert (stream, copy) == (1, None)
+                self.finished_on.append(stream)
                 return cuda_capsule(self.a, self.__dlpack_device__())
             assert (stream, dl_device, copy) == (None, (1, 0), True)
             return self.a.copy().__dlpack__()
@@ -605,6 +628,16 @@ def test_empty_on_a_device(fake, dtype, monkeypatch):
     assert (buffer.shape, buffer.dtype, buffer.device) == ((5, 2), dtype, "cuda:3")
     assert buffer.strides == (2 * buffer.itemsize, buffer.itemsize)
     assert buffer.stream == near.stream
+
+
+def test_jax_is_waited_for(monkeypatch):
+    a = fake_jax(monkeypatch)(BASE, 3)
+    buffer = buffers.of(a, "x")
+    assert (buffer.address, buffer.device, buffer.stream) == (BASE.ctypes.data, "cuda:3", 0)
+    assert a.finished_on == [1]  # CUDA's handle of the default stream
+    new = allocators.empty(buffer, (2,), "float32")  # JAX fills it
+    at = buffers.of(new, "new")
+    assert (at.stream, new.finished_on[-1]) == (0, 1)
 
 
 @libraries
