@@ -74,7 +74,7 @@ def unsupported(signature: Any) -> list[str]:
 
 def statistics(logits: Any, labels: Any, sums: Any, spec: Any, threads: int) -> int:
     """The sums, NaN for a sample with labels out of range; returns 0."""
-    _sum(logits, labels, spec, "total", sums.address, kernels.NO_LOSS)
+    _sum(logits, labels, spec, "total", sums.address, kernels.NO_LOSS, ())
     return 0
 
 
@@ -106,7 +106,7 @@ def loss(
         **dict(zip(("num_i", "num_p", "num_y"), ratio.num, strict=True)),
         **dict(zip(("den_i", "den_p", "den_y"), ratio.den, strict=True)),
     }
-    _sum(logits, labels, spec, "loss", None, loss_arguments)
+    _sum(logits, labels, spec, "loss", None, loss_arguments, (weight,))
     return 0
 
 
@@ -123,10 +123,7 @@ def gradient(
     of the loss's dtype; returns 0. Raises ValueError for strides of `grad` that the kernels cannot
     write.
     """
-    job, stream = _prepared(logits, labels, spec, grad)
-    for other in (grad, scale):
-        if other is not None:
-            _follow(job, stream, other)
+    job, stream = _prepared(logits, labels, spec, grad, (grad, cotangent, scale))
     if job.samples and job.voxels:
         job.launch(
             "gradient",
@@ -158,12 +155,18 @@ def wait(logits: Any) -> None:
 
 
 def _sum(
-    logits: Any, labels: Any, spec: Any, kind: str, sums: int | None, loss_arguments: dict[str, Any]
+    logits: Any,
+    labels: Any,
+    spec: Any,
+    kind: str,
+    sums: int | None,
+    loss_arguments: dict[str, Any],
+    others: tuple[Any, ...],
 ) -> None:
     """Two launches: the partial sums of all blocks, then their totals, at the address `sums` or, if
-    that is None, in scratch memory for the loss.
+    that is None, in scratch memory for the loss, which also reads `others`.
     """
-    job, stream = _prepared(logits, labels, spec)
+    job, stream = _prepared(logits, labels, spec, None, others)
     size = job.partials_size + (job.sums_size if sums is None else 0)
     scratch = buffers.of(allocators.empty(logits, (size,), "uint8"), "scratch")
     job.launch(
@@ -194,20 +197,20 @@ def _sum(
         wait(logits)  # otherwise the library may reuse the scratch memory while the kernels run
 
 
-def _prepared(logits: Any, labels: Any, spec: Any, grad: Any = None) -> tuple[_Job, int]:
-    """The job, and its stream: that of the logits, which waits for that of the labels."""
+def _prepared(
+    logits: Any, labels: Any, spec: Any, grad: Any = None, others: tuple[Any, ...] = ()
+) -> tuple[_Job, int]:
+    """The job, and its stream: that of the logits, which waits for those of all other arrays. An
+    array that dice_core made is on it already, so that it can be freed while the kernels run.
+    """
     grad = grad or logits
     offsets = tuple(b.address % plans.WORD_BYTES for b in (logits, labels, grad))
     job = _job(logits.layout, labels.layout, grad.layout, spec, offsets)
     stream = logits.stream or 0
-    _follow(job, stream, labels)
+    for array in (labels, *others):
+        if array is not None and (array.stream or 0) != stream:
+            driver.wait(job.device, stream, array.stream or 0)
     return job, stream
-
-
-def _follow(job: _Job, stream: int, array: Any) -> None:
-    """Makes the stream wait for the work queued on the array's own stream."""
-    if (array.stream or 0) != stream:
-        driver.wait(job.device, stream, array.stream or 0)
 
 
 class _Job:

@@ -242,21 +242,34 @@ def add(a: Any, b: Any) -> Any:
 
 
 def on_device(numbers: Any, near: Buffer) -> Any:
-    """(C,) numbers in float64 on the device of `near`. For torch, the copies of NumPy arrays are
-    cached.
+    """(C,) numbers in float64 on the device of `near`, to be read by kernels on its stream. For
+    torch, the copies of NumPy arrays are cached.
 
     Numbers that are not a NumPy array are on the device already.
     """
     if not isinstance(numbers, np.ndarray):
         return numbers
-    library, _ = _library(near)
-    return (
-        from_host(numbers, near)
-        if library != "torch"
-        else _copied(numbers.tobytes(), near.owner.device)
-    )
+    library, module = _library(near)
+    if library != "torch":
+        return from_host(numbers, near)
+    key = numbers.tobytes(), near.owner.device
+    copy, stream = _copied(*key)
+    if stream is not None:
+        if stream != near.stream:  # that of the copy: torch reuses its memory on that one
+            copy.record_stream(module.cuda.current_stream(near.owner.device))
+        if module.cuda.is_current_stream_capturing():
+            _captured[key] = copy
+    return copy
+
+
+# Copies that CUDA graphs read whenever they are replayed, which torch cannot know
+_captured: dict[tuple[bytes, Any], Any] = {}
 
 
 @functools.lru_cache(64)
-def _copied(numbers: bytes, device: Any) -> Any:
-    return sys.modules["torch"].from_numpy(np.frombuffer(numbers).copy()).to(device)
+def _copied(numbers: bytes, device: Any) -> tuple[Any, int | None]:
+    """The copy, and the CUDA stream that it was made on. The host waits for it, so that any stream
+    may read it.
+    """
+    copy = sys.modules["torch"].from_numpy(np.frombuffer(numbers).copy()).to(device)
+    return copy, buffers.of(copy, "weight").stream

@@ -768,6 +768,82 @@ def test_to_host_from_torch(cuda_torch):
     np.testing.assert_array_equal(host, tensor.numpy()[:, 0], strict=True)
 
 
+class Streams:
+    """The part of torch.cuda that weights on a device need: a current stream, `number`."""
+
+    def __init__(self):
+        self.number, self.capturing = 1, False
+
+    def current_stream(self, device):
+        return SimpleNamespace(cuda_stream=self.number)
+
+    def is_current_stream_capturing(self):
+        return self.capturing
+
+
+@pytest.fixture
+def weights_on(cuda_torch, monkeypatch):
+    """A function that gives the copy of class weights for kernels on a stream; torch is a fake."""
+    streams = cuda_torch.cuda = Streams()
+
+    class Copy(CudaTensor):
+        __module__ = "torch"
+
+        def __init__(self, tensor):
+            super().__init__(tensor)
+            self.read_on = []
+
+        def record_stream(self, stream):
+            self.read_on.append(stream.cuda_stream)
+
+    def from_numpy(numbers):
+        return SimpleNamespace(to=lambda device: Copy(torch.from_numpy(numbers)))
+
+    def copy(numbers, stream):
+        streams.number = stream
+        near = buffers.of(CudaTensor(torch.zeros(2, 3)), "x")
+        assert near.stream == stream
+        return allocators.on_device(np.array(numbers, np.float64), near)
+
+    cuda_torch.from_numpy = from_numpy
+    allocators._copied.cache_clear()
+    allocators._captured.clear()
+    yield copy, streams
+    allocators._copied.cache_clear()
+    allocators._captured.clear()
+
+
+def test_weights_that_another_stream_reads_are_not_freed_before(weights_on):
+    """torch gives the memory of a tensor to others in the order of the stream that it was made on,
+    and of those recorded.
+    """
+    copy, _ = weights_on
+    first = copy([1, 2, 3], 5)
+    assert copy([1, 2, 3], 5) is first
+    assert first.read_on == []  # the usual case, without a call
+    assert copy([1, 2, 3], 6) is first
+    assert copy([1, 2, 3], 7) is first
+    assert first.read_on == [6, 7]
+    assert buffers.of(first, "weight").stream == 7  # kernels need not wait for the weight
+    assert copy([1, 2, 4], 7).read_on == []
+
+
+def test_weights_that_a_cuda_graph_reads_are_kept(weights_on):
+    """It reads them whenever it is replayed, long after they have left the cache."""
+    copy, streams = weights_on
+    captured, dropped = weakref.ref(copy([1], 5)), weakref.ref(copy([2], 5))
+    streams.capturing = True
+    for _ in range(2):
+        copy([1], 6)
+    streams.capturing = False
+    for number in range(100):
+        copy([number + 10], 5)
+    gc.collect()
+    assert dropped() is None
+    assert captured() is not None
+    assert len(allocators._captured) == 1
+
+
 # ---- empty and to_host -------------------------------------------------------------------------
 
 

@@ -312,6 +312,7 @@ def torch_gpu(monkeypatch):
     monkeypatch.setattr(buffers, "_of_torch", of_torch)
     monkeypatch.setattr(buffers, "_torch_layout", layout)
     monkeypatch.setattr(buffers, "_torch_stream", lambda torch, device: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     for name, value in (("is_cpu", False), ("is_cuda", True)):
         answer = property(lambda self, value=value: value)
         monkeypatch.setattr(torch.Tensor, name, answer, raising=False)
