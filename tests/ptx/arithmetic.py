@@ -108,7 +108,8 @@ def _selected(result: Array, a: Array, b: Array, of_zeros: Any) -> Array:
 
 def exp2(x: Array, noise: Noise) -> Array:
     """ex2.approx.ftz.f32: within 2 ulp; of 0 it is 1."""
-    return _approximated(np.exp2(_flushed(x).astype(np.float64)), 2, noise, x != 0)
+    x = _flushed(x)
+    return _approximated(np.exp2(x.astype(np.float64)), 2, noise, x != 0)
 
 
 def reciprocal(x: Array, noise: Noise) -> Array:
@@ -176,7 +177,7 @@ def _integer_table() -> dict[str, Operation]:
         "gt": np.greater,
         "ge": np.greater_equal,
     }
-    binary = {"add": np.add, "sub": np.subtract, "mul.lo": np.multiply}
+    binary: dict[str, Any] = {"add": np.add, "sub": np.subtract, "mul.lo": np.multiply}
     binary |= {"min": np.minimum, "max": np.maximum, "div": divided}
     for of in INTEGERS:
         for name, function in binary.items():

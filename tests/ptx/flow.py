@@ -69,7 +69,7 @@ def maybe_unwritten(module: Module, graph: dict[int, Basic]) -> set[tuple[int, R
             if known != before[successor] or successor not in visited:
                 before[successor] = known
                 todo.append(successor)
-    found = set()
+    found: set[tuple[int, Register]] = set()
     for at, basic in graph.items():
         known = before[at]
         for i in range(basic.start, basic.stop):

@@ -55,7 +55,27 @@ class Kernel:
         runs = [
             self.decoder.decode(one, reads.get(at, set())) for at, one in enumerate(instructions)
         ]
+        self.layout = self._layout()
+        self.block_numbers = [
+            (slot, dtype)
+            for (name, dtype), slot in self.decoder.slots.items()
+            if name == "%ctaid.x"
+        ]
         self.steps = {at: self._step(basic, runs) for at, basic in self.graph.items()}
+
+    def _layout(self) -> list[tuple[int, dict[str, list[tuple[int, int]]]]]:
+        """For each width of registers, their number, and for each dtype (slot, register)."""
+        rows: dict[str, int] = {}
+        layout: dict[int, tuple[list[str], dict[str, list[tuple[int, int]]]]] = {}
+        for (name, dtype), slot in self.decoder.slots.items():
+            if name not in self.module.registers:
+                continue
+            names, views = layout.setdefault(self.module.registers[name], ([], {}))
+            if name not in rows:
+                rows[name] = len(names)
+                names.append(name)
+            views.setdefault(dtype, []).append((slot, rows[name]))
+        return [(len(names), views) for names, views in layout.values()]
 
     def _step(self, basic: flow.Basic, runs: list[Run]) -> Step:
         last = self.module.instructions[basic.stop - 1]
@@ -170,19 +190,21 @@ class Block:
         self.waited = False
 
     def _registers(self, constants: dict[int, Array]) -> list[Array]:
-        stored: dict[str, Array] = {}
+        """The values of all slots: views of the rows of one array per width of registers."""
         values: list[Any] = [None] * len(self.kernel.decoder.slots)
-        for (name, dtype), slot in self.kernel.decoder.slots.items():
-            if slot in constants:
-                values[slot] = constants[slot]
-            elif name == "%ctaid.x":
-                values[slot] = np.full(self.threads, self.index, dtype)
-            else:
-                if name not in stored:
-                    bits = self.kernel.module.registers[name]
-                    kind = bool if bits == 1 else f"u{bits // 8}"
-                    stored[name] = np.full(self.threads, bits == 1 or 0x5A, kind)
-                values[slot] = stored[name].view(dtype)
+        for slot, constant in constants.items():
+            values[slot] = constant
+        for slot, dtype in self.kernel.block_numbers:
+            values[slot] = np.full(self.threads, self.index, dtype)
+        for count, views in self.kernel.layout:
+            width = np.dtype(next(iter(views))).itemsize
+            stored = np.full((count, self.threads * width), 0x5A, np.uint8)
+            if "|b1" in views:
+                stored &= 1
+            for dtype, slots in views.items():
+                rows = list(stored.view(dtype))
+                for slot, row in slots:
+                    values[slot] = rows[row]
         return values
 
     def ends(self) -> bool:

@@ -33,8 +33,10 @@ class Region:
         self.base = start // WORD * WORD
         length = -(-self.end // WORD) * WORD - self.base
         # The whole words that the allocation is in: on the host they are on its pages.
-        memory = (ctypes.c_uint8 * length).from_address(self.base) if host else bytearray(length)
-        self.bytes = np.frombuffer(memory, np.uint8)
+        memory: Any = bytearray(length)
+        if host:
+            memory = (ctypes.c_uint8 * length).from_address(self.base)
+        self.bytes: Array = np.frombuffer(memory, np.uint8)
         self.shadow = Shadow(length) if ordered else None
 
     def words(self, itemsize: int, count: int) -> Array:

@@ -11,8 +11,9 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 SPLIT = 2.0**27 + 1
-# Magnitudes for which no intermediate result of the error-free transformations over- or underflows.
-LARGE, SMALL = 2.0**480, 2.0**-480
+# Of factors and of products, magnitudes for which no error-free transformation over- or underflows.
+SMALLEST_FACTOR, LARGEST_FACTOR = 2.0**-990, 2.0**990
+SMALLEST_PRODUCT, LARGEST_PRODUCT = 2.0**-960, 2.0**1020
 
 
 def fma_f32(a: Array, b: Array, c: Array) -> Array:
@@ -35,10 +36,11 @@ def fma_f64(a: Array, b: Array, c: Array) -> Array:
     for each in (a, b, c):
         trivial |= ~np.isfinite(each)
     np.copyto(result, product + c, where=trivial)
-    safe = (np.abs(c) < LARGE) & ((np.abs(c) > SMALL) | (c == 0))
-    for each in (a, b, product):
+    size = np.abs(product)
+    safe = (size > SMALLEST_PRODUCT) & (size < LARGEST_PRODUCT) & (np.abs(c) < LARGEST_PRODUCT)
+    for each in (a, b):
         size = np.abs(each)
-        safe &= (size < LARGE) & (size > SMALL)
+        safe &= (size > SMALLEST_FACTOR) & (size < LARGEST_FACTOR)
     for i in np.flatnonzero(~(safe | trivial)):
         result[i] = _fma(a[i], b[i], c[i])
     return result
