@@ -20,8 +20,12 @@ RUN = 64
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch):
-    """The simulator with short runs, so that small volumes have several blocks."""
     gpu_simulator.install(monkeypatch)
+    short_runs(monkeypatch)
+
+
+def short_runs(monkeypatch):
+    """Makes runs short, so that small volumes have several blocks."""
     for name, value in (("MAX_ROUNDS", 2), ("BLOCKS", 1), ("MIN_RUN", RUN)):
         monkeypatch.setattr(plans, name, value)
 

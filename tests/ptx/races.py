@@ -130,7 +130,8 @@ class Shadow:
 
     def unwritten(self, first: Array, width: int) -> Array:
         """Of which accesses a byte was not written before."""
-        return (self.writer[self._cells(first, width)] == 0).any(axis=1)
+        cells = self._cells(first, width)  # which may replace `writer`
+        return (self.writer[cells] == 0).any(axis=1)
 
     def _check_write(self, first: Array, width: int, order: Order, own: Array) -> Array:
         if not self.written:
