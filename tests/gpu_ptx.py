@@ -3,7 +3,6 @@
 import functools
 import struct
 from collections import Counter
-from collections.abc import Callable
 from typing import ClassVar
 
 import gpu_simulator
@@ -32,13 +31,15 @@ class Kernel(gpu_simulator.Kernel):
     """Replaces `driver.Kernel`; its launches execute PTX, before they return."""
 
     noise: ClassVar[bool] = False
-    # Changes the PTX of a kernel of a kind.
-    change: ClassVar[Callable[[str, str], str]] = staticmethod(lambda kind, source: source)
     executed: ClassVar[Counter[str]] = Counter()  # instructions by opcode and lane, since `install`
 
     def __init__(self, kind: str, plan: Plan, capability: tuple[int, int]) -> None:
         super().__init__(kind, plan, capability)
-        self.code = loaded(self.change(kind, text(kind, plan, plans.THREADS)))
+        self.code = loaded(self.changed(text(kind, plan, plans.THREADS)))
+
+    def changed(self, source: str) -> str:
+        """The PTX to execute; a test may replace it."""
+        return source
 
     def launch(
         self, device: int, stream: int, blocks: int, threads: int, parameters: bytes

@@ -178,10 +178,10 @@ def changed(source, pattern, replacement, at):
     [(kind, fault) for kind, faults in MUTANTS.items() for fault in faults],
 )
 def test_faults_are_found(monkeypatch, kind, fault):
-    def change(of, source):
-        return changed(source, *MUTANTS[kind][fault]) if of == kind else source
+    def change(kernel, source):
+        return changed(source, *MUTANTS[kind][fault]) if kernel.kind == kind else source
 
-    monkeypatch.setattr(gpu_ptx.Kernel, "change", staticmethod(change))
+    monkeypatch.setattr(gpu_ptx.Kernel, "changed", change)
     with pytest.raises(AssertionError) as error:
         (check_loss if kind == "loss" else check_sums)()
     assert not re.match(r"line \d+", str(error.value))  # the changed PTX is valid
