@@ -30,7 +30,7 @@ def loaded(source: str) -> ptx.Kernel:
 class Kernel(gpu_simulator.Kernel):
     """Replaces `driver.Kernel`; its launches execute PTX, before they return."""
 
-    noise: ClassVar[bool] = False
+    noise: ClassVar[int | None] = None  # of `ptx.launch`
     executed: ClassVar[Counter[str]] = Counter()  # instructions by opcode and lane, since `install`
 
     def __init__(self, kind: str, plan: Plan, capability: tuple[int, int]) -> None:

@@ -499,7 +499,7 @@ def ulps(found, exact):
     return np.max(np.abs(found - exact) / np.spacing(exact.astype(np.float32)))
 
 
-@pytest.mark.parametrize(("noise", "limits"), [(False, (0.51, 0.51)), (True, (2.0, 1.0))])
+@pytest.mark.parametrize(("noise", "limits"), [(None, (0.51, 0.51)), (1, (2.0, 1.0))])
 def test_approximations(noise, limits):
     rng = np.random.default_rng(3)
     x = rng.uniform(-125, 127, 600).astype(np.float32)
@@ -510,10 +510,10 @@ def test_approximations(noise, limits):
     bits = computed("rcp.approx.ftz.f32", [bits_of(y)], "u32", noise=noise)
     errors.append(ulps(bits.view(np.float32), 1 / y.astype(np.float64)))
     assert all(0 < error <= limit + 1e-6 for error, limit in zip(errors, limits, strict=True))
-    assert not noise or min(errors) > 0.75
+    assert noise is None or min(errors) > 0.75
 
 
-@pytest.mark.parametrize("noise", [False, True])
+@pytest.mark.parametrize("noise", [None, 1])
 def test_approximations_flush_subnormals(noise):
     tiny = np.finfo(np.float32).smallest_subnormal
     x = np.float32([0, -0.0, tiny, -tiny, np.inf, -np.inf, -126.5, 128, 1000, -1000, np.nan])
@@ -525,7 +525,7 @@ def test_approximations_flush_subnormals(noise):
     assert_same_numbers(bits, np.float32([np.inf, -np.inf, np.inf, -np.inf, 0, -0.0, 0, np.nan]))
 
 
-@pytest.mark.parametrize("noise", [False, True])
+@pytest.mark.parametrize("noise", [None, 1])
 def test_the_crude_reciprocal_is_of_upper_words(noise):
     x = np.random.default_rng(4).uniform(1, 100, 300)
     found = computed("rcp.approx.ftz.f64", [bits_of(x)], "u64", noise=noise)

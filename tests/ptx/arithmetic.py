@@ -28,7 +28,7 @@ TYPES: dict[str, Any] = {
 }
 INTEGERS = ("s16", "s32", "s64", "u16", "u32", "u64")
 FLOATS = ("f32", "f64")
-Noise = np.random.Generator | None
+Noise = int | None  # a seed of the errors of approximations, which are functions of the operand
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,13 @@ def _selected(result: Array, a: Array, b: Array, of_zeros: Any) -> Array:
 def exp2(x: Array, noise: Noise) -> Array:
     """ex2.approx.ftz.f32: within 2 ulp; of 0 it is 1."""
     x = _flushed(x)
-    return _approximated(np.exp2(x.astype(np.float64)), 2, noise, x != 0)
+    return _approximated(x, np.exp2(x.astype(np.float64)), 2, noise, x != 0)
 
 
 def reciprocal(x: Array, noise: Noise) -> Array:
     """rcp.approx.ftz.f32: within 1 ulp."""
-    return _approximated(1 / _flushed(x).astype(np.float64), 1, noise, True)
+    x = _flushed(x)
+    return _approximated(x, 1 / x.astype(np.float64), 1, noise, True)
 
 
 def crude_reciprocal(x: Array, noise: Noise) -> Array:
@@ -127,18 +128,27 @@ def crude_reciprocal(x: Array, noise: Noise) -> Array:
     result = np.where(np.abs(result) < tiny, np.copysign(0.0, result), result)
     bits = result.view(np.uint64) & upper
     if noise is not None:
-        step = noise.integers(0, 2, x.shape).astype(np.uint64) << np.uint64(32)
+        step = (_error(x, noise) > 0).astype(np.uint64) << np.uint64(32)
         bits = np.where(np.isfinite(result) & (result != 0), bits + step, bits)
     return bits.view(np.float64)
 
 
-def _approximated(exact: Array, ulps: int, noise: Noise, where: Any) -> Array:
+def _approximated(x: Array, exact: Array, ulps: int, noise: Noise, where: Any) -> Array:
     """Rounded to float32 with subnormal results flushed; with noise, off by up to `ulps`."""
     if noise is not None:
         rounded = exact.astype(np.float32)
-        off = noise.uniform(0.5 - ulps, ulps - 0.5, exact.shape) * np.spacing(np.abs(rounded))
+        off = (ulps - 0.5) * _error(x, noise) * np.spacing(np.abs(rounded))
         exact = np.where(np.isfinite(rounded) & (rounded != 0) & where, exact + off, exact)
     return _flushed(exact.astype(np.float32))
+
+
+def _error(x: Array, seed: int) -> Array:
+    """A number in [-1, 1) for each operand: a hash (splitmix64) of its bits."""
+    bits = x.view(f"u{x.dtype.itemsize}").astype(np.uint64)
+    bits += np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((bits ^ (bits >> np.uint64(31))) >> np.uint64(11)) * 2.0**-52 - 1
 
 
 def _flushed(x: Array) -> Array:

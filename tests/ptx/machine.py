@@ -95,7 +95,7 @@ def launch(
     allocations: Mapping[int, int],
     *,
     seed: int = 0,
-    noise: bool = False,
+    noise: Noise = None,
     unordered: Iterable[int] = (),
 ) -> Counter[str]:
     """Executes a kernel on host memory; returns how often each opcode was executed, by lanes.
@@ -107,10 +107,10 @@ def launch(
     allocations
         The address and the size of each allocation.
     seed
-        Of the order of the blocks, and of the noise.
+        Of the order of the blocks.
     noise
-        Whether the results of approximate instructions are off, by as much as their documentation
-        allows, or the exact ones.
+        If it is not None, approximate instructions are off by as much as their documentation
+        allows; the errors depend on it. Otherwise their results are the exact ones, rounded.
     unordered
         Addresses of allocations in which threads may race: those of a gradient in place, where
         threads without a voxel read what others write.
@@ -128,10 +128,7 @@ def launch(
         while waiting or resident:
             while waiting and len(resident) < RESIDENT:
                 index = waiting.pop()
-                block_noise = np.random.default_rng((seed, index)) if noise else None
-                resident.append(
-                    Block(kernel, index, threads, arguments, space, constants, block_noise)
-                )
+                resident.append(Block(kernel, index, threads, arguments, space, constants, noise))
             turn = int(order.integers(len(resident)))
             if resident[turn].ends():
                 resident.pop(turn)
