@@ -47,7 +47,12 @@ class Kernel(gpu_simulator.Kernel):
         gpu_simulator.Kernel.launched += (self.kind,)
         names = kernels.ARGUMENTS[self.kind]
         arguments = dict(zip(names.kinds, struct.unpack(names.format, parameters), strict=True))
-        in_place = self.kind == "gradient" and arguments["out"] == arguments["x"]
+        in_place = [
+            start
+            for start, size in gpu_simulator.ALLOCATED.items()
+            if self.kind == "gradient" and arguments["out"] == arguments["x"]
+            if start <= arguments["x"] < start + size
+        ]
         Kernel.executed += ptx.launch(
             self.code,
             blocks,
@@ -56,7 +61,7 @@ class Kernel(gpu_simulator.Kernel):
             dict(gpu_simulator.ALLOCATED),
             seed=len(gpu_simulator.Kernel.launched),
             noise=self.noise,
-            unordered=[arguments["x"]] if in_place else [],
+            unordered=in_place,
         )
 
 

@@ -47,7 +47,9 @@ class Decoder:
             **placed(module.shared, SHARED_BASE),
             **placed(module.local, LOCAL_BASE),
         }
-        self.unchecked: set[Register] = set()  # whose reads are checked when they are executed
+        self.maybe_unwritten: set[Register] = (
+            set()
+        )  # whose reads are checked when they are executed
 
     def decode(self, one: Instruction, checked: set[Register]) -> Run:
         """`checked`: the registers that might not have been written before it.
@@ -58,7 +60,7 @@ class Decoder:
             run = self._decoded(one)
             if checked:
                 run = self._with_check(one, run, checked)
-            if self.unchecked.intersection(one.writes):
+            if self.maybe_unwritten.intersection(one.writes):
                 run = self._with_note(one, run)
             if one.guard is not None and one.parts[0] not in ("bra", "ret", "bar"):
                 run = self._guarded(one, run)
@@ -224,9 +226,8 @@ class Decoder:
             lanes, positions = _active(block, mask)
             addresses = _addresses(block, at, lanes) + fixed
             found = _checked(
-                one, block, positions, addresses, _loaded,
-                block, space, addresses, lanes, positions, itemsize, count, strong,
-            )  # fmt: skip
+                one, _loaded, block, positions, addresses, space, itemsize, count, strong
+            )
             for i, slot in enumerate(slots):
                 value, to = np.ascontiguousarray(found[:, i]), block.values[slot]
                 if signed:
@@ -239,10 +240,7 @@ class Decoder:
             given = np.empty((len(positions), count), f"u{itemsize}")
             for i, slot in enumerate(slots):
                 given[:, i] = block.values[slot][lanes]
-            _checked(
-                one, block, positions, addresses, _stored,
-                block, space, addresses, lanes, positions, given,
-            )  # fmt: skip
+            _checked(one, _stored, block, positions, addresses, space, given)
 
         return load if loads == "ld" else store
 
@@ -275,10 +273,10 @@ class Decoder:
         def run(block: Block, mask: Mask) -> None:
             for lane in block.order.lanes if mask is True else np.flatnonzero(mask):
                 address = block.values[at][[lane]] + added
-                block.values[result][lane] = _checked(
-                    one, block, np.array([lane]), address, _incremented,
-                    block, address, int(lane), block.values[addend][lane],
-                )  # fmt: skip
+                old = _checked(
+                    one, _added, block, np.array([lane]), address, block.values[addend][lane]
+                )
+                block.values[result][lane] = old
 
         return run
 
@@ -357,7 +355,7 @@ class Decoder:
         return check
 
     def _with_note(self, one: Instruction, run: Run) -> Run:
-        names = [each.name for each in one.writes if each in self.unchecked]
+        names = [each.name for each in one.writes if each in self.maybe_unwritten]
 
         def note(block: Block, mask: Mask) -> None:
             run(block, mask)
@@ -468,11 +466,11 @@ def _addresses(block: Block, at: int | None, lanes: Any) -> Array:
 
 
 def _checked(
-    one: Instruction, block: Block, lanes: Array, addresses: Array, access: Any, *arguments: Any
+    one: Instruction, access: Any, block: Block, lanes: Array, addresses: Array, *arguments: Any
 ) -> Any:
-    """The result of an access, whose error is reported with its place."""
+    """The result of an access by these lanes, whose error is reported with its place."""
     try:
-        return access(*arguments)
+        return access(block, lanes, addresses, *arguments)
     except (Invalid, Race) as error:
         at, lane = int(addresses[error.position]), int(lanes[error.position])
         raise fault(one, block, lane, f"{error} at address {at:#x}") from error
@@ -480,10 +478,9 @@ def _checked(
 
 def _loaded(
     block: Block,
-    space: str,
+    lanes: Array,
     addresses: Array,
-    lanes: Any,
-    positions: Array,
+    space: str,
     itemsize: int,
     count: int,
     strong: bool,
@@ -491,7 +488,7 @@ def _loaded(
     width = itemsize * count
     if space == "local":
         local = block.local
-        at = local.offsets(addresses, width, positions)
+        at = local.offsets(addresses, width, lanes)
         unwritten = ~local.written[at[:, None] + np.arange(width)].all(axis=1)
         if unwritten.any():
             raise Invalid(int(np.argmax(unwritten)), "a read of local memory never written")
@@ -500,7 +497,6 @@ def _loaded(
     for region, which, first in block.spaces[space].located(addresses, width):
         shadow = region.shadow
         if shadow is not None:
-            at = positions[which]
             if space == "shared":
                 unwritten = shadow.unwritten(first, width)
                 if unwritten.any():
@@ -509,38 +505,37 @@ def _loaded(
                         which,
                     )
             try:
-                shadow.read(first, width, block.order, at, strong)
+                shadow.read(first, width, block.order, lanes[which], strong)
             except Race as error:
                 raise _moved(error, which) from error
         found[which] = region.words(itemsize, count)[first // width]
     return found
 
 
-def _stored(
-    block: Block, space: str, addresses: Array, lanes: Any, positions: Array, given: Array
-) -> None:
+def _stored(block: Block, lanes: Array, addresses: Array, space: str, given: Array) -> None:
     itemsize, count = given.dtype.itemsize, given.shape[1]
     width = itemsize * count
     if space == "local":
         local: Local = block.local
-        at = local.offsets(addresses, width, positions)
+        at = local.offsets(addresses, width, lanes)
         local.written[at[:, None] + np.arange(width)] = True
         local.words(itemsize, count)[at // width] = given
         return
     for region, which, first in block.spaces[space].located(addresses, width):
         if region.shadow is not None:
             try:
-                region.shadow.write(first, width, block.order, positions[which])
+                region.shadow.write(first, width, block.order, lanes[which])
             except Race as error:
                 raise _moved(error, which) from error
         region.words(itemsize, count)[first // width] = given[which]
 
 
-def _incremented(block: Block, address: Array, lane: int, addend: Any) -> Any:
+def _added(block: Block, lanes: Array, address: Array, addend: Any) -> Any:
+    """The old number, to which the addend is added, by one lane."""
     ((region, _, first),) = block.spaces["global"].located(address, 4)
     if region.shadow is None:
         raise Invalid(0, "an atomic operation on unordered memory")
-    region.shadow.update(int(first[0]), 4, block.order, lane)
+    region.shadow.update(int(first[0]), 4, block.order, int(lanes[0]))
     word = region.words(4, 1)[int(first[0]) // 4]
     old = word[0].copy()
     word[0] = (int(old) + int(addend)) & 0xFFFFFFFF

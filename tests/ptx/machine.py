@@ -24,7 +24,7 @@ from .rounding import Array
 RESIDENT = 8  # blocks that take turns, at most
 
 
-@dataclass
+@dataclass(frozen=True)
 class Step:
     """A basic block, decoded."""
 
@@ -35,7 +35,6 @@ class Step:
     target: int
     following: int
     waits: bool  # lets other blocks go before it
-    lanes: int = 0  # that executed it
 
 
 class Kernel:
@@ -51,7 +50,7 @@ class Kernel:
         reads: dict[int, set[Register]] = {}
         for at, register in flow.maybe_unwritten(self.module, self.graph):
             reads.setdefault(at, set()).add(register)
-        self.decoder.unchecked = {each for registers in reads.values() for each in registers}
+        self.decoder.maybe_unwritten = {each for registers in reads.values() for each in registers}
         runs = [
             self.decoder.decode(one, reads.get(at, set())) for at, one in enumerate(instructions)
         ]
@@ -120,22 +119,23 @@ def launch(
     order = np.random.default_rng(seed)
     space = memory.host(allocations, unordered)
     constants = _constants(kernel, blocks, threads)
-    for step in kernel.steps.values():
-        step.lanes = 0
+    executed = dict.fromkeys(kernel.steps, 0)  # by how many lanes
     waiting = [int(index) for index in order.permutation(blocks)]
     resident: list[Block] = []
     with np.errstate(all="ignore"):
         while waiting or resident:
             while waiting and len(resident) < RESIDENT:
                 index = waiting.pop()
-                resident.append(Block(kernel, index, threads, arguments, space, constants, noise))
+                resident.append(
+                    Block(kernel, index, threads, arguments, space, constants, noise, executed)
+                )
             turn = int(order.integers(len(resident)))
             if resident[turn].ends():
                 resident.pop(turn)
     counts: Counter[str] = Counter()
     for at, basic in kernel.graph.items():
         for one in kernel.module.instructions[basic.start : basic.stop]:
-            counts[one.opcode] += kernel.steps[at].lanes
+            counts[one.opcode] += executed[at]
     return counts
 
 
@@ -169,15 +169,16 @@ class Block:
         space: memory.Space,
         constants: dict[int, Array],
         noise: Noise,
+        executed: dict[int, int],
     ) -> None:
         self.kernel, self.index, self.threads = kernel, index, threads
-        self.arguments, self.noise = arguments, noise
+        self.arguments, self.noise, self.executed = arguments, noise, executed
         self.order = Order(index, threads)
         self.spaces = {"global": space, "shared": memory.shared(kernel.module.shared)}
         self.local = memory.Local(kernel.module.local, threads)
         self.values = self._registers(constants)
         self.assigned = {
-            register.name: np.zeros(threads, bool) for register in kernel.decoder.unchecked
+            register.name: np.zeros(threads, bool) for register in kernel.decoder.maybe_unwritten
         }
         # The program counters: a common one or, where threads diverged, that of each.
         self.common: int | None = 0
@@ -227,7 +228,7 @@ class Block:
             self.waited = False
             for run in step.runs:
                 run(self, mask)
-            step.lanes += active
+            self.executed[at] += active
             if step.kind == "bra" or step.kind == "ret":
                 if self._jumps(step, mask):
                     return True
