@@ -764,6 +764,42 @@ def test_a_weaker_reduction_is_a_race(change, message):
         memory.run(changed, SHARED)
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("read", ["ld.global.u32", "ld.relaxed.gpu.u32"])
+def test_blocks_race_whichever_goes_first(read, seed):
+    memory = Memory(threads=32, blocks=2)
+    with pytest.raises(Fault, match=r"another (thread|block)|not ordered after the write"):
+        memory.run(
+            f"""
+            mov.u32 %r1, %ctaid.x;
+            add.u32 %r1, %r1, %r0;
+            setp.eq.s32 %p1, %r1, 0;
+            ld.param.u64 %rd1, [test_in];
+            @%p1 st.global.u32 [%rd1], %r1;
+            mov.u32 %r2, %ctaid.x;
+            setp.eq.s32 %p2, %r2, 1;
+            @%p2 {read} %r3, [%rd1];
+            """,
+            seed=seed,
+        )
+
+
+def test_reads_of_several_blocks_are_remembered():
+    """The write of a block comes after its barrier, the reads of all after or before it."""
+    body = """
+        ld.param.u64 %rd1, [test_in];
+        ld.global.u16 %r1, [%rd1];
+        bar.sync 0;
+        mov.u32 %r2, %ctaid.x;
+        add.u32 %r2, %r2, %r0;
+        setp.eq.s32 %p1, %r2, 0;
+        @%p1 st.global.u8 [%rd1+1], %r1;
+    """
+    Memory(threads=32).run(body)
+    with pytest.raises(Fault, match=r"another|several blocks"):
+        Memory(threads=32, blocks=3).run(body)
+
+
 BARRIER_IN_BRANCH = """
     setp.lt.u32 %p1, %r0, 8;
     @%p1 bra $other;
