@@ -289,10 +289,31 @@ def test_fma_rounds_once(of):
         tie = np.ldexp(dtype.type(1), rng.integers(-30, -20, len(a))).astype(dtype)
         half = (1 + np.finfo(dtype).eps * rng.integers(0, 9, len(a))).astype(dtype)
         a, b, c = np.r_[a, a, half, half], np.r_[b, b, half, tie], np.r_[c, near, tie, half]
+        tiny = [np.ldexp(half, -rng.integers(*by, len(half))) for by in ((480, 540), (480, 540))]
+        zeros = np.array([0.0, -0.0, 1.0, -1.0], dtype)
+        signs = [each.ravel() for each in np.meshgrid(zeros, zeros, zeros)]
+        a, b = np.r_[a, tiny[0], tiny[0], signs[0]], np.r_[b, tiny[1], tiny[1], signs[1]]
+        c = np.r_[c, -tiny[0] * tiny[1], np.roll(tiny[0] * tiny[1], 1), signs[2]]
     expected = np.array([exact_fma(*each, dtype) for each in zip(a, b, c, strict=True)])
     kinds = [f"u{of[1:]}"] * 3
     found = computed(f"fma.rn.{of}", [bits_of(each) for each in (a, b, c)], kinds[0], kinds)
     assert_same_numbers(found, expected)
+
+
+@pytest.mark.parametrize("of", ["f32", "f64"])
+def test_fma_does_not_round_twice(of):
+    """A product halfway between two numbers, and a tiny one that decides."""
+    dtype, precision = np.dtype(f"f{int(of[1:]) // 8}"), 24 if of == "f32" else 53
+    cases = []
+    for halfway in range(2**precision + 1, 2**precision + 401, 2):
+        factor = next((f for f in range(3, 999, 2) if halfway % f == 0), None)
+        if factor:
+            cases += [(factor, halfway // factor, sign * 2.0**-60) for sign in (-1, 0, 1)]
+    assert len(cases) > 300
+    expected = np.array([exact_fma(*case, dtype) for case in cases])
+    columns = [bits_of(np.array(column, dtype)) for column in zip(*cases, strict=True)]
+    kinds = [f"u{of[1:]}"] * 3
+    assert_same_numbers(computed(f"fma.rn.{of}", columns, kinds[0], kinds), expected)
 
 
 @pytest.mark.parametrize("of", ["f32", "f64"])
@@ -718,6 +739,12 @@ def test_the_last_block_adds_what_the_others_wrote(seed):
 # ---- checks --------------------------------------------------------------------------------------
 
 
+def fence_of_others(text):
+    """The thread that reads passes no fence itself, and no barrier after that of the others."""
+    one = "membar.gl;\n    setp.ne.s32 %p3, %r0, 0;"
+    return text.replace(one, "setp.ne.s32 %p3, %r0, 0;\n    @%p3 membar.gl;")
+
+
 def fence_before_atomic(text):
     return text.replace("membar.gl;", "", 1)
 
@@ -731,6 +758,7 @@ def fence_after_atomic(text):
     [
         (fence_before_atomic, "not ordered after the write"),
         (fence_after_atomic, "not ordered after the write"),
+        (fence_of_others, "not ordered after the write"),
         (lambda text: text.replace("membar.gl", "membar.cta"), "not ordered after the write"),
         (lambda text: text.replace("ld.relaxed.gpu.f64", "ld.global.f64"), "a plain read"),
         (lambda text: text.replace("bar.sync 0;", "", 1), "not ordered after the write"),
@@ -752,8 +780,9 @@ def fence_after_atomic(text):
         ),
     ],
     ids=[
-        "no fence before", "no fence after", "narrow fences", "plain read", "no barrier before",
-        "no barrier after", "no atomic", "plain read of the counter", "same place",
+        "no fence before", "no fence after", "a fence of others", "narrow fences", "plain read",
+        "no barrier before", "no barrier after", "no atomic", "plain read of the counter",
+        "same place",
     ],
 )  # fmt: skip
 def test_a_weaker_reduction_is_a_race(change, message):
@@ -784,20 +813,51 @@ def test_blocks_race_whichever_goes_first(read, seed):
         )
 
 
-def test_reads_of_several_blocks_are_remembered():
-    """The write of a block comes after its barrier, the reads of all after or before it."""
+@pytest.mark.parametrize("seed", range(4))
+def test_reads_of_several_blocks_are_remembered(seed):
+    """Also if the one that writes was the last to read."""
     body = """
         ld.param.u64 %rd1, [test_in];
         ld.global.u16 %r1, [%rd1];
-        bar.sync 0;
         mov.u32 %r2, %ctaid.x;
+        add.u32 %r2, %r2, 1;
         add.u32 %r2, %r2, %r0;
-        setp.eq.s32 %p1, %r2, 0;
+        mov.u32 %r3, %nctaid.x;
+        setp.eq.s32 %p1, %r2, %r3;
         @%p1 st.global.u8 [%rd1+1], %r1;
     """
-    Memory(threads=32).run(body)
-    with pytest.raises(Fault, match=r"another|several blocks"):
-        Memory(threads=32, blocks=3).run(body)
+    with pytest.raises(Fault, match=r"another thread (reads|writes)|another block writes"):
+        Memory(threads=1, blocks=2).run(body, seed=seed)
+    Memory(threads=1).run(body)
+
+
+def test_reads_of_several_threads_are_remembered():
+    body = """
+        ld.param.u64 %rd1, [test_in];
+        setp.eq.s32 %p1, %r0, 1;
+        setp.eq.s32 %p2, %r0, 2;
+        @%p1 ld.global.u32 %r1, [%rd1];
+        @%p2 ld.global.u32 %r1, [%rd1];
+        @%p2 st.global.u32 [%rd1], %r0;
+    """
+    with pytest.raises(Fault, match=r"thread 2, .*a write of what another thread reads"):
+        Memory().run(body)
+    Memory().run(body.replace("@%p2 st", "bar.sync 0; @%p2 st"))
+
+
+def test_the_end_of_memory_within_a_word():
+    body = "ld.global.u32 %r1, [%rd7+60];"
+    with pytest.raises(Fault, match=r"thread 63, .*out of bounds: 4 bytes"):
+        Memory(size=THREADS * WORDS - 2).run(body)
+    with pytest.raises(Fault, match=r"thread 0, .*out of bounds: 4 bytes"):
+        Memory(threads=1, size=WORDS - 2).run(body)
+
+
+def test_shared_arrays_are_apart():
+    two = ".shared .align 4 .b8 one[16]; .shared .align 4 .b8 two[16];"
+    for name in ("one", "two"):
+        with pytest.raises(Fault, match=r"out of bounds"):
+            Memory(threads=1).run(f"st.shared.u32 [{name}+16], %r0;", two)
 
 
 BARRIER_IN_BRANCH = """
