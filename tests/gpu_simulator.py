@@ -241,7 +241,9 @@ def operations(plan: Plan, cuda: Simulator) -> Any:
 
         return store_one
 
-    def store_grad(address: Any, at: Any, numbers: Array, first: int) -> None:
+    def store_grad(address: Any, at: Any, numbers: Array, first: int, condition: Any) -> None:
+        if not condition:
+            return
         grad = elements(address, at, plan.logits, plan.voxels)
         grad[:] = numbers[first : first + plan.voxels].astype(grad.dtype)
 

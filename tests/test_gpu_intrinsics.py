@@ -1,12 +1,14 @@
 """The operations the CUDA kernels are written in: compiled for the host where it has the
-instructions, else looked for in the PTX.
+instructions, else executed as PTX, or looked for in it.
 """
 
 import ctypes
 import itertools
 import re
+import struct
 
 import numpy as np
+import ptx
 import pytest
 from compare import assert_close
 from gpu_simulator import dtype_of
@@ -84,22 +86,40 @@ def test_labels_are_loaded(dtype, count):
     np.testing.assert_array_equal(to, source[count : 2 * count].astype(kind.name))
 
 
-@pytest.mark.parametrize(("dtype", "count"), [x for x in FLOATS if x[0] != "bfloat16"])
-def test_numbers_are_stored_rounded_and_nothing_beside_them(dtype, count):
-    store, real = intrinsics.store_numbers(dtype, count), intrinsics.REAL[dtype]
+def executed(function, *arguments, allocations):
+    """Executes the PTX of a function of addresses and integers, with one thread."""
+    signature = types.void(*(kind for kind, _ in arguments))
+    text, _ = compiler.cuda.compile(function, signature, device=False, abi="numba", cc=(9, 0))
+    packed = struct.pack(f"{len(arguments)}q", *(value for _, value in arguments))
+    sizes = {array.ctypes.data: array.nbytes for array in allocations}
+    return ptx.launch(ptx.Kernel(text), 1, 1, packed, sizes)
 
-    def write(pointer, offset, source):
-        numbers = np.empty(2 * count, real)
-        for i in range(2 * count):
+
+@pytest.mark.parametrize(("dtype", "count"), FLOATS)
+@pytest.mark.parametrize("condition", [True, False])
+def test_numbers_are_stored_rounded_and_nothing_beside_them(dtype, count, condition):
+    store, real = intrinsics.store_numbers(dtype, count), intrinsics.REAL[dtype]
+    cuda, size = compiler.cuda, 2 * count
+
+    def write(pointer, offset, source, condition):
+        numbers = cuda.local.array(size, real)
+        for i in range(size):
             numbers[i] = source[i]
-        store(pointer, offset, numbers, count)
+        store(pointer, offset, numbers, count, condition != 0)
 
     numbers = np.random.default_rng(2).standard_normal(2 * count).astype(real.name)
-    to = aligned(4 * count, dtype)
+    to = aligned(4 * count, dtype_of(dtype))
     to[:] = 7
-    write = on_host(write, POINTER, LONG, types.CPointer(real))
-    write(to.ctypes.data, count * to.itemsize, numbers.ctypes.data)
-    np.testing.assert_array_equal(to[count : 2 * count], numbers[count:].astype(dtype))
+    executed(
+        write,
+        (POINTER, to.ctypes.data),
+        (LONG, count * to.itemsize),
+        (types.CPointer(real), numbers.ctypes.data),
+        (LONG, condition),
+        allocations=[to, numbers],
+    )
+    expected = numbers[count:].astype(to.dtype) if condition else np.full(count, 7, to.dtype)
+    np.testing.assert_array_equal(to[count : 2 * count], expected)
     assert (np.delete(to, range(count, 2 * count)) == 7).all()
 
 
@@ -187,7 +207,7 @@ def test_the_counter_returns_its_old_value():
     assert (counter[0], before[0]) == (42, 41)
 
 
-def ptx(kind, logits, channels=2, p=1, gamma=None):
+def ptx_of(kind, logits, channels=2, p=1, gamma=None):
     made_for = plans.plan(logits, "uint8", channels, Spec(p=p, gamma=gamma), 8)
     return compiler.ptx(kind, made_for, (9, 0))
 
@@ -195,24 +215,8 @@ def ptx(kind, logits, channels=2, p=1, gamma=None):
 class TestPtx:
     """Instructions that the host cannot run: they are present, in the right order."""
 
-    def test_a_pair_of_bfloat16_is_packed_upper_one_first(self):
-        cuda, store = compiler.cuda, intrinsics.store_numbers("bfloat16", 2)
-
-        def write(pointer, low, high):
-            numbers = cuda.local.array(2, types.float32)
-            numbers[0] = low
-            numbers[1] = high
-            store(pointer, 0, numbers, 0)
-
-        signature = types.void(POINTER, types.float32, types.float32)
-        text, _ = cuda.compile(write, signature, device=False, abi="numba", cc=(9, 0))
-        loads = re.findall(r"ld\.param\.\S+\s+(%\w+), \[\w+_param_(\d)\]", text)
-        number = {name: int(where) for name, where in loads}
-        ((upper, lower),) = re.findall(r"cvt\.rn\.bf16x2\.f32 %\w+, (%\w+), (%\w+)", text)
-        assert (number[upper], number[lower]) == (2, 1)
-
     def test_one_exponential_per_value_and_one_reciprocal_per_voxel(self):
-        text = ptx("statistics", "float32")
+        text = ptx_of("statistics", "float32")
         assert len(re.findall(r"ex2\.approx\.ftz\.f32 ", text)) == 8
         assert len(re.findall(r"rcp\.approx\.ftz\.f32 ", text)) == 4
         assert "max.f32" in text
@@ -222,7 +226,7 @@ class TestPtx:
         [("statistics", 2.0, 8), ("gradient", 0.0, 8), ("gradient", 0.5, 16)],
     )  # fmt: skip
     def test_powers_take_exponentials_only_where_gamma_is_not_whole(self, kind, gamma, count):
-        text = ptx(kind, "float32", gamma=gamma)
+        text = ptx_of(kind, "float32", gamma=gamma)
         assert len(re.findall(r"ex2\.approx\.ftz\.f32 ", text)) == count
         assert "lg2" not in text
 

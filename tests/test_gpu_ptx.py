@@ -129,9 +129,7 @@ MUTANTS = {
         "barrier dropped": dropped(r"bar\.sync\s+0;"),
         "store shifted by a voxel": (rf"(st\.global\.v4\.b32\s+\[{R})\]", r"\1+2]", 0),
         "store shifted by a word": (rf"(st\.global\.v4\.b32\s+\[{R})\]", r"\1+16]", 0),
-        "store of all threads": dropped(
-            rf"@{R} bra\s+\S+;(?=\s+ld\.param\S+\s+{R}, \[kernel_param_1[678])"
-        ),
+        "store of all threads": (rf"@{R} st\.global", "st.global", None),
         "rounding dropped": (
             r"cvt\.rn\.f16\.f32\s+(%h\d+), (%f\d+);",
             "{ .reg .b32 %bits; .reg .f32 %cut; mov.b32 %bits, \\2; and.b32 %bits, %bits, -8192;"

@@ -50,7 +50,7 @@ def ptx(kind: str, plan: Plan, capability: tuple[int, int]) -> str:
         abi="numba",
         fastmath=False,
         cc=min(capability, NEWEST),
-        launch_bounds=plans.THREADS,
+        launch_bounds=(plans.THREADS, plan.resident_blocks(kind)),
     )
     text = text.decode() if isinstance(text, bytes) else text
     (mangled,) = re.findall(r"\.visible \.entry (\w+)\(", text)

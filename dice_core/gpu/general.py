@@ -78,7 +78,9 @@ def general_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
         thread = int32(cuda.threadIdx.x)
         block = int64(cuda.blockIdx.x)
         sample = block // runs
-        first_class = thread % int32(LANES) * int32(PART)
+        first_class = int32(thread % int32(LANES) * int32(PART))
+        # In place of classes beyond the last one, a lane loads the last: that takes no branch.
+        first_row = first_class if FULL > 0 else int32(min(first_class, int32(CLASSES - 1)))
         ignored, excused = label_type(ignored), label_type(excused)
         logit = cuda.local.array(VALUES, real)
         if SOFT:
@@ -103,39 +105,40 @@ def general_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
             at = min(voxel, voxels - int64(V))
             if not SOFT:
                 labels = load_targets(y, sample * y_n + at * y_v)
+            x_row = sample * x_n + int64(first_row) * x_c + at * x_v
+            y_row = sample * y_n + int64(first_row) * y_c + at * y_v
             for c in range(PART):
                 if c < BACKGROUND:
                     for j in range(V):
                         logit[c * V + j] = real(0)
-                elif c < FULL or first_class + int32(c) < int32(CLASSES):
-                    channel = int64(first_class + int32(c - BACKGROUND))
-                    logits = load_logits(x, sample * x_n + channel * x_c + at * x_v)
+                else:
+                    exists = c < FULL or first_class < int32(CLASSES - c)
+                    if c > BACKGROUND:
+                        x_row += x_c if exists else int64(0)
+                        y_row += y_c if exists else int64(0)
+                    logits = load_logits(x, x_row)
                     for j in range(V):
-                        logit[c * V + j] = logits[j]
+                        logit[c * V + j] = logits[j] if exists else real(LOWEST)
                     if SOFT:
-                        targets = load_targets(y, sample * y_n + channel * y_c + at * y_v)
+                        targets = load_targets(y, y_row)
                         for j in range(V):
                             t = targets[j]
                             if ZERO_OR_ONE:
                                 in_range = (t == label_type(0)) | (t == label_type(1))
                             else:
                                 in_range = (t >= label_type(0)) & (t <= label_type(1))
-                            valid = inside & in_range & (t != ignored)
+                            counts = inside and exists
+                            valid = counts & in_range & (t != ignored)
                             target[c * V + j] = real(t) if valid else real(-1)
-                            if not GRADIENT and inside and not in_range and t != excused:
+                            if not GRADIENT and counts and not in_range and t != excused:
                                 out_of_range += int32(1)
-                else:
-                    for j in range(V):
-                        logit[c * V + j] = real(LOWEST)
-                        if SOFT:
-                            target[c * V + j] = real(-1)
 
             for j in range(V):
                 if not SOFT:
                     label = labels[j]
                     in_range = (label >= label_type(0)) & (label < label_type(LABELS))
                     valid = inside & in_range & (label != ignored)
-                    lane_label = int32(label) - first_class if valid else int32(-1)
+                    lane_label = int32(int32(label) - first_class) if valid else int32(-1)
                     if not GRADIENT and inside and not in_range and label != excused:
                         out_of_range += int32(1)
                 if NEEDS_SOFTMAX:
@@ -341,12 +344,12 @@ def general_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
                                 likely_nll += shuffle(FULL_MASK, likely_nll, 1 << k)
                         dot -= likely_slope * rest
 
-            if GRADIENT and inside:
+            if GRADIENT:
+                where = sample * out_n + int64(first_class) * out_c + at * out_v
                 for c in range(BACKGROUND, PART):
-                    if c < FULL or first_class + int32(c) < int32(CLASSES):
-                        channel = int64(first_class + int32(c - BACKGROUND))
-                        where = sample * out_n + channel * out_c + at * out_v
-                        store_grad(out, where, logit, c * V)
+                    exists = c < FULL or first_class < int32(CLASSES - c)
+                    store_grad(out, where, logit, c * V, inside and exists)
+                    where += out_c
             first += int64(STEP)
 
         if not GRADIENT:

@@ -94,27 +94,30 @@ def load_targets(dtype: str, count: int) -> Callable[..., Any]:
 
 
 def store_numbers(dtype: str, count: int) -> Callable[..., Any]:
-    """(pointer, offset, array, first): stores `count` numbers of the array, of REAL[dtype], from
-    `first` on, rounded to nearest even, in one store.
+    """(pointer, offset, array, first, condition): if the condition holds, stores `count` numbers of
+    the array, of REAL[dtype], from `first` on, rounded to nearest even, in one store. That is
+    predicated: for a branch, the compiler would repeat what leads to it.
     """
 
     @intrinsic
-    def store(typingctx: Any, pointer: Any, offset: Any, array: Any, first: Any) -> Any:
+    def store(
+        typingctx: Any, pointer: Any, offset: Any, array: Any, first: Any, condition: Any
+    ) -> Any:
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            pointer, offset, array, first = args
+            pointer, offset, array, first, condition = args
             data = context.make_array(signature.args[2])(context, builder, array).data
             pointers = [builder.gep(data, [builder.add(first, _I64(i))]) for i in range(count)]
             numbers = [builder.load(each) for each in pointers]
             if dtype == "bfloat16" and count > 1:
                 halves = zip(numbers[::2], numbers[1::2], strict=True)
                 pairs = [_pair(builder, low, high) for low, high in halves]
-                _store(builder, pointer, offset, pairs, 32)
+                _store_if(builder, condition, pointer, offset, pairs, 32)
             else:
                 stored = [_narrowed(builder, number, dtype) for number in numbers]
-                _store(builder, pointer, offset, stored, _BITS[dtype])
+                _store_if(builder, condition, pointer, offset, stored, _BITS[dtype])
             return context.get_dummy_value()
 
-        return types.void(POINTER, types.int64, array, types.int64), codegen
+        return types.void(POINTER, types.int64, array, types.int64, types.boolean), codegen
 
     return store
 
@@ -126,7 +129,7 @@ def store_number(dtype: Any) -> Callable[..., Any]:
     def store(typingctx: Any, pointer: Any, offset: Any, number: Any) -> Any:
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
             pointer, offset, number = args
-            _store(builder, pointer, offset, [number], dtype.bitwidth)
+            _store(builder, pointer, offset, number, dtype.bitwidth)
             return context.get_dummy_value()
 
         return types.void(POINTER, types.int64, dtype), codegen
@@ -310,15 +313,38 @@ def _load(builder: ir.IRBuilder, where: Any, element: ir.Type, bits: int, count:
     return [builder.extract_element(elements, _I32(i)) for i in range(count)]
 
 
-def _store(builder: ir.IRBuilder, pointer: Any, offset: Any, values: list[Any], bits: int) -> None:
-    stored_type, align = _words(bits, len(values))
+def _store(builder: ir.IRBuilder, pointer: Any, offset: Any, value: Any, bits: int) -> None:
+    stored_type, align = _words(bits, 1)
+    address = _address(builder, pointer, offset, stored_type)
+    builder.store(builder.bitcast(value, stored_type), address, align=align)
+
+
+def _store_if(
+    builder: ir.IRBuilder, condition: Any, pointer: Any, offset: Any, values: list[Any], bits: int
+) -> None:
+    """Stores adjacent values by one predicated instruction."""
+    stored_type, _ = _words(bits, len(values))
     packed = values[0]
     if len(values) > 1:
         packed = ir.Constant(ir.VectorType(values[0].type, len(values)), ir.Undefined)
         for i, value in enumerate(values):
             packed = builder.insert_element(packed, value, _I32(i))
-    address = _address(builder, pointer, offset, stored_type)
-    builder.store(builder.bitcast(packed, stored_type), address, align=align)
+    words = [builder.bitcast(packed, stored_type)]
+    if isinstance(stored_type, ir.VectorType):
+        words = [builder.extract_element(words[0], _I32(i)) for i in range(stored_type.count)]
+    width, count = words[0].type.width, len(words)
+    vector, operands = "", "$2"
+    if count > 1:
+        vector, operands = f".v{count}", f"{{{', '.join(f'${i + 2}' for i in range(count))}}}"
+    text = (
+        "{ .reg .pred %if; setp.ne.u32 %if, $0, 0; "
+        f"@%if st.global{vector}.b{width} [$1], {operands}; }}"
+    )
+    address = builder.ptrtoint(builder.gep(pointer, [offset]), _I64)
+    arguments = [builder.zext(condition, _I32), address, *words]
+    function = ir.FunctionType(ir.VoidType(), [each.type for each in arguments])
+    kinds = [{16: "h", 32: "r", 64: "l"}[width]] * count
+    builder.asm(function, text, ",".join(["r", "l", *kinds, "~{memory}"]), arguments, True)
 
 
 def _widened(builder: ir.IRBuilder, number: Any, dtype: str) -> Any:

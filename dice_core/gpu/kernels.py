@@ -129,7 +129,9 @@ def plain_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
         thread = int32(cuda.threadIdx.x)
         block = int64(cuda.blockIdx.x)
         sample = block // runs
-        first_class = thread % int32(LANES) * int32(PART)
+        first_class = int32(thread % int32(LANES) * int32(PART))
+        # In place of classes beyond the last one, a lane loads the last: that takes no branch.
+        first_row = first_class if FULL > 0 else int32(min(first_class, int32(CLASSES - 1)))
         ignored, excused = label_type(ignored), label_type(excused)
         value = cuda.local.array(VALUES, real)  # logits, exponentials, probabilities, gradient
         if NLL:
@@ -155,24 +157,24 @@ def plain_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
             inside = voxel < stop
             at = min(voxel, voxels - int64(V))
             labels = load_targets(y, sample * y_n + at * y_v)
+            where = sample * x_n + int64(first_row) * x_c + at * x_v
             for c in range(PART):
                 if c < BACKGROUND:
                     for j in range(V):
                         value[c * V + j] = real(0)
-                elif c < FULL or first_class + int32(c) < int32(CLASSES):
-                    channel = int64(first_class + int32(c - BACKGROUND))
-                    logits = load_logits(x, sample * x_n + channel * x_c + at * x_v)
-                    for j in range(V):
-                        value[c * V + j] = logits[j]
                 else:
+                    exists = c < FULL or first_class < int32(CLASSES - c)
+                    if c > BACKGROUND:
+                        where += x_c if exists else int64(0)
+                    logits = load_logits(x, where)
                     for j in range(V):
-                        value[c * V + j] = real(LOWEST)
+                        value[c * V + j] = logits[j] if exists else real(LOWEST)
 
             if NLL:  # a separate loop: the compiler would not unroll the next one otherwise
                 for j in range(V):
                     logit = real(0)
                     for c in range(PART):
-                        if int32(labels[j]) - first_class == int32(c):
+                        if int32(int32(labels[j]) - first_class) == int32(c):
                             logit = value[c * V + j]
                     for k in range(SHUFFLES):
                         logit += shuffle(FULL_MASK, logit, 1 << k)
@@ -181,14 +183,14 @@ def plain_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
                 label = labels[j]
                 in_range = (label >= label_type(0)) & (label < label_type(LABELS))
                 valid = inside & in_range & (label != ignored)
-                lane_label = int32(label) - first_class
+                lane_label = int32(int32(label) - first_class)
                 top = value[j]
                 for c in range(1, PART):
                     top = fmax(top, value[c * V + j])
                 for k in range(SHUFFLES):
                     top = fmax(top, shuffle(FULL_MASK, top, 1 << k))
                 # -0.0: the additive identity, so that the first addition is elided
-                total, own, rest = real(-0.0), real(0), real(-0.0)
+                total, own, rest, dot = real(-0.0), real(0), real(-0.0), real(-0.0)
                 for c in range(PART):
                     below = value[c * V + j] - top
                     if BACKGROUND and c > 0:  # a logit of +inf has probability 1 beside the logit 0
@@ -201,6 +203,8 @@ def plain_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
                         own = e
                     else:
                         rest += e
+                        if GRADIENT and LINEAR:
+                            dot += e * pred_factor[c]
                 if REST:
                     for k in range(SHUFFLES):
                         own += shuffle(FULL_MASK, own, 1 << k)
@@ -232,12 +236,13 @@ def plain_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
                     own_slope = factor[index]
                     if not LINEAR:
                         own_slope -= factor[int32(CLASSES) + index] * power_complement(rest)
-                    dot = real(0)
-                    for c in range(PART):
-                        s = value[c * V + j] * inverse
-                        value[c * V + j] = s
-                        if lane_label != int32(c):
-                            dot += s * (pred_factor[c] * lower_power(s))
+                    if LINEAR:
+                        dot *= inverse
+                    else:
+                        for c in range(PART):
+                            s = value[c * V + j] * inverse
+                            if lane_label != int32(c):
+                                dot += s * (pred_factor[c] * lower_power(s))
                     for k in range(SHUFFLES):
                         dot += shuffle(FULL_MASK, dot, 1 << k)
                     own_dx = own * (own_slope * rest - dot)
@@ -252,7 +257,7 @@ def plain_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
                         own_dx -= nll_factor * rest
                         dot -= nll_factor
                     for c in range(BACKGROUND, PART):
-                        s = value[c * V + j]
+                        s = value[c * V + j] * inverse
                         dx = s * (pred_factor[c] * lower_power(s) - dot)
                         dx = own_dx if lane_label == int32(c) else dx
                         value[c * V + j] = dx if valid else real(0)
@@ -270,12 +275,12 @@ def plain_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
                 elif inside and not in_range and label != excused:
                     out_of_range += int32(1)
 
-            if GRADIENT and inside:
+            if GRADIENT:
+                where = sample * out_n + int64(first_class) * out_c + at * out_v
                 for c in range(BACKGROUND, PART):
-                    if c < FULL or first_class + int32(c) < int32(CLASSES):
-                        channel = int64(first_class + int32(c - BACKGROUND))
-                        where = sample * out_n + channel * out_c + at * out_v
-                        store_grad(out, where, value, c * V)
+                    exists = c < FULL or first_class < int32(CLASSES - c)
+                    store_grad(out, where, value, c * V, inside and exists)
+                    where += out_c
             first += int64(STEP)
 
         if not GRADIENT:

@@ -30,6 +30,7 @@ LANE_CLASSES, LANE_CLASSES_OF_MANY, MANY_LANES = 16, 20, 8  # plain sums: classe
 GENERAL_LANE_SUMS = 48  # other sums: classes per lane times sums
 REGISTER_BUDGET, GENERAL_REGISTER_BUDGET = 40, 16  # 32-bit values per thread
 FOCAL_VALUES = 2  # the share of the focal modulation in that budget
+THREE_BLOCKS_BUDGET, LONG_LABELS_BUDGET = 32, 24  # for three blocks on a multiprocessor
 
 PLAIN = Spec()
 
@@ -76,6 +77,16 @@ class Plan:
     def columns(self) -> int:
         """Numbers in a block's partial: the sums, and the number of out-of-range labels."""
         return self.fields * self.classes + 1
+
+    def resident_blocks(self, kind: str) -> int:
+        """How many blocks of this kind of kernel a multiprocessor shall hold at least: the more,
+        the fewer registers a thread has. Three of a gradient, unless that spills registers.
+        """
+        spec, values = self.spec, (self.lane_channels + self.classes - self.channels) * self.voxels
+        simple = self.lanes == 1 and spec.plain and spec.p == 1 and not spec.gamma
+        budget = LONG_LABELS_BUDGET if self.labels.endswith("64") else THREE_BLOCKS_BUDGET
+        fits = simple and self.logits != "float64" and values <= budget
+        return 3 if kind == "gradient" and fits else 1
 
     @property
     def step(self) -> int:

@@ -12,7 +12,15 @@ from .faults import Fault
 SPECIAL = ("%tid.x", "%ntid.x", "%ctaid.x", "%nctaid.x")
 # The first operand of all others is the destination.
 WITHOUT_RESULT = ("st", "bra", "bar", "membar", "ret")
-IGNORED = (".version", ".target", ".address_size", ".pragma", ".common", ".maxntid")
+IGNORED = (
+    ".version",
+    ".target",
+    ".address_size",
+    ".pragma",
+    ".common",
+    ".maxntid",
+    ".minnctapersm",
+)
 
 
 @dataclass(frozen=True)
