@@ -282,6 +282,7 @@ def operations(plan: Plan, cuda: Simulator) -> Any:
         divide=lambda a, b: a / b,
         reciprocal=lambda x: real(1) / x,
         label=label,
+        fma=lambda a, b, c: real(np.float64(a) * b + c),
         fmax=lambda a, b: b if np.isnan(a) or b > a else a,
         shuffle=cuda.shuffle,
         largest=float(np.finfo(real).max),

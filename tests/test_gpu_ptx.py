@@ -106,11 +106,10 @@ R = r"%\w+"
 # kind: {fault: (pattern, replacement, which of its occurrences; all if None)}
 MUTANTS = {
     "statistics": {
-        "barrier before the sums of warps dropped": dropped(r"bar\.sync\s+0;", 0),
-        "barrier after the sums of warps dropped": dropped(r"bar\.sync\s+0;", 1),
+        "barrier after the sums of warps dropped": dropped(r"bar\.sync\s+0;"),
         "clamp moved by one voxel": (rf"(add\.s64\s+{R}, {R}, -)8;", r"\g<1>7;", None),
         "clamp dropped": (rf"min\.s64(\s+{R}, {R}), ({R});", r"max.s64\1, \2;", 1),
-        "zero fill of shared memory dropped": dropped(rf"st\.shared\.\w+\s+\[{R}(\+\d+)?\], {R};"),
+        "store of the sums of a warp dropped": dropped(rf"st\.shared\.\w+\s+\[{R}(\+\d+)?\], {R};"),
         "label load narrowed": (r"ld\.global\.v4\.u8(.*)\+4\];", r"ld.global.v4.u8\1];", 0),
         "logit load narrowed": (r"ld\.global\.v4\.u32", "ld.global.v4.u16", 0),
         "label compared with another class": (r"(setp\.eq\.s16\s.*), 1;", r"\1, 2;", 0),

@@ -386,6 +386,8 @@ def test_comparisons_of_integers(name, of):
         for x, y in zip(a, b, strict=True)
     ]
     assert compared(f"setp.{name}.{of}", a, b, of) == expected
+    if name in ("eq", "ne"):
+        assert compared(f"setp.{name}.b{bits}", a, b, of) == expected
 
 
 def test_predicates():

@@ -55,43 +55,66 @@ def factor_loader(plan: Plan, width: int, rows: int, ops: Any) -> Any:
 
 def partial_writer(plan: Plan, part: int, ops: Any) -> Any:
     """(out, sums, out_of_range, block, thread, first_class): adds the sums of a block's threads,
-    (fields, part) each, and stores the partial. Block 0 zeroes the counter before them.
+    (fields, part) each, and stores the partial. Block 0 zeroes the counter before them. `sums` has
+    `summands(plan, part)` elements.
+
+    A warp adds its sums by halves: of two lanes, each passes one half of them to the other and adds
+    the half that it keeps, so that the number of shuffles is that of the sums, not five times it.
     """
     cuda, real, int32, int64, shuffle = ops.cuda, ops.real, ops.int32, ops.int64, ops.shuffle
     store_real, store_int, SIZE = ops.store_real, ops.store_int, ops.size
-    THREADS, WARPS, TABLES, COLUMNS = plans.THREADS, plans.WARPS, plan.tables, plan.columns
+    THREADS, TABLES, COLUMNS = plans.THREADS, plan.tables, plan.columns
     LANES, CLASSES, FIELDS, PART = plan.lanes, plan.classes, plan.fields, part
-    FULL, SUMS = CLASSES - (LANES - 1) * PART, FIELDS * PART
-    TURNS, TABLE = WARPS // TABLES, TABLES * COLUMNS
+    SUMS, TURNS, TABLE = FIELDS * PART, plans.WARPS // TABLES, TABLES * COLUMNS
     SHUFFLES, WARP_SHUFFLES = LANES.bit_length() - 1, WARP.bit_length() - 1
+    COUNT, HALVINGS = summands(plan, part), _halvings(plan, part)
+    KEPT = COUNT >> HALVINGS  # sums of a lane in the end
+    DISTANCES = tuple(1 << k for k in reversed(range(SHUFFLES, WARP_SHUFFLES)))
+    OTHERS = sum(DISTANCES[HALVINGS:])  # bits of a lane's number; lanes that differ there agree
     FULL_MASK = 0xFFFFFFFF
 
     @ops.inlined
     def store(  # type: ignore[no-untyped-def]
         out, sums, out_of_range, block, thread, first_class
     ):
-        for k in range(WARP_SHUFFLES):
-            out_of_range += shuffle(FULL_MASK, out_of_range, 1 << k)
-        for i in range(SUMS):
-            for k in range(SHUFFLES, WARP_SHUFFLES):
-                sums[i] += shuffle(FULL_MASK, sums[i], 1 << k)
+        sums[SUMS] = real(out_of_range)
+        for i in range(SUMS + 1, COUNT):
+            sums[i] = real(0)
+        first_sum = int32(0)
+        for k in range(HALVINGS):
+            half = COUNT >> (k + 1)
+            distance = int32(1 << (WARP_SHUFFLES - 1 - k))
+            upper = thread & distance != int32(0)
+            first_sum += int32(half) if upper else int32(0)
+            for i in range(half):
+                low, high = sums[i], sums[half + i]
+                kept = high if upper else low
+                sums[i] = kept + shuffle(FULL_MASK, low if upper else high, distance)
+        for k in range(HALVINGS, WARP_SHUFFLES - SHUFFLES):
+            for i in range(KEPT):
+                sums[i] += shuffle(FULL_MASK, sums[i], 1 << (WARP_SHUFFLES - 1 - k))
+        count = sums[SUMS % KEPT]  # of labels out of range, in the lanes that have that sum
+        for k in range(SHUFFLES):
+            count += shuffle(FULL_MASK, count, 1 << k)
+
         table = cuda.shared.array(TABLE, real)
-        column = thread
-        while column < int32(TABLE):
-            table[column] = real(0)
-            column += int32(THREADS)
         warp = thread // int32(WARP)
         row = warp % int32(TABLES) * int32(COLUMNS)
         for turn in range(TURNS):
-            cuda.syncthreads()
-            if warp // int32(TABLES) == int32(turn) and thread % int32(WARP) < int32(LANES):
-                if first_class == int32(0):
-                    table[row + int32(COLUMNS - 1)] += real(out_of_range)
-                for c in range(PART):
-                    if c < FULL or first_class + int32(c) < int32(CLASSES):
-                        for k in range(FIELDS):
-                            column = row + int32(k * CLASSES + c) + first_class
-                            table[column] += sums[k * PART + c]
+            if turn > 0:
+                cuda.syncthreads()
+            if warp // int32(TABLES) == int32(turn) and thread & int32(OTHERS) == int32(0):
+                for i in range(KEPT):
+                    at = int32(first_sum + int32(i))
+                    k = at // int32(PART)
+                    c = first_class + at - k * int32(PART)
+                    column = row + k * int32(CLASSES) + c
+                    number = sums[i]
+                    exists = at < int32(SUMS) and c < int32(CLASSES)
+                    if at == int32(SUMS) and first_class == int32(0):
+                        column, number, exists = row + int32(COLUMNS - 1), count, True
+                    if exists:
+                        table[column] = number if turn == 0 else table[column] + number
         cuda.syncthreads()
         column = thread
         while column < int32(COLUMNS):
@@ -105,3 +128,18 @@ def partial_writer(plan: Plan, part: int, ops: Any) -> Any:
             store_int(out, int64(0), int32(0))
 
     return store
+
+
+def summands(plan: Plan, part: int) -> int:
+    """How many sums a thread adds up: its own, the number of out-of-range labels, and zeros, so
+    that they can be halved.
+    """
+    multiple = 1 << _halvings(plan, part)
+    return -(-(plan.fields * part + 1) // multiple) * multiple
+
+
+def _halvings(plan: Plan, part: int) -> int:
+    """How often a warp halves its sums: until each lane has one, or all lanes of a class have
+    passed on theirs.
+    """
+    return min((plan.fields * part).bit_length(), (WARP // plan.lanes).bit_length() - 1)

@@ -149,6 +149,7 @@ def operations(plan: Plan) -> Any:
         binary_modulation=intrinsics.scaled_power(1, binary_gamma),
         divide=intrinsics.divide,
         reciprocal=intrinsics.reciprocal,
+        fma=intrinsics.fma,
         fmax=intrinsics.fmax,
         shuffle=cuda.shfl_xor_sync,
         largest=LARGEST[real],

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .blocks import factor_loader, partial_writer
+from .blocks import factor_loader, partial_writer, summands
 from .plan import Plan
 
 
@@ -38,7 +38,8 @@ def general_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
     BACKGROUND = CLASSES - plan.channels  # 1: a single channel has a class 0 with logit 0 before it
     PART = plan.lane_channels + BACKGROUND  # classes per lane,
     FULL = CLASSES - (LANES - 1) * PART  # and those that even the last lane has
-    VALUES, SUMS, STEP, FIELDS = PART * V, PART * plan.fields, plan.step, plan.fields
+    VALUES, SUMS, STEP = PART * V, summands(plan, PART), plan.step
+    FIELDS = plan.fields
     ROWS = FIELDS - 1 - SOFT - SQUARE  # of the cotangent, without those of sums of targets only
     WIDTH = LANES * PART
     FACTORS = ROWS * WIDTH
@@ -131,7 +132,7 @@ def general_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
                             valid = counts & in_range & (t != ignored)
                             target[c * V + j] = real(t) if valid else real(-1)
                             if not GRADIENT and counts and not in_range and t != excused:
-                                out_of_range += int32(1)
+                                out_of_range = int32(out_of_range + int32(1))
 
             for j in range(V):
                 if not SOFT:
@@ -140,7 +141,7 @@ def general_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
                     valid = inside & in_range & (label != ignored)
                     lane_label = int32(int32(label) - first_class) if valid else int32(-1)
                     if not GRADIENT and inside and not in_range and label != excused:
-                        out_of_range += int32(1)
+                        out_of_range = int32(out_of_range + int32(1))
                 if NEEDS_SOFTMAX:
                     top = logit[j]
                     for c in range(1, PART):

@@ -235,6 +235,18 @@ def reciprocal(typingctx: Any, x: Any) -> Any:
 
 
 @intrinsic
+def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
+    """a b + c, rounded once. Left to itself, the compiler fuses the two operations only now and
+    then.
+    """
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return builder.fma(*args)
+
+    return a(a, a, a), codegen
+
+
+@intrinsic
 def fmax(typingctx: Any, a: Any, b: Any) -> Any:
     """C's fmax: the larger number, or the other number if one is NaN."""
 

@@ -31,7 +31,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .blocks import factor_loader, partial_writer
+from .blocks import factor_loader, partial_writer, summands
 from .general import general_kernel
 from .plan import ADDRESS, INTEGER, Arguments, Plan
 from .totals import LOSS_ARGUMENTS, TOTALS_ARGUMENTS, totals_kernel
@@ -82,7 +82,7 @@ def plain_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
     cuda, real, int32, int64 = ops.cuda, ops.real, ops.int32, ops.int64
     load_logits, load_targets, store_grad = ops.load_logits, ops.load_targets, ops.store_grad
     power, lower_power, power_complement = ops.power, ops.lower_power, ops.power_complement
-    exp, log, reciprocal, fmax = ops.exp, ops.log, ops.reciprocal, ops.fmax
+    exp, log, reciprocal, fma, fmax = ops.exp, ops.log, ops.reciprocal, ops.fma, ops.fmax
     shuffle, label_type = ops.shuffle, ops.label
     modulation, modulation_slope = ops.modulation, ops.modulation_slope
     V, LANES, CLASSES, GRADIENT = plan.voxels, plan.lanes, plan.classes, gradient
@@ -94,7 +94,7 @@ def plain_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
     BACKGROUND = CLASSES - plan.channels  # 1: a single channel has a class 0 with logit 0 before it
     PART = plan.lane_channels + BACKGROUND  # classes per lane,
     FULL = CLASSES - (LANES - 1) * PART  # and those that even the last lane has
-    VALUES, SUMS, STEP = PART * V, PART * plan.fields, plan.step
+    VALUES, SUMS, STEP = PART * V, summands(plan, PART), plan.step
     ROWS = plan.fields - 1  # of the cotangent, without target_sum's
     FACTORS = ROWS * CLASSES
     SHUFFLES, FULL_MASK = LANES.bit_length() - 1, 0xFFFFFFFF
@@ -265,15 +265,18 @@ def plain_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
                     if FOCAL:
                         nll *= modulation(complement)
                     for c in range(PART):
-                        s = value[c * V + j] * inverse
+                        e = value[c * V + j]
                         if lane_label == int32(c):
-                            sums[c] += s
+                            sums[c] = fma(e, inverse, sums[c])
                             sums[2 * PART + c] += real(1)
                             if CROSS_ENTROPY:
                                 sums[3 * PART + c] += nll
-                        sums[PART + c] += power(s)
+                        if LINEAR:
+                            sums[PART + c] = fma(e, inverse, sums[PART + c])
+                        else:
+                            sums[PART + c] += power(e * inverse)
                 elif inside and not in_range and label != excused:
-                    out_of_range += int32(1)
+                    out_of_range = int32(out_of_range + int32(1))
 
             if GRADIENT:
                 where = sample * out_n + int64(first_class) * out_c + at * out_v

@@ -204,6 +204,8 @@ def _integer_table() -> dict[str, Operation]:
         of = f"b{bits}"
         table[f"shl.{of}"] = Operation(shifted_left, of, (of, "u32"))
         table[f"bfi.{of}"] = Operation(inserted, of, (of, of, "u32", "u32"))
+        for name in ("eq", "ne"):
+            table[f"setp.{name}.{of}"] = Operation(comparisons[name], "pred", (of, of))
     for of in ("b16", "b32", "b64", "pred"):
         for name in ("and", "or", "xor"):
             table[f"{name}.{of}"] = Operation(getattr(np, f"bitwise_{name}"), of, (of, of))
