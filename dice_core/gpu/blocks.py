@@ -1,4 +1,4 @@
-"""The start and the end of a block, shared by both kernels over voxels: loads the cotangent into
+"""The start and the end of a block of a kernel over voxels: loads the cotangent into
 shared memory; stores the sums of the block's threads as its partial.
 
 numba inlines these functions whole (`ops.inlined`), since functions called from a kernel could not
@@ -13,17 +13,18 @@ from . import plan as plans
 from .plan import COUNTER_BYTES, WARP, Plan
 
 
-def factor_loader(plan: Plan, width: int, rows: int, ops: Any) -> Any:
+def factor_loader(plan: Plan, ops: Any) -> Any:
     """(factor, cotangent, scale, scale_n, scaled, samples, sample, thread): loads the cotangent of
-    a sample, times its scale, into the shared array `factor`: `rows` rows, without that of
-    target_sum, padded to `width` with zeros.
+    a sample, times its scale, into the shared array `factor`: `factor_rows` rows, without that of
+    target_sum, padded to `factor_width` with zeros.
 
     The row of P is multiplied by p, and that of I added to it: the derivative with respect to the
     probability of a voxel's own class where that is 1. It may be small beside its two parts.
     """
     cuda, real, int32, int64, float64 = ops.cuda, ops.real, ops.int32, ops.int64, ops.float64
     load_double, load_real = ops.load_double, ops.load_real
-    THREADS, CLASSES, WIDTH, SIZE = plans.THREADS, plan.classes, width, rows * width
+    THREADS, CLASSES, WIDTH = plans.THREADS, plan.classes, plan.factor_width
+    SIZE = plan.factor_rows * WIDTH
     P = float(plan.spec.p)
 
     @ops.inlined

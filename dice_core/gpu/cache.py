@@ -33,6 +33,7 @@ SOURCES = (  # relative to this file
     "kernels.py",
     "blocks.py",
     "general.py",
+    "plain.py",
     "totals.py",
     "intrinsics.py",
     "compile.py",

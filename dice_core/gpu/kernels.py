@@ -17,9 +17,10 @@ Design
    NaN.
 6. Offsets are in bytes, 64 bits wide.
 
-`plain_kernel` computes the sums of a softmax and class labels (`Spec.plain`), `general` all others,
-with the same design and the same `blocks`; their loops over voxels differ, since only that of the
-former can replace logits by exponentials in place. `totals` adds the partials of either.
+`voxel_kernel` is the frame of all: it loads logits and targets, and stores sums or gradients
+(`blocks`). What is between is `plain` for a softmax and class labels (`Spec.plain`), which can
+replace logits by exponentials in place, and `general` for everything else. `totals` adds the
+partials.
 
 `cuda` and the operations on numbers are parameters, so that a simulator can substitute its own.
 Loops over a thread's classes and voxels are unrolled, which keeps its arrays in registers.
@@ -32,7 +33,8 @@ from collections.abc import Callable
 from typing import Any
 
 from .blocks import factor_loader, partial_writer, summands
-from .general import general_kernel
+from .general import general_voxels
+from .plain import plain_voxels
 from .plan import ADDRESS, INTEGER, Arguments, Plan
 from .totals import LOSS_ARGUMENTS, TOTALS_ARGUMENTS, totals_kernel
 
@@ -73,34 +75,23 @@ def kernel(kind: str, plan: Plan, ops: Any) -> Callable[..., None]:
     """The kernel of this kind, one of KINDS."""
     if kind in OF_TOTALS:
         return totals_kernel(kind == "loss", ops)
-    of_voxels = plain_kernel if plan.spec.plain else general_kernel
-    return of_voxels(plan, kind == "gradient", ops)
+    return voxel_kernel(plan, kind == "gradient", ops)
 
 
-def plain_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
+def voxel_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
     """Sums a block's voxels into its partial, or computes their gradient."""
-    cuda, real, int32, int64 = ops.cuda, ops.real, ops.int32, ops.int64
+    cuda, real, int32, int64, label_type = ops.cuda, ops.real, ops.int32, ops.int64, ops.label
     load_logits, load_targets, store_grad = ops.load_logits, ops.load_targets, ops.store_grad
-    power, lower_power, power_complement = ops.power, ops.lower_power, ops.power_complement
-    exp, log, reciprocal, fma, fmax = ops.exp, ops.log, ops.reciprocal, ops.fma, ops.fmax
-    shuffle, label_type = ops.shuffle, ops.label
-    modulation, modulation_slope = ops.modulation, ops.modulation_slope
     V, LANES, CLASSES, GRADIENT = plan.voxels, plan.lanes, plan.classes, gradient
-    LABELS = plan.label_limit
-    CROSS_ENTROPY, FOCAL = plan.spec.gamma is not None, bool(plan.spec.gamma)
-    NLL = FOCAL or (CROSS_ENTROPY and not GRADIENT)  # needs -log of the label's probability,
-    REST = FOCAL or GRADIENT  # and those of all other classes together
-    LINEAR = plan.spec.p == 1
-    BACKGROUND = CLASSES - plan.channels  # 1: a single channel has a class 0 with logit 0 before it
-    PART = plan.lane_channels + BACKGROUND  # classes per lane,
-    FULL = CLASSES - (LANES - 1) * PART  # and those that even the last lane has
+    SOFT, ZERO_OR_ONE = plan.spec.soft_targets, plan.spec.targets == "binary"
+    BACKGROUND, PART = plan.background, plan.lane_classes
+    FULL = CLASSES - (LANES - 1) * PART  # classes that even the last lane has
     VALUES, SUMS, STEP = PART * V, summands(plan, PART), plan.step
-    ROWS = plan.fields - 1  # of the cotangent, without target_sum's
-    FACTORS = ROWS * CLASSES
-    SHUFFLES, FULL_MASK = LANES.bit_length() - 1, 0xFFFFFFFF
-    LOWEST, SMALLEST = float("-inf"), ops.smallest
-    load_factors = factor_loader(plan, CLASSES, ROWS, ops)
-    store_partial = partial_writer(plan, PART, ops)
+    TARGETS, FACTORS = VALUES if SOFT else 1, plan.factor_rows * plan.factor_width
+    LOWEST = float("-inf")
+    load_factors, store_partial = factor_loader(plan, ops), partial_writer(plan, PART, ops)
+    of_plan = plain_voxels if plan.spec.plain else general_voxels
+    own_factors, of_voxels, complete = of_plan(plan, gradient, ops)
 
     def kernel(  # type: ignore[no-untyped-def]
         x,
@@ -133,22 +124,19 @@ def plain_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
         # In place of classes beyond the last one, a lane loads the last: that takes no branch.
         first_row = first_class if FULL > 0 else int32(min(first_class, int32(CLASSES - 1)))
         ignored, excused = label_type(ignored), label_type(excused)
-        value = cuda.local.array(VALUES, real)  # logits, exponentials, probabilities, gradient
-        if NLL:
-            label_logit = cuda.local.array(V, real)
+        value = cuda.local.array(VALUES, real)
+        target = cuda.local.array(TARGETS, real)  # soft targets; -1: ignored or out of range
+        out_of_range = int32(0)
         if GRADIENT:
             factor = cuda.shared.array(FACTORS, real)
             load_factors(factor, cotangent, scale, scale_n, scaled, samples, sample, thread)
-            pred_factor = cuda.local.array(PART, real)
-            for c in range(PART):
-                pred_factor[c] = real(0)
-                if c < FULL or first_class + int32(c) < int32(CLASSES):
-                    pred_factor[c] = factor[int32(CLASSES) + first_class + int32(c)]
+            own_factor = own_factors(factor, first_class)
+            sums = own_factor
         else:
             sums = cuda.local.array(SUMS, real)
             for k in range(SUMS):
                 sums[k] = real(0)
-            out_of_range = int32(0)
+            factor = own_factor = sums
 
         first = (block - sample * runs) * run
         stop = min(first + run, voxels)
@@ -156,8 +144,9 @@ def plain_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
             voxel = first + int64(thread // int32(LANES)) * int64(V)
             inside = voxel < stop
             at = min(voxel, voxels - int64(V))
-            labels = load_targets(y, sample * y_n + at * y_v)
-            where = sample * x_n + int64(first_row) * x_c + at * x_v
+            x_row = sample * x_n + int64(first_row) * x_c + at * x_v
+            y_row = sample * y_n + int64(first_row) * y_c + at * y_v
+            labels = load_targets(y, y_row)
             for c in range(PART):
                 if c < BACKGROUND:
                     for j in range(V):
@@ -165,119 +154,37 @@ def plain_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
                 else:
                     exists = c < FULL or first_class < int32(CLASSES - c)
                     if c > BACKGROUND:
-                        where += x_c if exists else int64(0)
-                    logits = load_logits(x, where)
+                        x_row += x_c if exists else int64(0)
+                        y_row += y_c if exists else int64(0)
+                    logits = load_logits(x, x_row)
                     for j in range(V):
                         value[c * V + j] = logits[j] if exists else real(LOWEST)
-
-            if NLL:  # a separate loop: the compiler would not unroll the next one otherwise
-                for j in range(V):
-                    logit = real(0)
-                    for c in range(PART):
-                        if int32(int32(labels[j]) - first_class) == int32(c):
-                            logit = value[c * V + j]
-                    for k in range(SHUFFLES):
-                        logit += shuffle(FULL_MASK, logit, 1 << k)
-                    label_logit[j] = logit
-            for j in range(V):
-                label = labels[j]
-                in_range = (label >= label_type(0)) & (label < label_type(LABELS))
-                valid = inside & in_range & (label != ignored)
-                lane_label = int32(int32(label) - first_class)
-                top = value[j]
-                for c in range(1, PART):
-                    top = fmax(top, value[c * V + j])
-                for k in range(SHUFFLES):
-                    top = fmax(top, shuffle(FULL_MASK, top, 1 << k))
-                # -0.0: the additive identity, so that the first addition is elided
-                total, own, rest, dot = real(-0.0), real(0), real(-0.0), real(-0.0)
-                for c in range(PART):
-                    below = value[c * V + j] - top
-                    if BACKGROUND and c > 0:  # a logit of +inf has probability 1 beside the logit 0
-                        below = real(0) if value[c * V + j] >= top else below
-                    e = exp(below)
-                    value[c * V + j] = e
-                    if not REST:
-                        total += e
-                    elif lane_label == int32(c):
-                        own = e
-                    else:
-                        rest += e
-                        if GRADIENT and LINEAR:
-                            dot += e * pred_factor[c]
-                if REST:
-                    for k in range(SHUFFLES):
-                        own += shuffle(FULL_MASK, own, 1 << k)
-                        rest += shuffle(FULL_MASK, rest, 1 << k)
-                    total = own + rest
-                else:
-                    for k in range(SHUFFLES):
-                        total += shuffle(FULL_MASK, total, 1 << k)
-                inverse = reciprocal(total)
-
-                if NLL:
-                    below = label_logit[j] - top
-                    if BACKGROUND:
-                        below = real(0) if label_logit[j] >= top else below
-                    nll = log(total) - below  # finite even if the probability underflows
-                if FOCAL:
-                    nll += (rest - (total - own)) * inverse  # the rounding error of total
-                own *= inverse
-                rest *= inverse
-                if FOCAL:  # kept above 0, where every power of it is finite
-                    complement = fmax(rest, real(SMALLEST))
-
-                # With d_c the derivative with respect to s_c, o the label's class, r the sum of all
-                # s but s_o, and D = sum s_c (d_c - d_o), the gradient is s_c (d_c - sum s d + h),
-                # but for o: -s_o D - h r. Of a near-perfect prediction, D and r are small, and
-                # would be lost in differences from d_o and from 1.
-                if GRADIENT:
-                    index = int32(label) if in_range else int32(0)
-                    own_slope = factor[index]
-                    if not LINEAR:
-                        own_slope -= factor[int32(CLASSES) + index] * power_complement(rest)
-                    if LINEAR:
-                        dot *= inverse
-                    else:
-                        for c in range(PART):
-                            s = value[c * V + j] * inverse
-                            if lane_label != int32(c):
-                                dot += s * (pred_factor[c] * lower_power(s))
-                    for k in range(SHUFFLES):
-                        dot += shuffle(FULL_MASK, dot, 1 << k)
-                    own_dx = own * (own_slope * rest - dot)
-                    dot += own * own_slope
-                    if CROSS_ENTROPY:
-                        nll_factor = factor[int32(2 * CLASSES) + index]
-                        if FOCAL:
-                            product = own * nll if own > real(0) else real(0)
-                            nll_factor *= (
-                                modulation(complement) + modulation_slope(complement) * product
-                            )
-                        own_dx -= nll_factor * rest
-                        dot -= nll_factor
-                    for c in range(BACKGROUND, PART):
-                        s = value[c * V + j] * inverse
-                        dx = s * (pred_factor[c] * lower_power(s) - dot)
-                        dx = own_dx if lane_label == int32(c) else dx
-                        value[c * V + j] = dx if valid else real(0)
-                elif valid:
-                    if FOCAL:
-                        nll *= modulation(complement)
-                    for c in range(PART):
-                        e = value[c * V + j]
-                        if lane_label == int32(c):
-                            sums[c] = fma(e, inverse, sums[c])
-                            sums[2 * PART + c] += real(1)
-                            if CROSS_ENTROPY:
-                                sums[3 * PART + c] += nll
-                        if LINEAR:
-                            sums[PART + c] = fma(e, inverse, sums[PART + c])
-                        else:
-                            sums[PART + c] += power(e * inverse)
-                elif inside and not in_range and label != excused:
-                    out_of_range = int32(out_of_range + int32(1))
-
+                    if SOFT:
+                        targets = load_targets(y, y_row)
+                        for j in range(V):
+                            t = targets[j]
+                            if ZERO_OR_ONE:
+                                in_range = (t == label_type(0)) | (t == label_type(1))
+                            else:
+                                in_range = (t >= label_type(0)) & (t <= label_type(1))
+                            counts = inside and exists
+                            valid = counts & in_range & (t != ignored)
+                            target[c * V + j] = real(t) if valid else real(-1)
+                            if not GRADIENT and counts and not in_range and t != excused:
+                                out_of_range = int32(out_of_range + int32(1))
+            out_of_range = of_voxels(
+                value,
+                target,
+                labels,
+                sums,
+                factor,
+                own_factor,
+                inside,
+                first_class,
+                ignored,
+                excused,
+                out_of_range,
+            )
             if GRADIENT:
                 where = sample * out_n + int64(first_class) * out_c + at * out_v
                 for c in range(BACKGROUND, PART):
@@ -287,10 +194,7 @@ def plain_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
             first += int64(STEP)
 
         if not GRADIENT:
-            for c in range(PART):  # where the probabilities are NaN, s [y=c] is so for every class
-                sums[c] += sums[PART + c] * real(0)
-                if CROSS_ENTROPY:
-                    sums[3 * PART + c] += sums[PART + c] * real(0)
+            complete(sums)
             store_partial(out, sums, out_of_range, block, thread, first_class)
 
     return kernel

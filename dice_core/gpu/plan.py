@@ -74,6 +74,27 @@ class Plan:
         return -(-self.channels // self.lanes)
 
     @property
+    def background(self) -> int:
+        """1: a single channel has a class 0 with logit 0 before it."""
+        return self.classes - self.channels
+
+    @property
+    def lane_classes(self) -> int:
+        """Classes per lane."""
+        return self.lane_channels + self.background
+
+    @property
+    def factor_width(self) -> int:
+        """Numbers in a row of the cotangent in shared memory, padded to whole lanes,"""
+        return self.lanes * self.lane_classes
+
+    @property
+    def factor_rows(self) -> int:
+        """and its rows, without those of sums of targets only."""
+        soft = self.spec.soft_targets
+        return self.fields - 1 - soft - (soft and self.spec.target_square)
+
+    @property
     def columns(self) -> int:
         """Numbers in a block's partial: the sums, and the number of out-of-range labels."""
         return self.fields * self.classes + 1
@@ -82,7 +103,7 @@ class Plan:
         """How many blocks of this kind of kernel a multiprocessor shall hold at least: the more,
         the fewer registers a thread has. Three of a gradient, unless that spills registers.
         """
-        spec, values = self.spec, (self.lane_channels + self.classes - self.channels) * self.voxels
+        spec, values = self.spec, self.lane_classes * self.voxels
         simple = self.lanes == 1 and spec.plain and spec.p == 1 and not spec.gamma
         budget = LONG_LABELS_BUDGET if self.labels.endswith("64") else THREE_BLOCKS_BUDGET
         fits = simple and self.logits != "float64" and values <= budget
