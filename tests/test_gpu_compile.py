@@ -5,10 +5,7 @@ its arrays in slow local memory; one that loads its logits one at a time wastes 
 """
 
 import re
-import subprocess
-import sysconfig
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -18,10 +15,10 @@ from dice_core.gpu.plan import Plan
 from dice_core.spec import Spec
 
 pytest.importorskip("numba_cuda", reason="needs the extra gpu")
+from dice_core.bench.machine_code import compiled, count, disassembler
 from dice_core.gpu import compile as compiler
 from dice_core.gpu import intrinsics
 
-NVDISASM = next(Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/nvdisasm*"), None)
 HOPPER = (9, 0)
 ASSEMBLED_WELL = re.compile(r"\b0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads")
 
@@ -56,79 +53,32 @@ COSTS = {
 }
 
 
-class Compiled:
-    """A kernel's assembly, machine code and the assembler's report."""
-
-    def __init__(self, kind, plan, capability, folder):
-        self.kind, self.plan, self.ptx = kind, plan, compiler.ptx(kind, plan, capability)
-        cubin, self.log = compiler.link(self.ptx, capability)
-        self.instructions, labels = [], {}
-        for line in disassembled(cubin, folder).splitlines():
-            if label := re.match(r"\s*(\.L_x_\d+):", line):
-                labels[label[1]] = len(self.instructions)
-            elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
-                self.instructions.append(instruction[1])
-        jumps = (
-            (labels[to], at)
-            for at, text in enumerate(self.instructions)
-            for to in re.findall(r"BRA.*`\((\.L_x_\d+)\)", text)
-        )
-        # After the end are shuffles of threads that have diverged, which never happens.
-        end = max(at for at, text in enumerate(self.instructions) if text == "EXIT")
-        self.loops = [self.instructions[to:at] for to, at in jumps if to < at < end]
-
-    @property
-    def registers(self):
-        return int(re.search(r"used (\d+) registers", self.log, re.IGNORECASE)[1])
-
-    @property
-    def per_value(self):
-        """Instructions per value in the loop over voxels, which loads each channel or, the gradient
-        also having a loop that loads the cotangent, stores each.
-        """
-        plan, kind = self.plan, "STG" if self.kind == "gradient" else "LDG"
-        loops = [x for x in self.loops if count(x, kind) >= plan.lane_channels]
-        values = (plan.lane_channels + plan.classes - plan.channels) * plan.voxels
-        return min(map(len, loops)) / values
-
-
-def count(instructions, pattern):
-    return sum(bool(re.match(rf"(@!?U?P\d+ )?{pattern}", text)) for text in instructions)
-
-
-def disassembled(cubin, folder):
-    if NVDISASM is None:
-        pytest.skip("needs nvdisasm (of nvidia-cuda-nvdisasm)")
-    path = folder / "kernel.cubin"
-    path.write_bytes(cubin)
-    command = [NVDISASM, "-c", path]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
 def plan(logits, labels, channels, spec):
     return plans.plan(logits, labels, channels, spec, plans.WORD_BYTES)
 
 
+@pytest.mark.skipif(disassembler() is None, reason="needs nvdisasm (of nvidia-cuda-nvdisasm)")
 @pytest.mark.parametrize("case", COSTS, ids=lambda case: "-".join(map(str, case)))
-def test_values_stay_in_registers_and_accesses_are_wide(case, tmp_path):
+def test_values_stay_in_registers_and_accesses_are_wide(case):
     kind, *options = case
-    compiled = Compiled(kind, plan(*options), HOPPER, tmp_path)
+    kernel = compiled(kind, plan(*options), HOPPER)
+    everything = kernel.code.everything
     registers, per_value = COSTS[case]
-    assert ASSEMBLED_WELL.search(compiled.log)
-    assert "__local_depot" not in compiled.ptx
-    assert not count(compiled.instructions, "(LDL|STL)")
-    assert compiled.registers <= SLACK * registers
+    assert ASSEMBLED_WELL.search(kernel.log)
+    assert "__local_depot" not in kernel.ptx
+    assert not count(everything, "(LDL|STL)")
+    assert kernel.registers <= SLACK * registers
     if kind in kernels.OF_TOTALS:
         return
-    size = compiled.plan.voxels * plans.ITEMSIZE[compiled.plan.logits]
+    size = kernel.plan.voxels * plans.ITEMSIZE[kernel.plan.logits]
     width = {16: r"\S*\.128", 8: r"\S*\.64", 4: "", 2: r"\S*\.U16"}[size]
-    channels = compiled.plan.lane_channels
-    assert count(compiled.instructions, rf"LDG\.E{width}") >= channels
+    channels = kernel.plan.lane_channels
+    assert count(everything, rf"LDG\.E{width}") >= channels
     if kind == "gradient":
-        assert count(compiled.instructions, rf"STG\.E{width}") == channels
-    elif compiled.plan.logits != "float64":
-        assert not count(compiled.instructions, "(DADD|DMUL|DFMA)")
-    assert compiled.per_value <= SLACK * per_value
+        assert count(everything, rf"STG\.E{width}") == channels
+    elif kernel.plan.logits != "float64":
+        assert not count(everything, "(DADD|DMUL|DFMA)")
+    assert kernel.per_value <= SLACK * per_value
 
 
 @pytest.mark.parametrize(("channels", "shuffles"), [(4, 16), (14, 32 + 16 + 8 + 4 + 2)])
@@ -154,11 +104,12 @@ def test_other_gpus(kind, capability):
     assert ASSEMBLED_WELL.search(log)
 
 
-def test_an_array_in_local_memory_is_found(tmp_path):
+def test_an_array_in_local_memory_is_found():
     """The checks above can fail: more values than there are registers."""
     crowded = Plan("float16", "uint8", 40, voxels=8)
-    log = Compiled("gradient", crowded, HOPPER, tmp_path).log
-    assert not ASSEMBLED_WELL.search(log)
+    kernel = compiled("gradient", crowded, HOPPER)
+    assert not ASSEMBLED_WELL.search(kernel.log)
+    assert kernel.local_bytes
 
 
 @pytest.mark.parametrize("kind", kernels.KINDS)

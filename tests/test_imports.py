@@ -95,10 +95,13 @@ IN_BENCH = {
         "measure",
         "picture",
         "plot",
+        "prediction",
         "results",
         "run",
         "tables",
     },
+    "prediction": {"cases", "implementations", "machine_code", "tables"},
+    "machine_code": set(),
     "run": {"busy", "cases", "devices", "implementations", "machine", "measure", "results"},
     "busy": {"cases", "devices", "implementations", "measure", "results"},
     "machine": {"measure"},
@@ -129,6 +132,8 @@ ARROWS["bench.implementations"] |= {
     *("api", "torch.__init__", "compat.monai", "compat.nnunet", "losses.__init__"),
 }
 ARROWS["bench.networks"] |= {"torch.__init__"}
+ARROWS["bench.prediction"] |= {"_gpu", "gpu.plan", "spec", "buffers"}
+ARROWS["bench.machine_code"] |= {"gpu.compile", "gpu.kernels", "gpu.plan"}
 ARROWS["bench.machine"] |= {"backends", "threads"}
 
 

@@ -17,6 +17,9 @@ from .implementations import IMPLEMENTATIONS
 QUICK_CASES, QUICK_SIDE = ("a", "d"), 32
 BUSY_ROWS = ("ours", "ours-out")  # measured with --busy
 LOSS_ALONE = "e"  # measured beside whole steps, with these losses
+MODELLED = ("h100", "h200", "a100")  # by --predict
+PREDICTED = ("ours", "ours-ce")  # by default, of
+PREDICTABLE = (*PREDICTED, "ours-focal")
 LOSSES_ALONE = ("ours-ce", "ours-ce-inplace", "monai-ce", "nnunet-ce", "naive-ce")
 
 
@@ -63,6 +66,10 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--read", type=Path, metavar="FILE", help="measure nothing, show a report written by --json"
     )
+    modelled = ", ".join(MODELLED)
+    text = f"""with --device cuda, needs no GPU: the times that a model predicts from the kernels'
+machine code for these GPUs, comma-separated, of {modelled} (default: all)"""
+    add("--predict", nargs="?", const=",".join(MODELLED), type=_gpus, metavar="GPUS", help=text)
     add("--markdown", type=_file, metavar="FILE", help="write the printed report")
     add("--plot", type=_file, metavar="FILE", help=PLOT_HELP)
     return result
@@ -85,12 +92,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.step or options.only or options.plot or cuda:
             line.error("--busy: not with --step, --only, --plot or --device cuda")
         only = [*BUSY_ROWS]
+    if options.predict:
+        if not cuda:
+            line.error("--predict: only with --device cuda")
+        if options.step or options.busy or options.read or options.json or options.plot:
+            line.error("--predict: not with --step, --busy, --read, --json or --plot")
+        only = only if options.only else [*PREDICTED]
+        if unknown := ", ".join(name for name in only if name not in PREDICTABLE):
+            line.error(f"--predict: not of {unknown}; --only {', '.join(PREDICTABLE)}")
     for chosen, table in ((options.cases, CASES), (only, IMPLEMENTATIONS)):
         if unknown := ", ".join(name for name in chosen if name not in table):
             line.error(f"{unknown}: no such name; choose from {', '.join(table)}")
     cases = [CASES[name] for name in dict.fromkeys(options.cases or every)]
-    if options.busy and (named := [case.name for case in cases if case.network]):
-        line.error(f"--busy: {named[0]} is a whole training step")
+    for option in ("busy", "predict"):
+        if getattr(options, option) and (named := [case.name for case in cases if case.network]):
+            line.error(f"--{option}: {named[0]} is a whole training step")
     if quick:
         cases = [case.with_sides(QUICK_SIDE) for case in cases]
     if options.side:
@@ -99,6 +115,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         only = [name for name in only if not IMPLEMENTATIONS[name].compiled]
     if options.plot and options.plot.suffix not in (".png", ".svg", ".pdf"):
         line.error(f"--plot: {options.plot} does not end in .png, .svg or .pdf")
+
+    if options.predict:
+        try:
+            from . import prediction
+
+            text = prediction.report(cases, only, options.labels, options.predict)
+        except ModuleNotFoundError as error:
+            line.exit(1, f'--predict needs {error.name}: pip install "dice_core[gpu]"\n')
+        except FileNotFoundError as error:
+            line.exit(1, f"--predict {error}\n")
+        print(text, end="")
+        if options.markdown:
+            options.markdown.write_text(text)
+        return
 
     try:  # imported late: these imports take seconds
         import torch
@@ -147,6 +177,13 @@ def _side(text: str) -> int:
     if (side := _count(text)) % 8:
         raise argparse.ArgumentTypeError(f"{text} is not a multiple of 8")
     return side
+
+
+def _gpus(text: str) -> list[str]:
+    if unknown := ", ".join(name for name in text.split(",") if name not in MODELLED):
+        which = ", ".join(MODELLED)
+        raise argparse.ArgumentTypeError(f"{unknown}: no such GPU; choose from {which}")
+    return text.split(",")
 
 
 def _file(text: str) -> Path:
