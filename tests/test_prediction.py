@@ -208,7 +208,7 @@ def test_what_is_missing_is_named(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         __main__.main(["d", "--device", "cuda", "--predict"])
     assert stop.value.code == 1
-    assert capsys.readouterr().err.startswith("--predict needs nvdisasm: pip install ")
+    assert capsys.readouterr().err.startswith("--predict: needs nvdisasm: pip install ")
 
 
 def test_it_needs_no_torch_and_names_the_compiler():

@@ -123,8 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             text = prediction.report(cases, only, options.labels, options.predict)
         except ModuleNotFoundError as error:
             line.exit(1, f'--predict needs {error.name}: pip install "dice_core[gpu]"\n')
-        except FileNotFoundError as error:
-            line.exit(1, f"--predict {error}\n")
+        except (FileNotFoundError, RuntimeError) as error:  # no disassembler, no compiler
+            line.exit(1, f"--predict: {error}\n")
         print(text, end="")
         if options.markdown:
             options.markdown.write_text(text)

@@ -44,8 +44,8 @@ def disassembler() -> Path | None:
     for folder in (found and found.submodule_search_locations) or ():
         if path := next(Path(folder).glob("*/bin/nvdisasm*"), None):
             return path
-    path = shutil.which("nvdisasm")
-    return Path(path) if path else None
+    on_path = shutil.which("nvdisasm")
+    return Path(on_path) if on_path else None
 
 
 def disassembled(cubin: bytes) -> str:
@@ -56,7 +56,7 @@ def disassembled(cubin: bytes) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        command = [tool, "-c", path]
+        command = [str(tool), "-c", str(path)]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
