@@ -3,22 +3,21 @@
 Each thread is a greenlet, which yields to the scheduler at a barrier. Every access is asserted to
 be aligned and within one live allocation, and all threads of a block to reach the same barrier.
 Threads and blocks run in random order, so that results that depend on it fail a comparison.
-Uninitialized floating-point memory is NaN.
 """
 
 import ctypes
 import functools
 import struct
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import greenlet
-import ml_dtypes
 import numpy as np
 import pytest
+from emulated.arrays import dtype_of
+from emulated.memory import LIVE
 
 from dice_core import _gpu, backends
 from dice_core.gpu import driver, kernels
@@ -28,81 +27,6 @@ from dice_core.gpu.plan import Plan
 Array = np.ndarray[Any, Any]
 
 WORD = 16  # bytes of the widest load or store
-ALLOCATED: dict[int, int] = {}  # live allocations: address -> size in bytes
-
-
-def dtype_of(name: str) -> np.dtype[Any]:
-    special: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "bool": np.uint8}
-    return np.dtype(special.get(name, name))
-
-
-class DeviceArray:
-    """An array in simulated device memory, `host`.
-
-    Has the CUDA array interface, and of the array API standard what allocates and copies arrays.
-    """
-
-    stream: int | None = None
-
-    def __init__(self, host: Array) -> None:
-        self.host = host
-        self.shape, self.dtype = host.shape, host.dtype
-        self.device = SimpleNamespace(id=0)
-
-    @classmethod
-    def holding(cls, array: Array) -> "DeviceArray":
-        """A copy on the device, with the same strides and alignment."""
-        host = allocate(array.shape, array.dtype, array.strides, array.ctypes.data % WORD)
-        host[...] = array
-        return cls(host)
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        address = self.host.__array_interface__["data"][0] if self.host.size else 0
-        typestr = "<V2" if self.dtype == ml_dtypes.bfloat16 else self.dtype.str
-        return {
-            "version": 3,
-            "shape": self.shape,
-            "strides": self.host.strides,
-            "typestr": typestr,
-            "data": (address, False),
-            "stream": self.stream,
-        }
-
-    def __array_namespace__(self) -> Any:
-        return SimpleNamespace(
-            __name__="fake",
-            empty=lambda shape, dtype, device: DeviceArray(allocate(shape, dtype)),
-            asarray=lambda array, device: DeviceArray.holding(array),
-            **{name: dtype_of(name) for name in ("float32", "float64", "uint8")},
-        )
-
-    def __dlpack__(self, dl_device: tuple[int, int], copy: bool) -> Any:
-        assert dl_device == (1, 0)
-        assert copy
-        return self.host.copy().__dlpack__()
-
-    def __getitem__(self, index: Any) -> "DeviceArray":
-        return DeviceArray(self.host[index])
-
-    def __add__(self, other: "DeviceArray") -> "DeviceArray":
-        return DeviceArray.holding(self.host + other.host)
-
-
-def allocate(
-    shape: Sequence[int], dtype: Any, strides: Sequence[int] | None = None, offset: int = 0
-) -> Array:
-    """An uninitialized array, whose address is `offset` modulo a word."""
-    dtype = np.dtype(dtype)
-    size = max(1, int(np.prod(shape))) * dtype.itemsize
-    if strides is not None and 0 not in shape:
-        size = sum(s * (n - 1) for s, n in zip(strides, shape, strict=True)) + dtype.itemsize
-    padded = np.full(size + 5 * WORD, 255, np.uint8)  # NaN, read as any floating-point dtype
-    first = -padded.ctypes.data % WORD + 2 * WORD + offset
-    address = padded.ctypes.data + first
-    ALLOCATED[address] = size
-    weakref.finalize(padded, ALLOCATED.pop, address)
-    return np.ndarray(shape, dtype, padded[first:], strides=strides)
 
 
 class Kernel:
@@ -297,7 +221,7 @@ def elements(address: Any, offset: Any, name: str, count: int) -> Array:
     first = int(address) + int(offset)
     size = count * dtype.itemsize
     assert any(
-        start <= first and first + size <= start + length for start, length in ALLOCATED.items()
+        start <= first and first + size <= start + length for start, length in LIVE.items()
     ), f"out of bounds: {size} bytes at {address} + {offset} are not within one allocation"
     assert first % min(size, WORD) == 0, f"misaligned: {size} bytes at {address} + {offset}"
     return np.frombuffer(memoryview((ctypes.c_uint8 * size).from_address(first)), dtype)

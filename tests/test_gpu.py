@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from compare import assert_close
-from gpu_simulator import DeviceArray, Kernel
+from emulated.arrays import DeviceArray
+from gpu_simulator import Kernel
 
 import dice_core
 import dice_core.torch

@@ -11,7 +11,7 @@ import numpy as np
 import ptx
 import pytest
 from compare import assert_close
-from gpu_simulator import dtype_of
+from emulated.arrays import dtype_of
 
 numba = pytest.importorskip("numba", reason="needs the extra gpu")
 llvmlite = pytest.importorskip("llvmlite", reason="comes with numba")

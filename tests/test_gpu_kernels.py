@@ -7,7 +7,7 @@ import gpu_simulator
 import numpy as np
 import pytest
 from compare import assert_bitwise_equal, assert_close
-from gpu_simulator import DeviceArray, dtype_of
+from emulated.arrays import DeviceArray, dtype_of
 
 from dice_core import _gpu, _reference, allocators, buffers, spec
 from dice_core.gpu import plan as plans

@@ -425,7 +425,7 @@ import numpy as np
 from dice_core.gpu import driver
 sys.path.insert(0, {tests!r})
 driver.LIBRARY = {library!r}
-from gpu_simulator import DeviceArray
+from emulated.arrays import DeviceArray
 import dice_core
 
 x = DeviceArray.holding(np.zeros((2, 4, 8, 16), np.float16))

@@ -7,7 +7,7 @@ import mpmath
 import numpy as np
 import pytest
 from compare import assert_close
-from gpu_simulator import DeviceArray
+from emulated.arrays import DeviceArray
 
 import dice_core
 from dice_core import _gpu, allocators, buffers, losses, spec

@@ -1,8 +1,12 @@
 """Device arrays of libraries other than torch, as arguments and results."""
 
+import operator
+
 import numpy as np
 import pytest
 import torch
+from emulated.arrays import DeviceArray
+from gpu import volumes
 from gpu.volumes import Volume, assert_gradient, assert_sums, true_loss, true_sums
 
 import dice_core
@@ -27,8 +31,19 @@ class Numba:
         self.to_host = self.kind.copy_to_host
 
 
-@pytest.fixture(params=[CuPy, Numba])
+class Emulated:
+    """Arrays on the emulated device."""
+
+    def __init__(self):
+        self.kind, self.to_device = DeviceArray, DeviceArray.holding
+        self.to_host = operator.attrgetter("host")
+
+
+@pytest.fixture(params=[CuPy, Numba, Emulated])
 def library(gpu, request):
+    if (request.param is Emulated) != volumes.EMULATED:
+        where = "on a real device" if volumes.EMULATED else "on the emulated device"
+        pytest.skip(f"{request.param.__name__}'s arrays are {where}")
     return request.param()
 
 

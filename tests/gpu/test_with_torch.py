@@ -12,6 +12,7 @@ from gpu.volumes import (
     Volume,
     assert_gradient,
     assert_sums,
+    large,
     true_loss,
 )
 
@@ -111,7 +112,7 @@ def test_a_step_takes_one_gradient_and_forward_keeps_nothing(channels, logits):
 
 def test_loss_scale_reaches_the_gradient_before_it_is_rounded():
     """Without it these gradients underflow in float16."""
-    x, y = Volume(4, (64, 64, 64), "float16").tensors()
+    x, y = Volume(4, large(64, 64, 64), "float16").tensors()
     x.requires_grad_()
     (dice_loss(x, y) * 2.0**20).backward()
     assert_gradient(x.grad, true_loss(x, y)[1] * 2.0**20)

@@ -13,6 +13,7 @@ from compare import assert_close
 from torch import Tensor
 
 DEVICE = "cuda"
+EMULATED = False  # whether it is the emulated device
 LOGITS = ("float16", "bfloat16", "float32", "float64")
 LABELS = ("uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64", "bool")
 
@@ -93,6 +94,11 @@ class Volume:
             y[torch.rand(y.shape, generator=generator) < 0.2] = self.ignore
         x, y = x.to(getattr(torch, self.logits)), y.to(getattr(torch, self.labels))
         return LAYOUTS[self.layout](x, y)
+
+
+def large(*voxels: int) -> tuple[int, ...]:
+    """A shape of many voxels; on the emulated device, of a quarter along each axis."""
+    return tuple(-(-n // 4) for n in voxels) if EMULATED else voxels
 
 
 def on_host(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
