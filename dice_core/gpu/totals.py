@@ -111,15 +111,16 @@ def totals_kernel(loss: bool, ops: Any) -> Callable[..., None]:
             store_double(sums, entry * int64(8), total)
 
         if LOSS:
-            # A block publishes its sums (fence), then increments the counter; the last block reads
-            # all sums after its own fence, as threadFenceReduction in NVIDIA's CUDA samples does.
-            cuda.threadfence()
+            # A block's sums come before its barrier, thread 0's fence and its count: a release
+            # pattern of PTX's memory model. The last count, fence and barrier come before what the
+            # last block reads: an acquire pattern. So cooperative groups synchronize a grid.
             cuda.syncthreads()
             if thread == int32(0):
+                cuda.threadfence()
                 blocks_before[0] = atomic_increment(partials)
+                cuda.threadfence()
             cuda.syncthreads()
             if blocks_before[0] == int32(cuda.gridDim.x) - int32(1):
-                cuda.threadfence()
                 # If each sample has a loss, each warp computes one at a time, with the classes
                 # distributed over its lanes. Otherwise the block computes one loss, with the terms
                 # distributed over its threads: (samples, classes) of them, or (classes,) if samples
