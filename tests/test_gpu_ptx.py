@@ -3,6 +3,7 @@
 `test_gpu_ptx_all` has the kernels of all cases.
 """
 
+import functools
 import re
 
 import gpu_simulator
@@ -69,15 +70,55 @@ def test_gradients_in_place():
     assert_bitwise_equal(at.logits.owner.host, cases.run(x, y, cotangent)[1])
 
 
-def test_gradients_are_rounded_to_nearest():
-    """Their error is at most half a unit in the last place, and that of the float32 number."""
-    x, y, cotangent = cases.example("float16", "uint8", 4, 600)
-    assert_nearest(cases.run(x, y, cotangent)[1], cases.expected(x, y, cotangent)[1])
+# dtype, voxels: the conversion of float32 numbers, and one that drops their last bits
+TRUNCATED = {
+    ("float16", 600): (
+        r"cvt\.rn\.f16\.f32\s+(%h\d+), (%f\d+);",
+        "{ .reg .b32 %bits; .reg .f32 %cut; mov.b32 %bits, \\2; and.b32 %bits, %bits, -8192;"
+        " mov.b32 %cut, %bits; cvt.rn.f16.f32 \\1, %cut; }",
+    ),
+    ("bfloat16", 600): (
+        r"cvt\.rn\.bf16x2\.f32\s+(%r\d+), (%f\d+), (%f\d+);",
+        "{ .reg .b32 %high; .reg .b32 %low; .reg .f32 %cut; .reg .f32 %other;"
+        " mov.b32 %high, \\2; and.b32 %high, %high, -65536; mov.b32 %cut, %high;"
+        " mov.b32 %low, \\3; and.b32 %low, %low, -65536; mov.b32 %other, %low;"
+        " cvt.rn.bf16x2.f32 \\1, %cut, %other; }",
+    ),
+    ("bfloat16", 301): (
+        r"cvt\.rn\.bf16\.f32\s+(%rs\d+), (%f\d+);",
+        "{ .reg .b32 %bits; .reg .f32 %cut; mov.b32 %bits, \\2; and.b32 %bits, %bits, -65536;"
+        " mov.b32 %cut, %bits; cvt.rn.bf16.f32 \\1, %cut; }",
+    ),
+}
+
+
+@pytest.mark.parametrize(("dtype", "voxels"), TRUNCATED)
+def test_gradients_are_rounded_to_nearest(monkeypatch, dtype, voxels):
+    """Their error is at most half a unit in the last place, and that of the float32 number; that of
+    truncated ones is not.
+    """
+    x, y, cotangent = cases.example(dtype, "uint8", 4, voxels)
+    true_grad = cases.expected(x, y, cotangent)[1]
+    assert_nearest(cases.run(x, y, cotangent)[1], true_grad)
+
+    def change(kernel, source):
+        truncated = (*TRUNCATED[dtype, voxels], None)
+        return changed(source, *truncated) if kernel.kind == "gradient" else source
+
+    monkeypatch.setattr(gpu_ptx.Kernel, "changed", change)
+    monkeypatch.setattr(_gpu, "_job", functools.lru_cache(_gpu._Job))  # which keeps kernels
+    with pytest.raises(AssertionError, match=r" differ \("):
+        assert_nearest(cases.run(x, y, cotangent)[1], true_grad)
 
 
 def assert_nearest(grad, true_grad):
     scale = np.abs(true_grad).max()
-    assert_close(grad, true_grad, rtol=2.0**-11, atol=2.0**-25 + 2e-6 * scale)
+    unit, smallest = HALF_A_UNIT[str(grad.dtype)]
+    assert_close(grad, true_grad, rtol=unit, atol=smallest + 2e-6 * scale)
+
+
+# Of a number: relative, and for subnormal numbers absolute
+HALF_A_UNIT = {"float16": (2.0**-11, 2.0**-25), "bfloat16": (2.0**-8, 2.0**-134)}
 
 
 # ---- faults --------------------------------------------------------------------------------------
@@ -129,12 +170,6 @@ MUTANTS = {
         "store shifted by a voxel": (rf"(st\.global\.v4\.b32\s+\[{R})\]", r"\1+2]", 0),
         "store shifted by a word": (rf"(st\.global\.v4\.b32\s+\[{R})\]", r"\1+16]", 0),
         "store of all threads": (rf"@{R} st\.global", "st.global", None),
-        "rounding dropped": (
-            r"cvt\.rn\.f16\.f32\s+(%h\d+), (%f\d+);",
-            "{ .reg .b32 %bits; .reg .f32 %cut; mov.b32 %bits, \\2; and.b32 %bits, %bits, -8192;"
-            " mov.b32 %cut, %bits; cvt.rn.f16.f32 \\1, %cut; }",
-            None,
-        ),
         "cotangent of another sample": (r"kernel_param_3\]", "kernel_param_0]", 0),
     },
     "total": {

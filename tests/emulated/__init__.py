@@ -9,3 +9,5 @@ device's arrays.
 
 No memory of other libraries, no streams that run at the same time, no CUDA graphs.
 """
+
+active = False  # whether it is in the place of a real one now

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import emulated
 from dice_core import _gpu, backends
 from dice_core.gpu import cache, driver
 from dice_core.gpu import compile as compiler
@@ -36,6 +37,7 @@ _JOBS = functools.lru_cache(1024)(_gpu._Job)
 def installed(folder: Path) -> Iterator[Library]:
     """The emulated device is device 0; the folder is for compiled kernels."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(emulated, "active", True)
         patch.setenv(cache.VARIABLE, str(folder))
         patch.setattr(driver, "ctypes", ctypes_with(LIBRARY))
         patch.setattr(compiler, "link", with_source(compiler.link))

@@ -264,8 +264,9 @@ def executable(source: str) -> ptx.Kernel:
 
 def packed_parameters(extra: int) -> bytes:
     """The block that `extra` describes: CU_LAUNCH_PARAM_BUFFER_POINTER and _SIZE, in this order."""
-    pointer_key, pointer, size_key, size, end = (c_void_p * 5).from_address(extra)
-    _check((pointer_key, size_key, end) == (1, 2, None), 1, "keys of the packed parameters")
+    keys_and_values = [word or 0 for word in (c_void_p * 5).from_address(extra)]
+    _check(keys_and_values[::2] == [1, 2, 0], 1, "keys of the packed parameters")
+    _, pointer, _, size, _ = keys_and_values
     return ctypes.string_at(pointer, c_size_t.from_address(size).value)
 
 

@@ -42,9 +42,9 @@ class DeviceTensor(Tensor):
         self.host = host
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-    device = property(lambda self: CUDA)  # type: ignore[assignment]
-    is_cuda = property(lambda self: True)  # type: ignore[assignment]
-    is_cpu = property(lambda self: False)  # type: ignore[assignment]
+    device = property(lambda self: CUDA)
+    is_cuda = property(lambda self: True)
+    is_cpu = property(lambda self: False)
 
     def data_ptr(self) -> int:
         return self.host.data_ptr()
@@ -59,14 +59,14 @@ class DeviceTensor(Tensor):
         copy: Tensor = Copied.apply(self, False)  # type: ignore[no-untyped-call]
         return copy
 
-    def to(self, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:
         return moved(self, *args, **kwargs)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"DeviceTensor({self.host!r})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}

@@ -9,12 +9,12 @@ import os
 import re
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from gpu import volumes
 
 from dice_core import calls
 
@@ -39,7 +39,16 @@ NOT_EMULATED = {
     "test_more_elements_than_31_bits_count": "would take hours",
 }
 # Of the cases of a test, the first of every so many; other tests have all of them.
-EVERY = {}
+EVERY = {
+    "test_sums_and_their_gradient": 7,
+    "test_loss_and_its_gradient": 11,
+    "test_the_gradient_in_place_is_the_same": 5,
+    "test_ignored_voxels_contribute_nothing_whatever_their_logits": 5,
+    "test_labels": 13,
+    "test_soft_targets": 17,
+    "test_every_run_is_bitwise_equal": 5,
+    "test_gradient_has_the_dtype_and_strides_of_the_logits": 4,
+}
 QUICK: set[str] = set()  # by default; others are slow
 
 
@@ -91,7 +100,7 @@ def kernels_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The CUDA device, or the emulated one."""
     monkeypatch.delenv(calls.CHECK, raising=False)
     if not emulated(request.config):
@@ -101,6 +110,5 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
         pytest.skip(f"no CUDA device: {no_device()}; the emulated one needs the extra gpu")
     from emulated import device
 
-    monkeypatch.setattr(volumes, "EMULATED", True)
     with device.installed(request.getfixturevalue("kernels_folder")):
         yield

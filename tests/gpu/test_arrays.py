@@ -2,11 +2,11 @@
 
 import operator
 
+import emulated
 import numpy as np
 import pytest
 import torch
 from emulated.arrays import DeviceArray
-from gpu import volumes
 from gpu.volumes import Volume, assert_gradient, assert_sums, true_loss, true_sums
 
 import dice_core
@@ -41,8 +41,8 @@ class Emulated:
 
 @pytest.fixture(params=[CuPy, Numba, Emulated])
 def library(gpu, request):
-    if (request.param is Emulated) != volumes.EMULATED:
-        where = "on a real device" if volumes.EMULATED else "on the emulated device"
+    if (request.param is Emulated) != emulated.active:
+        where = "on a real device" if emulated.active else "on the emulated device"
         pytest.skip(f"{request.param.__name__}'s arrays are {where}")
     return request.param()
 

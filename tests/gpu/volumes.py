@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import emulated
 import naive
 import numpy as np
 import torch
@@ -13,7 +14,6 @@ from compare import assert_close
 from torch import Tensor
 
 DEVICE = "cuda"
-EMULATED = False  # whether it is the emulated device
 LOGITS = ("float16", "bfloat16", "float32", "float64")
 LABELS = ("uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64", "bool")
 
@@ -98,7 +98,7 @@ class Volume:
 
 def large(*voxels: int) -> tuple[int, ...]:
     """A shape of many voxels; on the emulated device, of a quarter along each axis."""
-    return tuple(-(-n // 4) for n in voxels) if EMULATED else voxels
+    return tuple(-(-n // 4) for n in voxels) if emulated.active else voxels
 
 
 def on_host(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
