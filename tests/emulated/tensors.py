@@ -23,6 +23,7 @@ KERNELS = {  # of operators that access memory themselves, for all devices
     torch.ops.dice_core.statistics.default: operators._statistics,
     torch.ops.dice_core.statistics_grad.default: operators._statistics_grad,
 }
+UNINITIALIZED = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 BETWEEN_DEVICES = ("aten::copy_", "aten::index", "aten::index_put_")
 
 
@@ -80,6 +81,8 @@ class DeviceTensor(Tensor):
         result = function(*tree_map(on_host, args), **tree_map(on_host, kwargs))
         if function._schema.is_mutable and name.endswith("_"):  # in place: the same object
             return args[0]
+        if name.removeprefix("aten::") in UNINITIALIZED:
+            return new(result)
         return tree_map(lambda t: on_device(t) if isinstance(t, Tensor) else t, result)
 
 
@@ -109,7 +112,8 @@ class Devices(TorchFunctionMode):
         if device is None or torch.device(device).type != "cuda":
             return function(*args, **kwargs)
         kwargs["device"] = "cpu"
-        return on_device(function(*args, **kwargs))
+        result = function(*args, **kwargs)
+        return new(result) if function.__name__ in UNINITIALIZED else copied_to_device(result)
 
 
 def moved(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -144,13 +148,20 @@ def on_device(host: Tensor) -> DeviceTensor:
 
 def copied_to_device(x: Tensor) -> DeviceTensor:
     """A copy with the same strides, if it is dense."""
-    x = x.detach()
-    like = torch.empty_like(x, device="meta")
-    span = memory.span(x.shape, like.stride())
-    raw = torch.from_numpy(memory.allocate(max(1, span) * x.element_size()))
-    flat = raw[: span * x.element_size()].view(x.dtype)
-    host = flat.as_strided(x.shape, like.stride(), 0) if span else x.new_empty(x.shape)
-    return DeviceTensor(host.copy_(x))
+    copy = new(x)
+    copy.host.copy_(x.detach())
+    return copy
+
+
+def new(like: Tensor) -> DeviceTensor:
+    """An uninitialized tensor on the device."""
+    strides = torch.empty_like(like).stride()  # without gaps
+    span = memory.span(like.shape, strides)
+    size = span * like.element_size()
+    raw = torch.from_numpy(memory.allocate(max(1, size)))
+    flat = raw[:size].view(like.dtype)
+    host = flat.as_strided(like.shape, strides) if span else torch.empty_like(like)
+    return DeviceTensor(host)
 
 
 def is_plain(real: Any) -> Any:
