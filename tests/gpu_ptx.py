@@ -8,7 +8,7 @@ from typing import ClassVar
 import gpu_simulator
 import ptx
 import pytest
-from emulated.memory import LIVE
+from emulated import memory
 
 from dice_core.gpu import compile as compiler
 from dice_core.gpu import kernels
@@ -50,7 +50,7 @@ class Kernel(gpu_simulator.Kernel):
         arguments = dict(zip(names.kinds, struct.unpack(names.format, parameters), strict=True))
         in_place = [
             start
-            for start, size in LIVE.items()
+            for start, size in memory.LIVE.items()
             if self.kind == "gradient" and arguments["out"] == arguments["x"]
             if start <= arguments["x"] < start + size
         ]
@@ -59,7 +59,7 @@ class Kernel(gpu_simulator.Kernel):
             blocks,
             threads,
             parameters,
-            dict(LIVE),
+            dict(memory.LIVE),
             seed=len(gpu_simulator.Kernel.launched),
             noise=self.noise,
             unordered=in_place,

@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 import greenlet
 import numpy as np
 import pytest
+from emulated import memory
 from emulated.arrays import dtype_of
-from emulated.memory import LIVE
 
 from dice_core import _gpu, backends
 from dice_core.gpu import driver, kernels
@@ -221,7 +221,7 @@ def elements(address: Any, offset: Any, name: str, count: int) -> Array:
     first = int(address) + int(offset)
     size = count * dtype.itemsize
     assert any(
-        start <= first and first + size <= start + length for start, length in LIVE.items()
+        start <= first and first + size <= start + length for start, length in memory.LIVE.items()
     ), f"out of bounds: {size} bytes at {address} + {offset} are not within one allocation"
     assert first % min(size, WORD) == 0, f"misaligned: {size} bytes at {address} + {offset}"
     return np.frombuffer(memoryview((ctypes.c_uint8 * size).from_address(first)), dtype)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from compare import assert_close
+from emulated import memory
 from emulated.arrays import DeviceArray
 from gpu_simulator import Kernel
 
@@ -308,8 +309,8 @@ def torch_gpu(monkeypatch):
         def __str__(self):
             return "cuda:0"
 
-    gpu, allocated = Device(), dict(gpu_simulator.ALLOCATED)
-    monkeypatch.setattr(gpu_simulator, "ALLOCATED", allocated)
+    gpu, allocated = Device(), dict(memory.LIVE)
+    monkeypatch.setattr(memory, "LIVE", allocated)
     monkeypatch.setattr(buffers, "_of_torch", of_torch)
     monkeypatch.setattr(buffers, "_torch_layout", layout)
     monkeypatch.setattr(buffers, "_torch_stream", lambda torch, device: 0)
