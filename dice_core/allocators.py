@@ -84,7 +84,7 @@ def from_host(array: np.ndarray[Any, Any], near: Buffer) -> Any:
     owner = near.owner
     library, module = _library(near)
     if library == "torch":
-        return module.from_numpy(array).to(owner.device)
+        return module.tensor(array, device=owner.device)  # from_numpy warns of read-only arrays
     if library == "cupy":
         with module.cuda.Device(_index(near)):
             return module.asarray(array)

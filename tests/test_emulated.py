@@ -10,6 +10,7 @@ pytest.importorskip("numba_cuda", reason="needs the extra gpu")
 from emulated import device, memory
 from emulated.tensors import DeviceTensor
 
+from dice_core import allocators, buffers
 from dice_core.gpu import cache, driver, kernels
 from dice_core.gpu import compile as compiler
 from dice_core.gpu.plan import Plan
@@ -140,3 +141,10 @@ def test_gradients_pass_between_devices(gpu):
     assert type(on_device) is DeviceTensor
     assert type(leaf.grad) is torch.Tensor
     assert leaf.grad.tolist() == [3, 3, 3]
+
+
+def test_a_read_only_array_is_copied_to_the_device_without_a_warning(gpu):
+    numbers = np.broadcast_to(np.float32(3), 4)
+    near = buffers.of(torch.zeros(1, device="cuda"), "x")
+    copy = allocators.from_host(numbers, near)
+    assert (copy.device, copy.dtype, copy.tolist()) == (near.owner.device, torch.float32, [3] * 4)
