@@ -426,12 +426,16 @@ def test_predicates():
 # ---- conversions of floating-point numbers -------------------------------------------------------
 
 
-def test_every_half_is_widened():
+@pytest.mark.parametrize(
+    ("opcode", "bits", "dtype"),
+    [("cvt.f32.f16", "u32", np.float32), ("cvt.f64.f16", "u64", np.float64)],
+)
+def test_every_half_is_widened(opcode, bits, dtype):
     values = np.arange(2**16, dtype=np.uint16)
     found = np.concatenate(
-        [computed("cvt.f32.f16", [part], "u32", ["u16"]) for part in np.split(values, 64)]
+        [computed(opcode, [part], bits, ["u16"]) for part in np.split(values, 64)]
     )
-    assert_same_numbers(found, values.view(np.float16).astype(np.float32))
+    assert_same_numbers(found, values.view(np.float16).astype(dtype))
 
 
 @pytest.mark.parametrize(

@@ -258,7 +258,7 @@ def _conversion_table() -> dict[str, Operation]:
     for to in FLOATS:
         for of in ("s16", "u16", "s32", "u32", "s64"):
             table[f"cvt.rn.{to}.{of}"] = Operation(partial(_converted, to), to, (of,))
-    for opcode in ("cvt.f32.f16", "cvt.f64.f32", "cvt.rn.f32.f64"):
+    for opcode in ("cvt.f32.f16", "cvt.f64.f16", "cvt.f64.f32", "cvt.rn.f32.f64"):
         *_, to, of = opcode.split(".")
         table[opcode] = Operation(partial(_converted, to), to, (of,))
     table["cvt.rn.f16.f32"] = Operation(rounding.to_f16, "b16", ("f32",))
