@@ -49,7 +49,11 @@ EVERY = {
     "test_every_run_is_bitwise_equal": 5,
     "test_gradient_has_the_dtype_and_strides_of_the_logits": 4,
 }
-QUICK: set[str] = set()  # by default; others are slow
+QUICK = {  # in every run; others are slow
+    "test_loss_and_gradient[Emulated-float16]",
+    "test_loss_and_its_gradient[None--1-0.0-mean-float16]",
+    "test_a_custom_loss",
+}
 
 
 @functools.cache
@@ -74,6 +78,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     which, seen = emulated(config), Counter[str]()
     if not which:
         return
+    left_out = []
     for item in items:
         if HERE not in item.path.parents:
             continue
@@ -83,9 +88,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             reason = f"no CUDA device: {no_device()}; {NOT_EMULATED[name]}"
             item.add_marker(pytest.mark.skip(reason=reason))
         elif which == "some" and (seen[name] - 1) % EVERY.get(name, 1):
-            item.add_marker(pytest.mark.skip(reason="emulated with --emulated all"))
+            left_out.append(item)
         elif item.name not in QUICK:
             item.add_marker(pytest.mark.slow)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")
