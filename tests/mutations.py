@@ -376,8 +376,8 @@ FAULTS = (
     Fault(
         "GPU: the kernels do not wait for the incoming gradient",
         "dice_core/_gpu.py",
-        "for other in (grad, scale):",
-        "for other in (grad,):",
+        "(grad, cotangent, scale))",
+        "(grad, cotangent))",
         "tests/test_gpu.py tests/test_gpu_launch.py -k 'stream or wait or order'",
     ),
     Fault(
