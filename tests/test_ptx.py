@@ -193,6 +193,15 @@ def test_shifts_are_clamped(bits):
     assert computed(f"shr.s{bits}", [a, by], f"u{bits}", sources).tolist() == right
 
 
+@pytest.mark.parametrize("of", ["s16", "u16", "s32", "u32", "s64", "u64"])
+def test_multiply_and_add(of):
+    bits = int(of[1:])
+    a, b = pairs(bits)
+    c = a[::-1]
+    expected = [(x * y + z) % (1 << bits) for x, y, z in zip(a, b, c, strict=True)]
+    assert computed(f"mad.lo.{of}", [a, b, c], f"u{bits}").tolist() == expected
+
+
 @pytest.mark.parametrize("bits", [16, 32, 64])
 def test_bitwise_operations(bits):
     a, b = pairs(bits)

@@ -192,6 +192,7 @@ def _integer_table() -> dict[str, Operation]:
     for of in INTEGERS:
         for name, function in binary.items():
             table[f"{name}.{of}"] = Operation(function, of, (of, of))
+        table[f"mad.lo.{of}"] = Operation(lambda a, b, c: a * b + c, of, (of, of, of))
         table[f"neg.{of}"] = Operation(np.negative, of, (of,))
         table[f"shr.{of}"] = Operation(shifted_right, of, (of, "u32"))
         for name, compare in comparisons.items():
