@@ -327,15 +327,15 @@ FAULTS = (
     Fault(
         "GPU: lanes that share a voxel add each other's sums",
         "dice_core/gpu/blocks.py",
-        "for k in range(SHUFFLES, WARP_SHUFFLES):",
-        "for k in range(WARP_SHUFFLES):",
+        "(WARP // plan.lanes).bit_length() - 1",
+        "WARP.bit_length() - 1",
         "tests/test_gpu_kernels.py -k test_against_the_reference",
     ),
     Fault(
         "GPU: no barrier before the tables are added",
         "dice_core/gpu/blocks.py",
-        "table[column] += sums[k * PART + c]\n        cuda.syncthreads()\n",
-        "table[column] += sums[k * PART + c]\n",
+        "table[column] + number\n        cuda.syncthreads()\n",
+        "table[column] + number\n",
         "tests/test_gpu_kernels.py -k test_against_the_reference",
     ),
     Fault(
@@ -354,7 +354,7 @@ FAULTS = (
     ),
     Fault(
         "GPU: the label of an ignored voxel counts",
-        "dice_core/gpu/kernels.py",
+        "dice_core/gpu/plain.py",
         "valid = inside & in_range & (label != ignored)",
         "valid = inside & in_range",
         "tests/test_gpu_kernels.py -k 'ignored or test_against_the_reference'",
