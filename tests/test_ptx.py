@@ -168,15 +168,17 @@ def test_division_rounds_to_zero(of):
     assert computed(f"div.{of}", list(zip(*pair, strict=True)), f"u{bits}").tolist() == expected
 
 
-def test_wide_and_high_products():
+@pytest.mark.parametrize("sign", ["s", "u"])
+def test_wide_and_high_products(sign):
+    read = as_signed if sign == "s" else lambda value, bits: value
     a, b = pairs(64)
-    high = [(as_signed(x, 64) * as_signed(y, 64) >> 64) % 2**64 for x, y in zip(a, b, strict=True)]
-    assert computed("mul.hi.s64", [a, b], "u64").tolist() == high
-    a, b = pairs(32)
-    wide = [as_signed(x, 32) * as_signed(y, 32) % 2**64 for x, y in zip(a, b, strict=True)]
-    assert computed("mul.wide.s32", [a, b], "u64", ["u32", "u32"]).tolist() == wide
-    wide = [x * y for x, y in zip(a, b, strict=True)]
-    assert computed("mul.wide.u32", [a, b], "u64", ["u32", "u32"]).tolist() == wide
+    high = [(read(x, 64) * read(y, 64) >> 64) % 2**64 for x, y in zip(a, b, strict=True)]
+    assert computed(f"mul.hi.{sign}64", [a, b], "u64").tolist() == high
+    for bits in (16, 32):
+        a, b = pairs(bits)
+        wide = [read(x, bits) * read(y, bits) % 4**bits for x, y in zip(a, b, strict=True)]
+        of = [f"u{bits}"] * 2
+        assert computed(f"mul.wide.{sign}{bits}", [a, b], f"u{2 * bits}", of).tolist() == wide
 
 
 @pytest.mark.parametrize("bits", [32, 64])

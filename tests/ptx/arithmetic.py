@@ -55,11 +55,11 @@ def divided(a: Array, b: Array) -> Array:
 
 
 def high_product(a: Array, b: Array) -> Array:
-    """The upper 64 bits of the product of two signed 64-bit integers."""
-    half, mask = np.int64(32), np.int64(0xFFFFFFFF)
+    """The upper 64 bits of the product of two 64-bit integers."""
+    half, mask = a.dtype.type(32), a.dtype.type(0xFFFFFFFF)
     a_low, a_high, b_low, b_high = a & mask, a >> half, b & mask, b >> half
     low = (a_low.view(np.uint64) * b_low.view(np.uint64)) >> np.uint64(32)
-    middle = a_high * b_low + low.view(np.int64)
+    middle = a_high * b_low + low.view(a.dtype)
     other = a_low * b_high + (middle & mask)
     return a_high * b_high + (middle >> half) + (other >> half)
 
@@ -197,10 +197,11 @@ def _integer_table() -> dict[str, Operation]:
         table[f"shr.{of}"] = Operation(shifted_right, of, (of, "u32"))
         for name, compare in comparisons.items():
             table[f"setp.{name}.{of}"] = Operation(compare, "pred", (of, of))
-    for of in ("s32", "u32"):
-        wide = f"{of[0]}64"
+    for of in ("s16", "u16", "s32", "u32"):
+        wide = f"{of[0]}{2 * int(of[1:])}"
         table[f"mul.wide.{of}"] = Operation(partial(_wide_product, wide), wide, (of, of))
-    table["mul.hi.s64"] = Operation(high_product, "s64", ("s64", "s64"))
+    for of in ("s64", "u64"):
+        table[f"mul.hi.{of}"] = Operation(high_product, of, (of, of))
     for bits in (16, 32, 64):
         of = f"b{bits}"
         table[f"shl.{of}"] = Operation(shifted_left, of, (of, "u32"))
