@@ -125,7 +125,7 @@ def bits_of(values):
 
 
 def assert_same_numbers(bits, expected):
-    """The same bits, but for those of NaN."""
+    """Bitwise equal, but for NaN."""
     found = np.asarray(bits).view(expected.dtype)
     np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
     there = ~np.isnan(expected)

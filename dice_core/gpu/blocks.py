@@ -54,10 +54,10 @@ def factor_loader(plan: Plan, ops: Any) -> Any:
     return load
 
 
-def partial_writer(plan: Plan, part: int, ops: Any) -> Any:
+def partial_writer(plan: Plan, ops: Any) -> Any:
     """(out, sums, out_of_range, block, thread, first_class): adds the sums of a block's threads,
-    (fields, part) each, and stores the partial. Block 0 zeroes the counter before them. `sums` has
-    `summands(plan, part)` elements.
+    (fields, lane_classes) each, and stores the partial. Block 0 zeroes the counter before them.
+    `sums` has `summands(plan)` elements.
 
     A warp adds its sums by halves: of two lanes, each passes one half of them to the other and adds
     the half that it keeps, so that the number of shuffles is that of the sums, not five times it.
@@ -65,13 +65,12 @@ def partial_writer(plan: Plan, part: int, ops: Any) -> Any:
     cuda, real, int32, int64, shuffle = ops.cuda, ops.real, ops.int32, ops.int64, ops.shuffle
     store_real, store_int, SIZE = ops.store_real, ops.store_int, ops.size
     THREADS, TABLES, COLUMNS = plans.THREADS, plan.tables, plan.columns
-    LANES, CLASSES, FIELDS, PART = plan.lanes, plan.classes, plan.fields, part
+    LANES, CLASSES, FIELDS, PART = plan.lanes, plan.classes, plan.fields, plan.lane_classes
     SUMS, TURNS, TABLE = FIELDS * PART, plans.WARPS // TABLES, TABLES * COLUMNS
     SHUFFLES, WARP_SHUFFLES = LANES.bit_length() - 1, WARP.bit_length() - 1
-    COUNT, HALVINGS = summands(plan, part), _halvings(plan, part)
+    COUNT, HALVINGS = summands(plan), _halvings(plan)
     KEPT = COUNT >> HALVINGS  # sums of a lane in the end
-    DISTANCES = tuple(1 << k for k in reversed(range(SHUFFLES, WARP_SHUFFLES)))
-    OTHERS = sum(DISTANCES[HALVINGS:])  # bits of a lane's number; lanes that differ there agree
+    OTHERS = (WARP >> HALVINGS) - LANES  # bits of a lane's number; lanes that differ there agree
     FULL_MASK = 0xFFFFFFFF
 
     @ops.inlined
@@ -131,16 +130,17 @@ def partial_writer(plan: Plan, part: int, ops: Any) -> Any:
     return store
 
 
-def summands(plan: Plan, part: int) -> int:
+def summands(plan: Plan) -> int:
     """How many sums a thread adds up: its own, the number of out-of-range labels, and zeros, so
     that they can be halved.
     """
-    multiple = 1 << _halvings(plan, part)
-    return -(-(plan.fields * part + 1) // multiple) * multiple
+    multiple = 1 << _halvings(plan)
+    return -(-(plan.fields * plan.lane_classes + 1) // multiple) * multiple
 
 
-def _halvings(plan: Plan, part: int) -> int:
+def _halvings(plan: Plan) -> int:
     """How often a warp halves its sums: until each lane has one, or all lanes of a class have
-    passed on theirs.
+    added theirs.
     """
-    return min((plan.fields * part).bit_length(), (WARP // plan.lanes).bit_length() - 1)
+    sums = plan.fields * plan.lane_classes
+    return min(sums.bit_length(), (WARP // plan.lanes).bit_length() - 1)

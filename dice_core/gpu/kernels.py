@@ -86,10 +86,10 @@ def voxel_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
     SOFT, ZERO_OR_ONE = plan.spec.soft_targets, plan.spec.targets == "binary"
     BACKGROUND, PART = plan.background, plan.lane_classes
     FULL = CLASSES - (LANES - 1) * PART  # classes that even the last lane has
-    VALUES, SUMS, STEP = PART * V, summands(plan, PART), plan.step
+    VALUES, SUMS, STEP = PART * V, summands(plan), plan.step
     TARGETS, FACTORS = VALUES if SOFT else 1, plan.factor_rows * plan.factor_width
     LOWEST = float("-inf")
-    load_factors, store_partial = factor_loader(plan, ops), partial_writer(plan, PART, ops)
+    load_factors, store_partial = factor_loader(plan, ops), partial_writer(plan, ops)
     of_plan = plain_voxels if plan.spec.plain else general_voxels
     own_factors, of_voxels, complete = of_plan(plan, gradient, ops)
 

@@ -85,12 +85,12 @@ class Plan:
 
     @property
     def factor_width(self) -> int:
-        """Numbers in a row of the cotangent in shared memory, padded to whole lanes,"""
+        """Numbers in a row of the cotangent in shared memory: classes, padded to whole lanes."""
         return self.lanes * self.lane_classes
 
     @property
     def factor_rows(self) -> int:
-        """and its rows, without those of sums of targets only."""
+        """Rows of the cotangent in shared memory: sums that depend on the logits."""
         soft = self.spec.soft_targets
         return self.fields - 1 - soft - (soft and self.spec.target_square)
 
