@@ -103,6 +103,15 @@ class Simulator:
         self.scheduler.switch("shuffle")
         return other
 
+    def any_sync(self, mask: int, value: Any) -> bool:
+        """Whether the `value` of any lane of the warp is true."""
+        self.exchange[self.thread.index] = value
+        self.scheduler.switch("any_sync")
+        first = self.thread.index // plans.WARP * plans.WARP
+        found = any(self.exchange[first : first + plans.WARP])
+        self.scheduler.switch("any_sync")
+        return found
+
     def threadfence(self) -> None:
         """No operation: all threads see every write at once."""
 
@@ -203,6 +212,7 @@ def operations(plan: Plan, cuda: Simulator) -> Any:
         modulation=lambda x: real(x**gamma),
         modulation_slope=lambda x: real(gamma * x ** (gamma - 1)),
         binary_modulation=lambda x: real(x**binary_gamma),
+        quotient=lambda a, b: a // b,
         divide=lambda a, b: a / b,
         reciprocal=lambda x: real(1) / x,
         label=label,

@@ -17,7 +17,7 @@ from dice_core.gpu.plan import Plan
 
 PLAN = Plan("float32", "uint8", 1)
 RUNS, CLASSES = 5, 3
-COLUMNS = 3 * CLASSES + 1
+COLUMNS = 3 * CLASSES
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def kernel(gpu):
 def arguments(**changed):
     """Of a launch that adds the partials, all 1, of one sample."""
     partials = memory.allocate(16 + 4 * RUNS * COLUMNS)
-    partials[16:].view(np.float32)[:] = np.tile([1.0] * (COLUMNS - 1) + [0.0], RUNS)
+    partials[16:].view(np.float32)[:] = 1
     sums = memory.allocate(8 * 3 * CLASSES)
     values = dict.fromkeys(kernels.ARGUMENTS["total"].kinds, 0)
     values |= {"samples": 1, "runs": RUNS, "fields": 3, "classes": CLASSES, "groups": 1}

@@ -251,7 +251,7 @@ class TestRefusals:
     def test_more_sums_than_shared_memory_holds(self):
         x = DeviceArray.holding(np.zeros((1, 800, 1)))
         sums = {"gamma": 0, "nll": True, "binary_gamma": 0}
-        with pytest.raises(dice_core.BackendError, match="supports at most 767 channels"):
+        with pytest.raises(dice_core.BackendError, match="supports at most 768 channels"):
             dice_core.statistics(x, x, **sums, backend="cuda")
 
 

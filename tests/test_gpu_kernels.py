@@ -273,6 +273,26 @@ def test_number_of_blocks(monkeypatch, channels, voxels, blocks):
     assert -(-voxels // plan.run(1, voxels)) == blocks
 
 
+@pytest.mark.parametrize("logits", ["float16", "float64"])
+@pytest.mark.parametrize(
+    "what",
+    [Spec(), Spec(gamma=0.0, nll=True, binary_gamma=0.0, targets="soft", target_square=True)],
+)
+def test_tables_of_sums_fit_into_shared_memory(monkeypatch, logits, what):
+    for name, value in (("THREADS", 256), ("WARPS", 8)):
+        monkeypatch.setattr(plans, name, value)
+    for channels in range(1, plans.most_channels(logits, what) + 1):
+        plan = plans.plan(logits, "uint8", channels, what, 8)
+        assert plan.tables * plan.table * max(4, plans.ITEMSIZE[logits]) <= plans.SHARED_BYTES
+
+
+def test_many_runs():
+    """More than the threads of the second launch load at a time."""
+    x, y, cotangent = example("float32", "uint8", 2, 38 * 2 * RUN + 1)
+    sums, _ = run(x, y, cotangent)
+    assert_close(sums, expected(x, y, cotangent)[0], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 4, 0, 5), (2, 3, 4, 5, 0), (2, 3, 0, 5, 4)])
 def test_no_strides_of_an_empty_array_are_refused(shape):
     layout = on_gpu(np.zeros(shape, np.float32)).layout

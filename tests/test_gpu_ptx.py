@@ -155,7 +155,7 @@ MUTANTS = {
         "logit load narrowed": (r"ld\.global\.v4\.u32", "ld.global.v4.u16", 0),
         "label compared with another class": (r"(setp\.eq\.s16\s.*), 1;", r"\1, 2;", 0),
         "range of labels smaller": (r"(setp\.lt\.u16\s.*), 4;", r"\1, 3;", 0),
-        "predicate of the loop inverted": (rf"@({R}) bra", r"@!\1 bra", 2),
+        "predicate of the loop inverted": (rf"@({R}) bra", r"@!\1 bra", 0),
         "another stride": (r"kernel_param_12\]", "kernel_param_11]", 0),
         "partial stored too far": (rf"(st\.global\.f32\s+\[{R}\+)16\]", r"\g<1>20]", 0),
         "warps exchange other lanes": (r"(mov\.u32\s+%r\d+, )16;", r"\g<1>8;", None),

@@ -657,6 +657,19 @@ def test_shuffles_exchange_within_warps(distance):
     np.testing.assert_array_equal(found, np.arange(THREADS) ^ distance)
 
 
+@pytest.mark.parametrize("thread", [3, 40])
+def test_votes_are_of_a_warp(thread):
+    memory = Memory()
+    memory.run(f"""
+        setp.eq.s32 %p1, %r0, {thread};
+        vote.sync.any.pred %p2, %p1, -1;
+        selp.u32 %r1, 1, 0, %p2;
+        st.global.u32 [%rd8], %r1;
+    """)
+    found = memory.out.view(np.uint32).reshape(THREADS, -1)[:, 0]
+    np.testing.assert_array_equal(found, np.arange(THREADS) // 32 == thread // 32)
+
+
 EXCHANGE = """
     mov.u32 %r1, table;
     shl.b32 %r2, %r0, 2;
@@ -915,9 +928,13 @@ CHECKS = {
     "ended": ("setp.lt.u32 %p1, %r0, 8; @%p1 ret; bar.sync 0;", "threads ended before a barrier"),
     "shuffle of a part": (
         "setp.lt.u32 %p1, %r0, 8; @%p1 bra $end; shfl.sync.bfly.b32 %r1, %r0, 1, 31, -1; $end:",
-        "a shuffle without all threads of its mask",
+        "a shuffle or vote without all threads of its mask",
     ),
     "shuffle beyond its mask": ("shfl.sync.bfly.b32 %r1, %r0, 1, 31, 1;", "not in its mask"),
+    "vote of a part": (
+        "setp.lt.u32 %p1, %r0, 8; @%p1 bra $end; vote.sync.any.pred %p2, %p1, -1; $end:",
+        "a shuffle or vote without all threads of its mask",
+    ),
     "unwritten in a branch": (
         "setp.lt.u32 %p1, %r0, 8; @%p1 bra $end; mov.u32 %r1, 1; $end: st.global.u32 [%rd8], %r1;",
         r"thread 0, .*%r1 was never written",

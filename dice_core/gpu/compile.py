@@ -147,6 +147,7 @@ def operations(plan: Plan) -> Any:
         modulation=intrinsics.scaled_power(1, gamma),
         modulation_slope=intrinsics.scaled_power(gamma, gamma - 1),
         binary_modulation=intrinsics.scaled_power(1, binary_gamma),
+        quotient=intrinsics.quotient,
         divide=intrinsics.divide,
         reciprocal=intrinsics.reciprocal,
         fma=intrinsics.fma,

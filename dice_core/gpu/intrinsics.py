@@ -215,6 +215,16 @@ def softplus(typingctx: Any, x: Any) -> Any:
 
 
 @intrinsic
+def quotient(typingctx: Any, a: Any, b: Any) -> Any:
+    """a // b of numbers >= 0 in 32 bits, which numba would widen to 64."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return builder.udiv(*args)
+
+    return types.uint32(types.int32, types.int32), codegen
+
+
+@intrinsic
 def divide(typingctx: Any, a: Any, b: Any) -> Any:
     """a / b, correctly rounded, without numba's test for b = 0."""
 

@@ -12,9 +12,8 @@ Design
    order of its warps, to one partial per block. A second launch adds the partials in order, in
    float64; its last block may also compute the loss. There are no floating-point atomics: results
    are bitwise reproducible.
-5. Ignored voxels and out-of-range labels are excluded by selection, never by a factor of zero.
-   Out-of-range labels are counted beside the sums; if there are any, the sums of their sample are
-   NaN.
+5. Ignored voxels and out-of-range labels are excluded by selection, never by a factor of zero. If
+   a warp found labels out of range, its sums are NaN, and so are those of the sample.
 6. Offsets are in bytes, 64 bits wide.
 
 `voxel_kernel` is the frame of all: it loads logits and targets, and stores sums or gradients
@@ -32,7 +31,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .blocks import factor_loader, partial_writer, summands
+from .blocks import factor_loader, partial_writer
 from .general import general_voxels
 from .plain import plain_voxels
 from .plan import ADDRESS, INTEGER, Arguments, Plan
@@ -41,7 +40,7 @@ from .totals import LOSS_ARGUMENTS, TOTALS_ARGUMENTS, totals_kernel
 VOXEL_ARGUMENTS = Arguments(
     x=ADDRESS,
     y=ADDRESS,
-    out=ADDRESS,  # the counter and the partials, (samples, runs, columns); or the gradient
+    out=ADDRESS,  # the counter and the partials, (samples, runs, classes, K); or the gradient
     cotangent=ADDRESS,  # (K, samples, classes) float64
     scale=ADDRESS,  # a factor of each sample's cotangent, if `scaled`
     scale_n=INTEGER,  # its stride in bytes, as the other strides: per sample, channel and voxel
@@ -82,11 +81,12 @@ def voxel_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
     """Sums a block's voxels into its partial, or computes their gradient."""
     cuda, real, int32, int64, label_type = ops.cuda, ops.real, ops.int32, ops.int64, ops.label
     load_logits, load_targets, store_grad = ops.load_logits, ops.load_targets, ops.store_grad
+    quotient = ops.quotient
     V, LANES, CLASSES, GRADIENT = plan.voxels, plan.lanes, plan.classes, gradient
     SOFT, ZERO_OR_ONE = plan.spec.soft_targets, plan.spec.targets == "binary"
     BACKGROUND, PART = plan.background, plan.lane_classes
     FULL = CLASSES - (LANES - 1) * PART  # classes that even the last lane has
-    VALUES, SUMS, STEP = PART * V, summands(plan), plan.step
+    VALUES, SUMS, STEP = PART * V, PART * plan.fields, plan.step
     TARGETS, FACTORS = VALUES if SOFT else 1, plan.factor_rows * plan.factor_width
     LOWEST = float("-inf")
     load_factors, store_partial = factor_loader(plan, ops), partial_writer(plan, ops)
@@ -119,7 +119,7 @@ def voxel_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
     ):
         thread = int32(cuda.threadIdx.x)
         block = int64(cuda.blockIdx.x)
-        sample = block // runs
+        sample = int64(quotient(int32(block), int32(runs)))
         first_class = int32(thread % int32(LANES) * int32(PART))
         # In place of classes beyond the last one, a lane loads the last: that takes no branch.
         first_row = first_class if FULL > 0 else int32(min(first_class, int32(CLASSES - 1)))
@@ -195,6 +195,6 @@ def voxel_kernel(plan: Plan, gradient: bool, ops: Any) -> Callable[..., None]:
 
         if not GRADIENT:
             complete(sums)
-            store_partial(out, sums, out_of_range, block, thread, first_class)
+            store_partial(out, sums, out_of_range, block, thread)
 
     return kernel

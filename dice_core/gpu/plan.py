@@ -96,8 +96,13 @@ class Plan:
 
     @property
     def columns(self) -> int:
-        """Numbers in a block's partial: the sums, and the number of out-of-range labels."""
-        return self.fields * self.classes + 1
+        """Numbers in a block's partial: its sums."""
+        return self.fields * self.classes
+
+    @property
+    def table(self) -> int:
+        """Numbers in a table of sums in shared memory: the classes are padded to whole lanes."""
+        return self.fields * self.lanes * self.lane_classes
 
     def resident_blocks(self, kind: str) -> int:
         """How many blocks of this kind of kernel a multiprocessor shall hold at least: the more,
@@ -117,7 +122,7 @@ class Plan:
     @property
     def tables(self) -> int:
         """Tables of sums in shared memory: one per warp, or fewer that warps use in turn."""
-        tables, size = WARPS, self.columns * max(4, ITEMSIZE[self.logits])
+        tables, size = WARPS, self.table * max(4, ITEMSIZE[self.logits])
         while tables > 1 and tables * size > TABLES_BYTES:
             tables //= 2
         return tables
@@ -151,8 +156,8 @@ def plan(logits: str, labels: str, channels: int, spec: Spec, adjacent: int) -> 
 
 def most_channels(logits: str, spec: Spec) -> int:
     """The most channels whose sums fit into a block's shared memory, and a lane's registers."""
-    columns = SHARED_BYTES // max(4, ITEMSIZE[logits])
-    return min(MAX_CHANNELS, (columns - 1) // len(spec.fields))
+    sums = SHARED_BYTES // max(4, ITEMSIZE[logits])
+    return min(MAX_CHANNELS, sums // len(spec.fields) // WARP * WARP)
 
 
 def _lane_classes(spec: Spec, lanes: int) -> int:

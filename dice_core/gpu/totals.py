@@ -8,6 +8,8 @@ from typing import Any
 from . import plan as plans
 from .plan import ADDRESS, COUNTER_BYTES, INTEGER, NUMBER, WARP, Arguments
 
+LOADS = 16  # of a thread at a time
+
 LOSS_ARGUMENTS = {  # named as in `losses.Ratio`, which explains them
     "value": ADDRESS,  # one number, or one per sample
     "derivative": ADDRESS,  # like sums
@@ -28,7 +30,7 @@ LOSS_ARGUMENTS = {  # named as in `losses.Ratio`, which explains them
     "den_y": NUMBER,
 }
 TOTALS_ARGUMENTS = Arguments(
-    partials=ADDRESS,  # with the counter before them
+    partials=ADDRESS,  # (samples, runs, classes, K), with the counter before them
     sums=ADDRESS,  # (K, samples, classes) float64
     samples=INTEGER,
     runs=INTEGER,  # of a sample
@@ -40,19 +42,19 @@ TOTALS_ARGUMENTS = Arguments(
 
 
 def totals_kernel(loss: bool, ops: Any) -> Callable[..., None]:
-    """Adds the partials of each sample in the order of its runs, in float64, to its sums, which are
-    NaN if labels were out of range. With `loss`, the last block to finish also computes a loss of
-    I, P and Y and its derivative.
+    """Adds the partials of each sample in the order of its runs, in float64, to its sums. With
+    `loss`, the last block to finish also computes a loss of I, P and Y and its derivative.
 
     A block processes WARP columns of a sample's partials, one per lane; the runs are distributed
     over the warps.
     """
     cuda, int32, int64, float64 = ops.cuda, ops.int32, ops.int64, ops.float64
     load_real, load_double, load_relaxed = ops.load_real, ops.load_double, ops.load_relaxed
-    store_real, store_double, divide = ops.store_real, ops.store_double, ops.divide
+    store_real, store_double = ops.store_real, ops.store_double
+    divide, floor_divide = ops.divide, ops.quotient
     atomic_increment, shuffle = ops.atomic_increment, ops.shuffle
     real, SIZE, LOSS = ops.real, ops.size, loss
-    NAN, INFINITY, THREADS, WARPS = float("nan"), float("inf"), plans.THREADS, plans.WARPS
+    INFINITY, THREADS, WARPS = float("inf"), plans.THREADS, plans.WARPS
     FULL_MASK, WARP_SHUFFLES = 0xFFFFFFFF, WARP.bit_length() - 1
 
     def kernel(  # type: ignore[no-untyped-def]
@@ -81,33 +83,38 @@ def totals_kernel(loss: bool, ops: Any) -> Callable[..., None]:
         den_p,
         den_y,
     ):
-        thread = int32(cuda.threadIdx.x)
+        # The mask tells the compiler that it is not negative, and so that 32 bits are enough.
+        thread = int32(int32(cuda.threadIdx.x) & int32(THREADS - 1))
         lane, warp = thread % int32(WARP), thread // int32(WARP)
         block = int64(cuda.blockIdx.x)
-        sample = block // groups
+        sample = int64(floor_divide(int32(block), int32(groups)))
+        columns = fields * classes
         column = (block - sample * groups) * int64(WARP) + int64(lane)
-        count_column = fields * classes  # of labels out of range, the last
         numbers = cuda.shared.array(THREADS, float64)
         blocks_before = cuda.shared.array(1, int32)
-        out_of_range, total = float64(0), float64(0)
-        if sample < samples and column < count_column:
-            r = int64(warp)
-            while r < runs:
-                first = (sample * runs + r) * (count_column + int64(1))
-                entry = int64(COUNTER_BYTES) + (first + count_column) * int64(SIZE)
-                out_of_range += float64(load_real(partials, entry)[0])
-                entry = int64(COUNTER_BYTES) + (first + column) * int64(SIZE)
-                total += float64(load_real(partials, entry)[0])
-                r += int64(WARPS)
-            if out_of_range > float64(0):
-                total = float64(NAN)
+        partial = cuda.local.array(LOADS, real)
+        total = float64(0)
+        if sample < samples and column < columns:
+            r = int32(warp)
+            at = ((sample * runs + int64(r)) * columns + column) * int64(SIZE)
+            at += int64(COUNTER_BYTES)
+            while r < int32(runs):
+                for k in range(LOADS):  # none of them waits for another one
+                    partial[k] = real(0)
+                    if r < int32(int32(runs) - int32(k * WARPS)):
+                        partial[k] = load_real(partials, at)[0]
+                    at += int64(WARPS * SIZE) * columns
+                for k in range(LOADS):
+                    total += float64(partial[k])
+                r = int32(r + int32(LOADS * WARPS))
         numbers[thread] = total
         cuda.syncthreads()
-        if warp == int32(0) and sample < samples and column < count_column:
+        if warp == int32(0) and sample < samples and column < columns:
             for k in range(1, WARPS):
                 total += numbers[int32(k * WARP) + lane]
-            k = column // classes
-            entry = (k * samples + sample) * classes + column - k * classes
+            c = int64(floor_divide(int32(column), int32(fields)))
+            k = column - c * fields
+            entry = (k * samples + sample) * classes + c
             store_double(sums, entry * int64(8), total)
 
         if LOSS:

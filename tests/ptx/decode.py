@@ -308,6 +308,23 @@ class Decoder:
 
         return run
 
+    def _vote(self, one: Instruction) -> Run:
+        """Whether a predicate holds in any lane of the warp."""
+        if one.opcode != "vote.sync.any.pred":
+            raise Fault("unknown opcode")
+        to, source, members = one.operands
+        result, given = self.slot(to, "pred"), self.slot(source, "pred")
+        expected = self.slot(members, "u32")
+
+        def run(block: Block, mask: Mask) -> None:
+            v, lanes = block.values, block.order.lanes
+            _check_members(one, block, mask, v[expected].astype(np.int64), lanes)
+            warp = lanes // WARP
+            found = np.bincount(warp, weights=v[given] & mask) > 0
+            np.copyto(v[result], found[warp], where=mask)
+
+        return run
+
     def _fence(self, one: Instruction) -> Run:
         if one.opcode not in ("membar.gl", "membar.cta") or one.operands:
             raise Fault("unknown opcode")
@@ -368,6 +385,7 @@ class Decoder:
 SPECIAL_CASES: dict[str, Any] = {
     "atom": Decoder._atomic,
     "shfl": Decoder._shuffle,
+    "vote": Decoder._vote,
     "membar": Decoder._fence,
     "bra": Decoder._jump,
     "ret": Decoder._jump,
@@ -552,7 +570,9 @@ def _moved(error: Any, which: Any) -> Any:
 def _check_members(
     one: Instruction, block: Block, mask: Mask, expected: Array, partner: Array
 ) -> None:
-    """All threads of a shuffle's member mask have to execute it, the thread and its partner too."""
+    """All threads of the member mask of a shuffle or vote have to execute it, the thread and its
+    partner too.
+    """
     lanes = block.order.lanes
     active = np.broadcast_to(np.asarray(mask), lanes.shape)
     padded = np.zeros(-(-len(lanes) // WARP) * WARP, np.int64)
@@ -561,8 +581,8 @@ def _check_members(
     absent = active & ((expected & ~bits) != 0)
     outside = active & (((expected >> (lanes % WARP)) & (expected >> (partner % WARP)) & 1) == 0)
     for wrong, text in (
-        (absent, "a shuffle without all threads of its mask"),
-        (outside, "a shuffle with a thread that is not in its mask"),
+        (absent, "a shuffle or vote without all threads of its mask"),
+        (outside, "a shuffle or vote with a thread that is not in its mask"),
     ):
         if wrong.any():
             raise fault(one, block, int(np.argmax(wrong)), text)
