@@ -11,7 +11,7 @@ import functools
 import math
 import threading
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import allocators, buffers
 from .gpu import cache, driver, kernels, toolkit
@@ -224,25 +224,18 @@ class _Job:
         self.samples, channels = x.shape[:2]
         self.voxels = voxels = math.prod(x.shape[2:]) if self.samples else 0
         soft = spec.soft_targets
-        x_v, y_v, dx_v = _voxel_step(x, 2), _voxel_step(y, 2 if soft else 1), _voxel_step(dx, 2)
-        if dx_v is None:
+        arrays = zip((x, y, dx), offsets, (True, soft, True), strict=True)
+        logits, targets, grad = (_steps(*each) for each in arrays)
+        if grad is None:
             raise ValueError(
                 f"out's voxels are not equally spaced in memory (strides {dx.strides} bytes), "
                 f"which the cuda backend cannot write"
             )
-        (x_n, x_c), (y_n, y_c), (dx_n, dx_c) = steps = (
-            (_step(x, 0), _step(x, 1)),
-            (_step(y, 0), _step(y, 1) if soft else 0),
-            (_step(dx, 0), _step(dx, 1)),
-        )
-        adjacent = 1
-        if (x_v, y_v, dx_v) == (x.itemsize, y.itemsize, dx.itemsize):
-            adjacent = min(
-                _adjacent(voxels, array.itemsize, offset, *others)
-                for array, offset, others in zip((x, y, dx), offsets, steps, strict=True)
-            )
+        contiguous, adjacent = _contiguous(logits, targets, grad, soft, channels, voxels)
         kernel_spec = replace(spec, ignore_label=None)
-        self.plan = plans.plan(x.dtype, y.dtype, channels, kernel_spec, adjacent)
+        self.plan = plans.plan(
+            x.dtype, y.dtype, channels, kernel_spec, voxels, contiguous, adjacent
+        )
         run = self.plan.run(self.samples, voxels)
         self.runs = max(1, -(-voxels // run))
         self.blocks = max(1, self.samples * self.runs)
@@ -252,15 +245,15 @@ class _Job:
             "runs": self.runs,
             "run": run,
             "voxels": voxels,
-            "x_n": x_n,
-            "x_c": x_c,
-            "x_v": x_v,
-            "y_n": y_n,
-            "y_c": y_c,
-            "y_v": y_v,
-            "out_n": dx_n,
-            "out_c": dx_c,
-            "out_v": dx_v,
+            "x_n": logits.sample,
+            "x_c": logits.channel,
+            "x_v": logits.voxel,
+            "y_n": targets.sample,
+            "y_c": targets.channel,
+            "y_v": targets.voxel,
+            "out_n": grad.sample,
+            "out_c": grad.channel,
+            "out_v": grad.voxel,
             "ignored": ignored,
             "excused": excused,
         }
@@ -295,16 +288,55 @@ def _kernel(kind: str, plan: Plan, capability: tuple[int, int]) -> driver.Kernel
         return driver.load(cache.cubin(kind, plan, capability), kernels.ENTRY)
 
 
-def _adjacent(voxels: int, itemsize: int, *steps: int) -> int:
-    """The number of adjacent voxels that can be accessed as whole words at every multiple of that
-    number.
+class _Steps(NamedTuple):
+    """Bytes from an array's sample, channel and voxel to the next, and to each of its numbers.
 
-    `steps`: the byte distances between rows of voxels, and the offset of the first from a word.
+    `offset`: of the first number from a word.
     """
-    count = plans.WORD_BYTES // min(plans.ITEMSIZE.values())
-    while voxels % count or any(step % min(count * itemsize, plans.WORD_BYTES) for step in steps):
-        count //= 2
-    return count
+
+    sample: int
+    channel: int
+    voxel: int
+    itemsize: int
+    offset: int
+
+    def adjacent(self, size: int, *others: int) -> int:
+        """How many adjacent numbers of rows of this size can be accessed as whole words, at every
+        multiple of that number. `others`: the steps between rows.
+        """
+        count = plans.WORD_BYTES // min(plans.ITEMSIZE.values())
+        while size % count or any(
+            step % min(count * self.itemsize, plans.WORD_BYTES) for step in (*others, self.offset)
+        ):
+            count //= 2
+        return count
+
+
+def _steps(layout: Any, offset: int, has_channels: bool) -> _Steps | None:
+    """None if the voxels are not equally spaced."""
+    voxel = _voxel_step(layout, 2 if has_channels else 1)
+    if voxel is None:
+        return None
+    channel = _step(layout, 1) if has_channels else 0
+    return _Steps(_step(layout, 0), channel, voxel, layout.itemsize, offset)
+
+
+def _contiguous(
+    logits: _Steps, targets: _Steps, grad: _Steps, soft: bool, channels: int, voxels: int
+) -> tuple[str, int]:
+    """The axis along which the numbers of all arrays are adjacent, as plans name it, and how many
+    of them can be accessed as whole words.
+    """
+    everything = (logits, grad, targets)
+    if all(each.voxel == each.itemsize for each in everything):
+        return "voxels", min(each.adjacent(voxels, *each[:2]) for each in everything)
+    with_channels = everything if soft else (logits, grad)
+    if all(each.channel == each.itemsize for each in with_channels) and (
+        soft or targets.voxel == targets.itemsize
+    ):
+        steps = ((each, each.sample, each.voxel) for each in with_channels)
+        return "channels", min(each.adjacent(channels, *others) for each, *others in steps)
+    return "", 1
 
 
 def _ignored(dtype: str, label: int | None) -> tuple[int, int]:

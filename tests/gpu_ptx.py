@@ -1,7 +1,6 @@
 """The simulated GPU of `gpu_simulator` with the kernels that a driver gets: their PTX, executed."""
 
 import functools
-import struct
 from collections import Counter
 from typing import ClassVar
 
@@ -11,7 +10,6 @@ import pytest
 from emulated import memory
 
 from dice_core.gpu import compile as compiler
-from dice_core.gpu import kernels
 from dice_core.gpu import plan as plans
 from dice_core.gpu.plan import Plan
 
@@ -46,14 +44,6 @@ class Kernel(gpu_simulator.Kernel):
         self, device: int, stream: int, blocks: int, threads: int, parameters: bytes
     ) -> None:
         gpu_simulator.Kernel.launched += (self.kind,)
-        names = kernels.ARGUMENTS[self.kind]
-        arguments = dict(zip(names.kinds, struct.unpack(names.format, parameters), strict=True))
-        in_place = [
-            start
-            for start, size in memory.LIVE.items()
-            if self.kind == "gradient" and arguments["out"] == arguments["x"]
-            if start <= arguments["x"] < start + size
-        ]
         Kernel.executed += ptx.launch(
             self.code,
             blocks,
@@ -62,7 +52,6 @@ class Kernel(gpu_simulator.Kernel):
             dict(memory.LIVE),
             seed=len(gpu_simulator.Kernel.launched),
             noise=self.noise,
-            unordered=in_place,
         )
 
 

@@ -159,14 +159,23 @@ def operations(plan: Plan, cuda: Simulator) -> Any:
         for number in (plan.spec.gamma, plan.spec.binary_gamma)
     )
     p = plan.spec.p
+    word = plan.word if plan.spec.soft_targets else plan.word_voxels
     label: Any
     if plan.labels in plans.ITEMSIZE:
         label = np.float64 if plan.labels == "float64" else np.float32
     else:
         label = np.int64 if plan.labels.endswith("64") else np.int32
 
-    def load(dtype: str, count: int, to: Any) -> Callable[..., tuple[Any, ...]]:
-        return lambda address, at: tuple(elements(address, at, dtype, count).astype(to))
+    def load(dtype: str, count: int, to: Any, absent: float = 0) -> Callable[..., tuple[Any, ...]]:
+        def load_if(address: Any, at: Any, condition: Any) -> tuple[Any, ...]:
+            if not condition:
+                return (to(absent),) * count
+            return tuple(elements(address, at, dtype, count).astype(to))
+
+        return load_if
+
+    def load_one(dtype: str, to: Any) -> Callable[..., Any]:
+        return lambda address, at: to(elements(address, at, dtype, 1)[0])
 
     def store(dtype: str) -> Callable[..., None]:
         def store_one(address: Any, at: Any, value: Any) -> None:
@@ -177,8 +186,9 @@ def operations(plan: Plan, cuda: Simulator) -> Any:
     def store_grad(address: Any, at: Any, numbers: Array, first: int, condition: Any) -> None:
         if not condition:
             return
-        grad = elements(address, at, plan.logits, plan.voxels)
-        grad[:] = numbers[first : first + plan.voxels].astype(grad.dtype)
+        step = plan.voxels if plan.contiguous == "channels" else 1
+        grad = elements(address, at, plan.logits, plan.word)
+        grad[:] = numbers[first : first + plan.word * step : step].astype(grad.dtype)
 
     def atomic_increment(address: Any) -> Any:
         counter = elements(address, 0, "int32", 1)
@@ -192,10 +202,10 @@ def operations(plan: Plan, cuda: Simulator) -> Any:
         int32=np.int32,
         int64=np.int64,
         float64=np.float64,
-        load_logits=load(plan.logits, plan.voxels, real),
-        load_targets=load(plan.labels, plan.voxels, label),
-        load_real=load(real.__name__, 1, real),
-        load_double=load("float64", 1, np.float64),
+        load_logits=load(plan.logits, plan.word, real, -np.inf),
+        load_targets=load(plan.labels, word, label),
+        load_real=load_one(real.__name__, real),
+        load_double=load_one("float64", np.float64),
         load_relaxed=lambda address, at: elements(address, at, "float64", 1)[0],
         store_grad=store_grad,
         store_real=store(real.__name__),
@@ -212,7 +222,7 @@ def operations(plan: Plan, cuda: Simulator) -> Any:
         modulation=lambda x: real(x**gamma),
         modulation_slope=lambda x: real(gamma * x ** (gamma - 1)),
         binary_modulation=lambda x: real(x**binary_gamma),
-        quotient=lambda a, b: a // b,
+        floor_divide=lambda a, b: a // b,
         divide=lambda a, b: a / b,
         reciprocal=lambda x: real(1) / x,
         label=label,

@@ -383,9 +383,23 @@ FAULTS = (
     Fault(
         "GPU: words wider than the alignment of the rows",
         "dice_core/_gpu.py",
-        "while voxels % count or any(",
-        "while voxels % count and any(",
-        "tests/test_gpu_kernels.py -k 'voxels_are_loaded or test_against_the_reference'",
+        "while size % count or any(",
+        "while size % count and any(",
+        "tests/test_gpu_kernels.py -k 'are_loaded or test_against_the_reference'",
+    ),
+    Fault(
+        "GPU: a thread takes its words from one place",
+        "dice_core/gpu/kernels.py",
+        "x_at + int64(w * SPACING) * x_v",
+        "x_at + int64(w) * x_v",
+        "tests/test_gpu_kernels.py -k test_against_the_reference",
+    ),
+    Fault(
+        "GPU: voxels beyond a block's run are loaded and counted",
+        "dice_core/gpu/kernels.py",
+        "left = int32(remaining - place)",
+        "left = int32(remaining)",
+        "tests/test_gpu_kernels.py -k test_against_the_reference",
     ),
     Fault(
         "GPU: the cache does not know for which processor a kernel was compiled",

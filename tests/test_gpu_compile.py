@@ -27,6 +27,7 @@ ASSEMBLED_WELL = re.compile(r"\b0 bytes stack frame, 0 bytes spill stores, 0 byt
 # nvJitLink 13.5 compile them. Other versions change them by a few percent; a loop that is not
 # unrolled, or a wider type, by far more.
 SLACK = 1.15
+VOXELS = 2**20
 BINARY = Spec("sigmoid", binary_gamma=0.0, targets="soft")
 EVERYTHING = Spec(gamma=2.0, nll=True, binary_gamma=2.0, targets="soft", target_square=True)
 # One of each path through the kernels, with every dtype, vector width and number of lanes.
@@ -55,7 +56,7 @@ COSTS = {
 
 
 def plan(logits, labels, channels, spec):
-    return plans.plan(logits, labels, channels, spec, plans.WORD_BYTES)
+    return plans.plan(logits, labels, channels, spec, VOXELS)
 
 
 @pytest.mark.skipif(disassembler() is None, reason="needs nvdisasm (of nvidia-cuda-nvdisasm)")
@@ -71,15 +72,33 @@ def test_values_stay_in_registers_and_accesses_are_wide(case):
     assert kernel.registers <= SLACK * registers
     if kind in kernels.OF_TOTALS:
         return
-    size = kernel.plan.voxels * plans.ITEMSIZE[kernel.plan.logits]
-    width = {16: r"\S*\.128", 8: r"\S*\.64", 4: "", 2: r"\S*\.U16"}[size]
-    channels = kernel.plan.lane_channels
-    assert count(everything, rf"LDG\.E{width}") >= channels
-    if kind == "gradient":
-        assert count(everything, rf"STG\.E{width}") == channels
-    elif kernel.plan.logits != "float64":
+    assert_accesses_are_wide(kernel)
+    if kind == "statistics" and kernel.plan.logits != "float64":
         assert not count(everything, "(DADD|DMUL|DFMA)")
     assert kernel.per_value <= SLACK * per_value
+
+
+def assert_accesses_are_wide(kernel):
+    """Each word of the logits is loaded, and of the gradient stored, by one instruction."""
+    size = kernel.plan.word * plans.ITEMSIZE[kernel.plan.logits]
+    width = {16: r"\S*\.128", 8: r"\S*\.64", 4: "", 2: r"\S*\.U16"}[size]
+    words = kernel.plan.lane_channels * kernel.plan.voxels // kernel.plan.word
+    assert count(kernel.code.everything, rf"LDG\.E{width}") >= words
+    if kernel.kind == "gradient":
+        assert count(kernel.code.everything, rf"STG\.E{width}") == words
+
+
+@pytest.mark.skipif(disassembler() is None, reason="needs nvdisasm (of nvidia-cuda-nvdisasm)")
+@pytest.mark.parametrize("kind", kernels.OF_VOXELS)
+def test_other_layouts_cost_little_more(kind):
+    """Odd numbers of voxels, of which every logit is loaded alone, and channels last."""
+    aligned = compiled(kind, plan("float16", "uint8", 4, Spec()), HOPPER)
+    for contiguous, adjacent in (("voxels", 1), ("channels", 4)):
+        of_layout = plans.plan("float16", "uint8", 4, Spec(), VOXELS, contiguous, adjacent)
+        kernel = compiled(kind, of_layout, HOPPER)
+        assert_accesses_are_wide(kernel)
+        assert ASSEMBLED_WELL.search(kernel.log)
+        assert kernel.per_value <= 1.2 * aligned.per_value
 
 
 # Instructions of a warp outside the loop over voxels, which small volumes pay for in every block.
@@ -140,7 +159,7 @@ def test_other_gpus(kind, capability):
 
 def test_an_array_in_local_memory_is_found():
     """The checks above can fail: more values than there are registers."""
-    crowded = Plan("float16", "uint8", 40, voxels=8)
+    crowded = Plan("float16", "uint8", 40, voxels=8, word=8)
     kernel = compiled("gradient", crowded, HOPPER)
     assert not ASSEMBLED_WELL.search(kernel.log)
     assert kernel.local_bytes

@@ -49,43 +49,6 @@ FLOATS = [
 ]
 
 
-@pytest.mark.parametrize(("dtype", "count"), FLOATS)
-def test_numbers_are_loaded(dtype, count):
-    load = intrinsics.load_numbers(dtype, count)
-    real = intrinsics.REAL[dtype]
-
-    def read(pointer, offset, to):
-        numbers = load(pointer, offset)
-        for i in range(count):
-            to[i] = numbers[i]
-
-    source, to = aligned(4 * count, dtype_of(dtype)), np.zeros(count, real.name)
-    read = on_host(read, POINTER, LONG, types.CPointer(real))
-    read(source.ctypes.data, count * source.itemsize, to.ctypes.data)
-    np.testing.assert_array_equal(to, source[count : 2 * count].astype(real.name))
-
-
-@pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize(
-    "dtype", ["bool", *(f"{u}int{bits}" for u in ("", "u") for bits in (8, 16, 32, 64))]
-)
-def test_labels_are_loaded(dtype, count):
-    load, kind = intrinsics.load_labels(dtype, count), intrinsics.label_type(dtype)
-
-    def read(pointer, offset, to):
-        labels = load(pointer, offset)
-        for i in range(count):
-            to[i] = labels[i]
-
-    source, to = aligned(4 * count, dtype_of(dtype)), np.zeros(count, kind.name)
-    if dtype != "bool":
-        source[count] = np.iinfo(dtype).max
-        source[2 * count - 1] = np.iinfo(dtype).min
-    read = on_host(read, POINTER, LONG, types.CPointer(kind))
-    read(source.ctypes.data, count * source.itemsize, to.ctypes.data)
-    np.testing.assert_array_equal(to, source[count : 2 * count].astype(kind.name))
-
-
 def executed(function, *arguments, allocations):
     """Executes the PTX of a function of addresses and integers, with one thread."""
     signature = types.void(*(kind for kind, _ in arguments))
@@ -95,11 +58,83 @@ def executed(function, *arguments, allocations):
     return ptx.launch(ptx.Kernel(text), 1, 1, packed, sizes)
 
 
+def loaded(load, source, kind, count):
+    """What it loads from the second quarter of an array, and if the condition does not hold."""
+
+    def read(pointer, offset, to, condition):
+        numbers = load(pointer, offset, condition != 0)
+        for i in range(count):
+            to[i] = numbers[i]
+
+    found = []
+    for condition in (True, False):
+        to = np.zeros(count, kind.name)
+        executed(
+            read,
+            (POINTER, source.ctypes.data if condition else 0),
+            (LONG, count * source.itemsize),
+            (types.CPointer(kind), to.ctypes.data),
+            (LONG, condition),
+            allocations=[source, to],
+        )
+        found.append(to)
+    return found
+
+
 @pytest.mark.parametrize(("dtype", "count"), FLOATS)
-@pytest.mark.parametrize("condition", [True, False])
-def test_numbers_are_stored_rounded_and_nothing_beside_them(dtype, count, condition):
-    store, real = intrinsics.store_numbers(dtype, count), intrinsics.REAL[dtype]
-    cuda, size = compiler.cuda, 2 * count
+def test_numbers_are_loaded(dtype, count):
+    real, source = intrinsics.REAL[dtype], aligned(4 * count, dtype_of(dtype))
+    load = intrinsics.load_numbers(dtype, count, -np.inf)
+    there, absent = loaded(load, source, real, count)
+    np.testing.assert_array_equal(there, source[count : 2 * count].astype(real.name))
+    np.testing.assert_array_equal(absent, np.full(count, -np.inf))
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize(
+    "dtype", ["bool", *(f"{u}int{bits}" for u in ("", "u") for bits in (8, 16, 32, 64))]
+)
+def test_labels_are_loaded(dtype, count):
+    kind, source = intrinsics.label_type(dtype), aligned(4 * count, dtype_of(dtype))
+    if dtype != "bool":
+        source[count] = np.iinfo(dtype).max
+        source[2 * count - 1] = np.iinfo(dtype).min
+    there, absent = loaded(intrinsics.load_labels(dtype, count), source, kind, count)
+    np.testing.assert_array_equal(there, source[count : 2 * count].astype(kind.name))
+    np.testing.assert_array_equal(absent, np.zeros(count))
+
+
+@pytest.mark.parametrize("dtype", intrinsics.REAL)
+def test_a_number_is_loaded(dtype):
+    real, source = intrinsics.REAL[dtype], aligned(4, dtype_of(dtype))
+    load, to = intrinsics.load_number(dtype), np.zeros(1, real.name)
+
+    def read(pointer, offset, to):
+        to[0] = load(pointer, offset)
+
+    read = on_host(read, POINTER, LONG, types.CPointer(real))
+    read(source.ctypes.data, source.itemsize, to.ctypes.data)
+    assert to[0] == source[1]
+
+
+def test_quotients_of_integers():
+    floor_divide = intrinsics.floor_divide
+
+    def apply(a, b, to):
+        to[0] = floor_divide(types.int32(a), types.int32(b))
+
+    to = np.zeros(1, np.int32)
+    apply = on_host(apply, LONG, LONG, types.CPointer(types.int32))
+    for a, b in ((0, 1), (7, 7), (2**31 - 1, 3), (2**31 - 1, 2**31 - 1), (6, 7)):
+        apply(a, b, to.ctypes.data)
+        assert to[0] == a // b
+
+
+@pytest.mark.parametrize(("dtype", "count"), FLOATS)
+@pytest.mark.parametrize(("condition", "step"), [(True, 1), (False, 1), (True, 3)])
+def test_numbers_are_stored_rounded_and_nothing_beside_them(dtype, count, condition, step):
+    store, real = intrinsics.store_numbers(dtype, count, step), intrinsics.REAL[dtype]
+    cuda, size = compiler.cuda, (1 + step) * count
 
     def write(pointer, offset, source, condition):
         numbers = cuda.local.array(size, real)
@@ -107,7 +142,7 @@ def test_numbers_are_stored_rounded_and_nothing_beside_them(dtype, count, condit
             numbers[i] = source[i]
         store(pointer, offset, numbers, count, condition != 0)
 
-    numbers = np.random.default_rng(2).standard_normal(2 * count).astype(real.name)
+    numbers = np.random.default_rng(2).standard_normal(size).astype(real.name)
     to = aligned(4 * count, dtype_of(dtype))
     to[:] = 7
     executed(
@@ -118,7 +153,7 @@ def test_numbers_are_stored_rounded_and_nothing_beside_them(dtype, count, condit
         (LONG, condition),
         allocations=[to, numbers],
     )
-    expected = numbers[count:].astype(to.dtype) if condition else np.full(count, 7, to.dtype)
+    expected = numbers[count::step].astype(to.dtype) if condition else np.full(count, 7, to.dtype)
     np.testing.assert_array_equal(to[count : 2 * count], expected)
     assert (np.delete(to, range(count, 2 * count)) == 7).all()
 
@@ -208,7 +243,7 @@ def test_the_counter_returns_its_old_value():
 
 
 def ptx_of(kind, logits, channels=2, p=1, gamma=None):
-    made_for = plans.plan(logits, "uint8", channels, Spec(p=p, gamma=gamma), 8)
+    made_for = plans.plan(logits, "uint8", channels, Spec(p=p, gamma=gamma), 4096)
     return compiler.ptx(kind, made_for, (9, 0))
 
 

@@ -125,7 +125,14 @@ PLAIN = {
     "half_aligned": ("float16", "uint8", 4, 516, {}),
     "broadcast_labels": ("float32", "uint8", 3, 300, {"broadcast": True}),
     "channels_last": ("float32", "uint8", 5, 300, {"gamma": 2.0, "channels_last": True}),
+    "channels_last_words": ("float16", "uint8", 4, 601, {"channels_last": True}),
+    "channels_last_wide": ("float32", "int16", 8, 131, {"gamma": 0.0, "channels_last": True}),
     "channels_last_lanes": ("float16", "int64", 40, 40, {"channels_last": True}),
+    "channels_last_ragged": ("bfloat16", "uint8", 150, 21, {"p": 2, "channels_last": True}),
+    "apart": ("float16", "uint8", 4, 1203, {"ignore_label": 255}),
+    "apart_lanes": ("float16", "uint8", 35, 77, {"gamma": 2.0}),
+    "pairs_apart": ("bfloat16", "int64", 3, 514, {"gamma": 0.0}),
+    "pairs_apart_single": ("float16", "bool", 1, 514, {}),
     "one_voxel": ("float32", "uint8", 3, 1, {}),
 }
 BINARY = {"activation": "sigmoid", "binary_gamma": 0.0}
@@ -157,6 +164,13 @@ GENERAL = {
         {**BINARY, "gamma": 2.0, "nll": True, "target_square": True},
     ),
     "soft_last": ("float32", "float32", 5, 130, {"gamma": 0.0, "channels_last": True}),
+    "soft_last_words": (
+        *("float16", "uint8", 4, 131),
+        {**BINARY, "soft": True, "ignore_label": 255, "channels_last": True},
+    ),
+    "soft_last_lanes": ("bfloat16", "float32", 56, 20, {"channels_last": True}),
+    "soft_first": ("float32", "float32", 4, 130, {"channels_last": "logits"}),
+    "soft_apart": ("float16", "float16", 3, 301, {"gamma": 0.0, "target_square": True}),
     "soft_misaligned": ("float16", "float16", 2, 136, {"activation": "sigmoid", "offset": 3}),
     "zero_or_one": (
         *("float32", "float32", 3, 132),
@@ -174,7 +188,9 @@ LAYOUT = ("channels_last", "offset", "broadcast", "soft")
 def laid_out(x, y, channels_last=False, offset=0, broadcast=False):
     """The same numbers with another memory layout."""
     if channels_last:
-        x = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
+        x = last(x)
+    if channels_last is True and y.shape == x.shape:
+        y = last(y)
     if offset:
         wide = np.zeros((*x.shape[:2], x.shape[2] + 8), x.dtype)
         wide[..., offset : offset + x.shape[2]] = x
@@ -182,6 +198,10 @@ def laid_out(x, y, channels_last=False, offset=0, broadcast=False):
     if broadcast:
         y = np.broadcast_to(y[:, :1], y.shape)
     return x, y
+
+
+def last(array):
+    return np.moveaxis(np.ascontiguousarray(np.moveaxis(array, 1, -1)), -1, 1)
 
 
 @pytest.mark.parametrize(
@@ -229,9 +249,44 @@ def assert_gradient(grad, true_grad, what="gradient"):
 def test_voxels_are_loaded_together_as_far_as_they_are_whole_words(dtype, voxels, offset, expected):
     x, y, _ = example(dtype, "uint8", 2, voxels)
     x, y = laid_out(x, y, offset=offset)
-    at = call(x, y)
-    job, _ = _gpu._prepared(at.logits, at.labels, at.spec)
-    assert job.plan.voxels == expected
+    found = plan_of(call(x, y))
+    assert (found.contiguous, found.word) == ("voxels", expected)
+    assert found.voxels == plans.WORD_BYTES // plans.ITEMSIZE[dtype]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "channels", "expected"),
+    [("float16", 4, 4), ("float16", 24, 4), ("float32", 8, 4), ("float32", 6, 2),
+     ("bfloat16", 40, 2), ("float16", 150, 2), ("float64", 3, 1), ("float16", 105, 1)],
+)  # fmt: skip
+def test_channels_are_loaded_together_as_far_as_they_are_whole_words(dtype, channels, expected):
+    x, y, _ = example(dtype, "uint8", channels, 30)
+    found = plan_of(call(last(x), y))
+    assert (found.contiguous, found.word) == ("channels", expected)
+    padded = last(np.zeros((2, channels + 1, 30), x.dtype))[:, :channels]
+    assert plan_of(call(padded, y)).word <= 1 + channels % 2
+
+
+def test_arrays_contiguous_along_different_axes():
+    x, y, _ = example("float32", "float32", 4, 130)
+    assert plan_of(call(last(x), last(y))).contiguous == "channels"
+    assert plan_of(call(x, y)).contiguous == "voxels"
+    for arrays in ((last(x), y), (x, last(y)), (x[..., ::2], y[..., ::2])):
+        assert plan_of(call(*arrays)).contiguous == ""
+    labels = np.zeros((2, 260), np.uint8)[:, ::2]
+    assert plan_of(call(last(x), labels)).contiguous == ""
+
+
+def plan_of(at, grad=None):
+    job, _ = _gpu._prepared(at.logits, at.labels, at.spec, grad)
+    return job.plan
+
+
+@pytest.mark.parametrize(("voxels", "expected"), [(1, 1), (64, 1), (65, 2), (200, 4), (257, 8)])
+def test_few_voxels_are_spread_over_the_threads_of_a_block(voxels, expected):
+    """64 in these tests; more than half of them have a voxel, if there are as many."""
+    x, y, _ = example("float16", "uint8", 2, voxels)
+    assert plan_of(call(x, y)).voxels == expected
 
 
 @pytest.mark.parametrize("options", [{"gamma": 2.0}, BINARY | {"nll": True}])
@@ -269,7 +324,7 @@ def test_arrays_inside_others_are_accessed_in_place(what):
 def test_number_of_blocks(monkeypatch, channels, voxels, blocks):
     for name, value in (("THREADS", 256), ("MAX_ROUNDS", 64), ("BLOCKS", 1024), ("MIN_RUN", 256)):
         monkeypatch.setattr(plans, name, value)
-    plan = plans.plan("float16", "uint8", channels, Spec(), 8)
+    plan = plans.plan("float16", "uint8", channels, Spec(), voxels)
     assert -(-voxels // plan.run(1, voxels)) == blocks
 
 
@@ -282,8 +337,11 @@ def test_tables_of_sums_fit_into_shared_memory(monkeypatch, logits, what):
     for name, value in (("THREADS", 256), ("WARPS", 8)):
         monkeypatch.setattr(plans, name, value)
     for channels in range(1, plans.most_channels(logits, what) + 1):
-        plan = plans.plan(logits, "uint8", channels, what, 8)
-        assert plan.tables * plan.table * max(4, plans.ITEMSIZE[logits]) <= plans.SHARED_BYTES
+        adjacent = min(channels & -channels, plans.WORD_BYTES)
+        for contiguous in ("voxels", "channels"):
+            plan = plans.plan(logits, "uint8", channels, what, 8, contiguous, adjacent)
+            size = plan.tables * plan.table * max(4, plans.ITEMSIZE[logits])
+            assert size <= plans.SHARED_BYTES
 
 
 def test_many_runs():
@@ -690,11 +748,13 @@ class Faults:
 
     @staticmethod
     def unread(ops):
-        ops.load_targets = lambda address, at: (np.int64(0),) * 4
+        ops.load_targets = lambda address, at, condition: (np.int64(0),) * 4
 
     @staticmethod
     def beyond(ops):
-        ops.load_logits = lambda address, at, load=ops.load_logits: load(address, at + 16)
+        ops.load_logits = lambda address, at, condition, load=ops.load_logits: load(
+            address, at + 16, condition
+        )
 
 
 class GeneralFaults:

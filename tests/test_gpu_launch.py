@@ -21,7 +21,7 @@ from dice_core.gpu import cache, driver, kernels, toolkit
 from dice_core.gpu.plan import INTEGER, NUMBER, Arguments, Plan
 
 STUB = Path(__file__).parent / "stub_driver.c"
-PLAN = Plan("float16", "uint8", 4, voxels=8)
+PLAN = Plan("float16", "uint8", 4, voxels=8, word=8)
 COMPILER = shutil.which("cc") or shutil.which("gcc")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C compiler for the stub")
 
@@ -478,7 +478,7 @@ def test_a_warm_process_imports_no_numba_and_queues_three_launches(library, tmp_
         each.update({name: int(number, 16) for name, number in each.items()})
     for each in (statistics, gradient):
         assert (each["x"], each["y"]) == (second["x"], second["y"])
-        assert [each[name] for name in ("samples", "runs", "run", "voxels")] == [2, 1, 2048, 128]
+        assert [each[name] for name in ("samples", "runs", "run", "voxels")] == [2, 1, 256, 128]
         assert [each[f"x_{axis}"] for axis in "ncv"] == [1024, 256, 2]
         assert [each[f"y_{axis}"] for axis in "ncv"] == [128, 0, 1]
         assert [each[f"out_{axis}"] for axis in "ncv"] == [1024, 256, 2]

@@ -75,7 +75,7 @@ def test_the_way_of_a_warp(kernel):
 
 
 def test_code_without_a_known_loop_is_refused(kernel):
-    with pytest.raises(ValueError, match="no loop has an STG for each of 1 channels"):
+    with pytest.raises(ValueError, match="no loop has an STG for each of 1 words"):
         kernel.code.hot_loop("gradient", kernel.plan)
     kernel.code.loops.append((3, 5))
     with pytest.raises(ValueError, match="the loop over voxels has a loop inside"):
@@ -103,7 +103,7 @@ def predicted(kernel, case, gpu=H100):
 def test_a_prediction_by_hand(kernel):
     """Two samples of 5,000 voxels, of which each of five blocks has up to 1,024, a round."""
     case = replace(CASES["d"], shape=(2, 1, 5000))
-    kernel = replace(kernel, plan=replace(kernel.plan, labels="int64", voxels=4))
+    kernel = replace(kernel, plan=replace(kernel.plan, labels="int64", voxels=4, word=4))
     found = predicted(kernel, case)
     assert found.work.bytes == 2 * 5000 * (4 + 8)
     assert found.work.blocks == 10
@@ -131,7 +131,7 @@ def test_the_layout_of_a_case_is_torch_s():
 @pytest.fixture(scope="module")
 def wide():
     """A kernel of COSTS; a thread of it loads 8 voxels at once."""
-    plan = plans.plan("bfloat16", "uint8", 4, Spec(), plans.WORD_BYTES)
+    plan = plans.plan("bfloat16", "uint8", 4, Spec(), 1 << 20)
     return machine_code.compiled("gradient", plan, HOPPER)
 
 
@@ -154,7 +154,7 @@ def test_a_longer_loop_takes_longer(wide):
     """The same with a voxel per thread: as many values, in more instructions. The memory is fast,
     for it is the limit of both on the GPUs of the table.
     """
-    narrow = machine_code.compiled("gradient", replace(wide.plan, voxels=1), HOPPER)
+    narrow = machine_code.compiled("gradient", replace(wide.plan, voxels=1, word=1), HOPPER)
     case = replace(CASES["k"], dtype="bfloat16")
     fast = replace(H100, copy=1e15)
     both = [predicted(kernel, case, fast) for kernel in (wide, narrow)]

@@ -67,8 +67,6 @@ class Memory:
         arrays = self.given, self.out
         allocations = {each.ctypes.data: each.size for each in arrays}
         arguments = struct.pack("2q", *allocations)
-        if options.pop("unordered", False):
-            options["unordered"] = [self.out.ctypes.data]
         return ptx.launch(kernel, self.blocks, self.threads, arguments, allocations, **options)
 
 
@@ -964,10 +962,6 @@ def test_checks_of_local_memory():
     ):
         with pytest.raises(Fault, match=message):
             Memory().run(changed, local=LOCAL)
-
-
-def test_a_write_by_several_threads_may_be_expected():
-    Memory().run("ld.param.u64 %rd1, [test_out]; st.global.u32 [%rd1], %r0;", unordered=True)
 
 
 def test_a_register_written_by_the_lanes_that_read_it():

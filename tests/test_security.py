@@ -21,7 +21,7 @@ from dice_core import backends
 from dice_core.gpu import cache, toolkit
 from dice_core.gpu.plan import Plan
 
-PLAN = Plan("float16", "uint8", 4, voxels=8)
+PLAN = Plan("float16", "uint8", 4, voxels=8, word=8)
 NM = shutil.which("nm")
 needs_modes = pytest.mark.skipif(
     not hasattr(os, "geteuid"), reason="folders have no owner and mode here"

@@ -1,7 +1,7 @@
 """The machine code of the CUDA kernels, read without a GPU: instructions, loops, the way of a warp.
 
 A kernel is a straight start, one loop over voxels (the hot loop) and a straight end, with a few
-branches and short loops in each. The hot loop loads each channel of the plan or, the gradient also
+branches and short loops in each. The hot loop loads each logit of the plan or, the gradient also
 having a loop that loads the cotangent, stores each.
 
 The way of a warp between two instructions is the longest one without a jump back: where the code
@@ -100,13 +100,14 @@ class MachineCode:
         Raises ValueError if there is none.
         """
         access = "STG" if kind == "gradient" else "LDG"
+        words = plan.lane_channels * plan.voxels // plan.word
         found = [
             (first, last)
             for first, last in self.loops
-            if count(self.instructions[first : last + 1], access) >= plan.lane_channels
+            if count(self.instructions[first : last + 1], access) >= words
         ]
         if not found:
-            raise ValueError(f"no loop has an {access} for each of {plan.lane_channels} channels")
+            raise ValueError(f"no loop has an {access} for each of {words} words")
         return min(found, key=lambda loop: loop[1] - loop[0])
 
     def way(self, first: int, last: int) -> list[str]:

@@ -42,14 +42,14 @@ def factor_loader(plan: Plan, ops: Any) -> Any:
                 if c < int32(CLASSES):
                     row = k + int32(1) if k > int32(1) else k  # skip that of target_sum
                     entry = (int64(row) * samples + sample) * int64(CLASSES) + int64(c)
-                    number = load_double(cotangent, entry * int64(8))[0]
+                    number = load_double(cotangent, entry * int64(8))
                     if k == int32(0):
                         entry += samples * int64(CLASSES)
-                        number += float64(P) * load_double(cotangent, entry * int64(8))[0]
+                        number += float64(P) * load_double(cotangent, entry * int64(8))
                     elif k == int32(1):
                         number *= float64(P)
                     if scaled != int64(0):
-                        number *= load_real(scale, sample * scale_n)[0]
+                        number *= load_real(scale, sample * scale_n)
                 factor[i] = real(number)
         cuda.syncthreads()
 

@@ -114,6 +114,8 @@ def _failure(error: Exception, errors: str, capability: tuple[int, int]) -> str:
 def operations(plan: Plan) -> Any:
     """The operations that the kernels of a plan are written in."""
     real, spec = intrinsics.REAL[plan.logits], plan.spec
+    word = plan.word if spec.soft_targets else plan.word_voxels
+    step = plan.voxels if plan.contiguous == "channels" else 1
     gamma, binary_gamma = (
         min(number or 0.0, LARGEST[real]) for number in (spec.gamma, spec.binary_gamma)
     )
@@ -125,12 +127,12 @@ def operations(plan: Plan) -> Any:
         int64=int64,
         float64=float64,
         label=intrinsics.label_type(plan.labels),
-        load_logits=intrinsics.load_numbers(plan.logits, plan.voxels),
-        load_targets=intrinsics.load_targets(plan.labels, plan.voxels),
-        load_real=intrinsics.load_numbers(real.name, 1),
-        load_double=intrinsics.load_numbers("float64", 1),
+        load_logits=intrinsics.load_numbers(plan.logits, plan.word, float("-inf")),
+        load_targets=intrinsics.load_targets(plan.labels, word),
+        load_real=intrinsics.load_number(real.name),
+        load_double=intrinsics.load_number("float64"),
         load_relaxed=intrinsics.load_relaxed,
-        store_grad=intrinsics.store_numbers(plan.logits, plan.voxels),
+        store_grad=intrinsics.store_numbers(plan.logits, plan.word, step),
         store_real=intrinsics.store_number(real),
         store_double=intrinsics.store_number(float64),
         store_int=intrinsics.store_number(int32),
@@ -147,7 +149,7 @@ def operations(plan: Plan) -> Any:
         modulation=intrinsics.scaled_power(1, gamma),
         modulation_slope=intrinsics.scaled_power(gamma, gamma - 1),
         binary_modulation=intrinsics.scaled_power(1, binary_gamma),
-        quotient=intrinsics.quotient,
+        floor_divide=intrinsics.floor_divide,
         divide=intrinsics.divide,
         reciprocal=intrinsics.reciprocal,
         fma=intrinsics.fma,

@@ -22,6 +22,7 @@ def general_voxels(plan: Plan, gradient: bool, ops: Any) -> tuple[Any, Any, Any]
     sigmoid, softplus, binary_modulation = ops.sigmoid, ops.softplus, ops.binary_modulation
     spec = plan.spec
     V, LABELS, GRADIENT = plan.voxels, plan.label_limit, gradient
+    WORD, SPACING = plan.word_voxels, plan.spacing
     SOFT = spec.soft_targets
     CROSS_ENTROPY, FOCAL, NLL = spec.gamma is not None, bool(spec.gamma), spec.nll
     BINARY, SQUARE = spec.binary_gamma is not None, spec.soft_targets and spec.target_square
@@ -50,7 +51,7 @@ def general_voxels(plan: Plan, gradient: bool, ops: Any) -> tuple[Any, Any, Any]
         sums,
         factor,
         own_factor,
-        inside,
+        left,
         first_class,
         ignored,
         excused,
@@ -63,6 +64,7 @@ def general_voxels(plan: Plan, gradient: bool, ops: Any) -> tuple[Any, Any, Any]
             if not SOFT:
                 label = labels[j]
                 in_range = (label >= label_type(0)) & (label < label_type(LABELS))
+                inside = left > int32(j // WORD * SPACING)
                 valid = inside & in_range & (label != ignored)
                 lane_label = int32(int32(label) - first_class) if valid else int32(-1)
                 if not GRADIENT and inside and not in_range and label != excused:

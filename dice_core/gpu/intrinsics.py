@@ -10,6 +10,7 @@ from load to store.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -40,41 +41,61 @@ _FLOATS = {"float16": _F16, "bfloat16": _I16, "float32": _F32, "float64": _F64}
 _BITS = {"float16": 16, "bfloat16": 16, "float32": 32, "float64": 64}
 
 
-def load_numbers(dtype: str, count: int) -> Callable[..., Any]:
-    """(pointer, offset) -> a tuple of `count` adjacent numbers as REAL[dtype], in one load."""
+def load_numbers(dtype: str, count: int, absent: float = 0.0) -> Callable[..., Any]:
+    """(pointer, offset, condition) -> a tuple of `count` adjacent numbers as REAL[dtype], in one
+    load; if the condition does not hold, of the number `absent`, which float16 must represent.
+    """
     result = types.UniTuple(REAL[dtype], count)
 
     @intrinsic
-    def load(typingctx: Any, pointer: Any, offset: Any) -> Any:
+    def load(typingctx: Any, pointer: Any, offset: Any, condition: Any) -> Any:
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            if _BITS[dtype] == 16 and count > 1:  # LLVM would split a vector of 16-bit elements
-                pairs = _load(builder, args, _I32, 32, count // 2)
-                numbers = [half for pair in pairs for half in _halves(builder, pair, dtype)]
+            fill = int.from_bytes(_encoded(absent, dtype), "little")
+            words = _load_if(builder, *args, _BITS[dtype], count, fill)
+            if _BITS[dtype] == 16 and count > 1:
+                numbers = [half for pair in words for half in _halves(builder, pair, dtype)]
             else:
-                stored = _load(builder, args, _FLOATS[dtype], _BITS[dtype], count)
+                stored = _elements(builder, words, _FLOATS[dtype], count)
                 numbers = [_widened(builder, number, dtype) for number in stored]
             return context.make_tuple(builder, result, numbers)
 
-        return result(POINTER, types.int64), codegen
+        return result(POINTER, types.int64, types.boolean), codegen
 
     return load
 
 
 def load_labels(dtype: str, count: int) -> Callable[..., Any]:
-    """(pointer, offset) -> a tuple of `count` adjacent labels as `label_type`, in one load."""
+    """(pointer, offset, condition) -> a tuple of `count` adjacent labels as `label_type`, in one
+    load; of 0 if the condition does not hold.
+    """
     bits = 8 if dtype == "bool" else int(dtype.lstrip("uint"))
     result = types.UniTuple(label_type(dtype), count)
 
     @intrinsic
-    def load(typingctx: Any, pointer: Any, offset: Any) -> Any:
+    def load(typingctx: Any, pointer: Any, offset: Any, condition: Any) -> Any:
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            labels = _load(builder, args, ir.IntType(bits), bits, count)
+            words = _load_if(builder, *args, bits, count, 0)
+            labels = _elements(builder, words, ir.IntType(bits), count)
             if bits < 32:
                 widen = builder.sext if dtype.startswith("int") else builder.zext
                 labels = [widen(label, _I32) for label in labels]
             return context.make_tuple(builder, result, labels)
 
-        return result(POINTER, types.int64), codegen
+        return result(POINTER, types.int64, types.boolean), codegen
+
+    return load
+
+
+def load_number(dtype: str) -> Callable[..., Any]:
+    """(pointer, offset) -> a number, as REAL[dtype]."""
+
+    @intrinsic
+    def load(typingctx: Any, pointer: Any, offset: Any) -> Any:
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            address = _address(builder, *args, _FLOATS[dtype])
+            return _widened(builder, builder.load(address, align=_BITS[dtype] // 8), dtype)
+
+        return REAL[dtype](POINTER, types.int64), codegen
 
     return load
 
@@ -89,14 +110,14 @@ def label_type(dtype: str) -> Any:
 
 
 def load_targets(dtype: str, count: int) -> Callable[..., Any]:
-    """`load_labels` for any dtype, floating-point targets as REAL[dtype]."""
+    """`load_labels` for any dtype; `load_numbers` for floating-point targets."""
     return (load_numbers if dtype in REAL else load_labels)(dtype, count)
 
 
-def store_numbers(dtype: str, count: int) -> Callable[..., Any]:
+def store_numbers(dtype: str, count: int, step: int) -> Callable[..., Any]:
     """(pointer, offset, array, first, condition): if the condition holds, stores `count` numbers of
-    the array, of REAL[dtype], from `first` on, rounded to nearest even, in one store. That is
-    predicated: for a branch, the compiler would repeat what leads to it.
+    the array, of REAL[dtype], every `step`-th from `first` on, rounded to nearest even, in one
+    store. That is predicated: for a branch, the compiler would repeat what leads to it.
     """
 
     @intrinsic
@@ -106,7 +127,9 @@ def store_numbers(dtype: str, count: int) -> Callable[..., Any]:
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
             pointer, offset, array, first, condition = args
             data = context.make_array(signature.args[2])(context, builder, array).data
-            pointers = [builder.gep(data, [builder.add(first, _I64(i))]) for i in range(count)]
+            pointers = [
+                builder.gep(data, [builder.add(first, _I64(i * step))]) for i in range(count)
+            ]
             numbers = [builder.load(each) for each in pointers]
             if dtype == "bfloat16" and count > 1:
                 halves = zip(numbers[::2], numbers[1::2], strict=True)
@@ -143,7 +166,7 @@ def load_relaxed(typingctx: Any, pointer: Any, offset: Any) -> Any:
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         function = ir.FunctionType(_F64, [_I64])
-        address = builder.ptrtoint(builder.gep(args[0], [args[1]]), _I64)
+        address = _pointer_bits(builder, *args)
         text = "ld.relaxed.gpu.f64 $0, [$1];"
         return builder.asm(function, text, "=d,l,~{memory}", [address], True)
 
@@ -215,7 +238,7 @@ def softplus(typingctx: Any, x: Any) -> Any:
 
 
 @intrinsic
-def quotient(typingctx: Any, a: Any, b: Any) -> Any:
+def floor_divide(typingctx: Any, a: Any, b: Any) -> Any:
     """a // b of numbers >= 0 in 32 bits, which numba would widen to 64."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
@@ -317,56 +340,102 @@ def _address(builder: ir.IRBuilder, pointer: Any, offset: Any, to: ir.Type) -> A
     return builder.bitcast(builder.gep(pointer, [offset]), to.as_pointer())
 
 
-def _words(bits: int, count: int) -> tuple[ir.Type, int]:
-    """The type of one access to `count` elements, in the widest words, and its alignment."""
-    size = bits * count // 8
-    word = min(size, 4) if bits < 64 else 8
-    element = ir.IntType(8 * word)
-    words = size // word
-    return ir.VectorType(element, words) if words > 1 else element, min(size, WORD_BYTES)
+def _words(bits: int, count: int) -> tuple[int, int, int]:
+    """How `count` elements are accessed: the bits of a word, words, and words of one access."""
+    size = bits * count
+    width = min(size, max(bits, 32))
+    return width, size // width, min(size, 8 * WORD_BYTES) // width
 
 
-def _load(builder: ir.IRBuilder, where: Any, element: ir.Type, bits: int, count: int) -> list[Any]:
-    (pointer, offset), (loaded_type, align) = where, _words(bits, count)
-    loaded = builder.load(_address(builder, pointer, offset, loaded_type), align=align)
-    if count == 1:
-        return [builder.bitcast(loaded, element)]
-    elements = builder.bitcast(loaded, ir.VectorType(element, count))
-    return [builder.extract_element(elements, _I32(i)) for i in range(count)]
+def _load_if(
+    builder: ir.IRBuilder,
+    pointer: Any,
+    offset: Any,
+    condition: Any,
+    bits: int,
+    count: int,
+    fill: int,
+) -> list[Any]:
+    """The words of adjacent elements, by predicated loads; of elements with the bits `fill` if the
+    condition does not hold.
+    """
+    width, words, at_once = _words(bits, count)
+    register = _I64 if width == 64 else _I32
+    fill = sum(fill << bits * i for i in range(width // bits))
+    outputs = [f"${i}" for i in range(words)]
+    lines = [f"mov.b{register.width} {each}, {fill:#x};" for each in outputs]
+    for i in range(0, words, at_once):
+        vector, operands = _vector(outputs[i : i + at_once])
+        address = f"${words + 1}+{i * width // 8}"
+        lines.append(f"@%if ld.global{vector}.b{width} {operands}, [{address}];")
+    predicate = f".reg .pred %if; setp.ne.u32 %if, ${words}, 0;"
+    result = register if words == 1 else ir.LiteralStructType([register] * words)
+    arguments = [builder.zext(condition, _I32), _pointer_bits(builder, pointer, offset)]
+    function = ir.FunctionType(result, [each.type for each in arguments])
+    kind = "l" if width == 64 else "r"
+    constraints = ",".join([*[f"=&{kind}"] * words, "r", "l", "~{memory}"])
+    text = f"{{ {predicate} {' '.join(lines)} }}"
+    loaded = builder.asm(function, text, constraints, arguments, True)
+    found = [loaded] if words == 1 else [builder.extract_value(loaded, i) for i in range(words)]
+    return [builder.trunc(each, ir.IntType(width)) for each in found] if width < 32 else found
+
+
+def _elements(builder: ir.IRBuilder, words: list[Any], element: ir.Type, count: int) -> list[Any]:
+    if len(words) == count:
+        return [builder.bitcast(word, element) for word in words]
+    vector = builder.bitcast(_packed(builder, words), ir.VectorType(element, count))
+    return [builder.extract_element(vector, _I32(i)) for i in range(count)]
 
 
 def _store(builder: ir.IRBuilder, pointer: Any, offset: Any, value: Any, bits: int) -> None:
-    stored_type, align = _words(bits, 1)
-    address = _address(builder, pointer, offset, stored_type)
-    builder.store(builder.bitcast(value, stored_type), address, align=align)
+    stored = ir.IntType(bits)
+    address = _address(builder, pointer, offset, stored)
+    builder.store(builder.bitcast(value, stored), address, align=bits // 8)
 
 
 def _store_if(
     builder: ir.IRBuilder, condition: Any, pointer: Any, offset: Any, values: list[Any], bits: int
 ) -> None:
     """Stores adjacent values by one predicated instruction."""
-    stored_type, _ = _words(bits, len(values))
-    packed = values[0]
-    if len(values) > 1:
-        packed = ir.Constant(ir.VectorType(values[0].type, len(values)), ir.Undefined)
-        for i, value in enumerate(values):
-            packed = builder.insert_element(packed, value, _I32(i))
-    words = [builder.bitcast(packed, stored_type)]
-    if isinstance(stored_type, ir.VectorType):
-        words = [builder.extract_element(words[0], _I32(i)) for i in range(stored_type.count)]
-    width, count = words[0].type.width, len(words)
-    vector, operands = "", "$2"
-    if count > 1:
-        vector, operands = f".v{count}", f"{{{', '.join(f'${i + 2}' for i in range(count))}}}"
+    width, count, _ = _words(bits, len(values))
+    packed = builder.bitcast(_packed(builder, values), ir.VectorType(ir.IntType(width), count))
+    words = [builder.extract_element(packed, _I32(i)) for i in range(count)]
+    vector, operands = _vector([f"${i + 2}" for i in range(count)])
     text = (
         "{ .reg .pred %if; setp.ne.u32 %if, $0, 0; "
         f"@%if st.global{vector}.b{width} [$1], {operands}; }}"
     )
-    address = builder.ptrtoint(builder.gep(pointer, [offset]), _I64)
-    arguments = [builder.zext(condition, _I32), address, *words]
+    where = _pointer_bits(builder, pointer, offset)
+    arguments = [builder.zext(condition, _I32), where, *words]
     function = ir.FunctionType(ir.VoidType(), [each.type for each in arguments])
     kinds = [{16: "h", 32: "r", 64: "l"}[width]] * count
     builder.asm(function, text, ",".join(["r", "l", *kinds, "~{memory}"]), arguments, True)
+
+
+def _packed(builder: ir.IRBuilder, values: list[Any]) -> Any:
+    """A vector of them."""
+    vector = ir.Constant(ir.VectorType(values[0].type, len(values)), ir.Undefined)
+    for i, value in enumerate(values):
+        vector = builder.insert_element(vector, value, _I32(i))
+    return vector
+
+
+def _vector(operands: list[str]) -> tuple[str, str]:
+    """The suffix and the operand of a PTX instruction that accesses them together."""
+    if len(operands) == 1:
+        return "", operands[0]
+    return f".v{len(operands)}", f"{{{', '.join(operands)}}}"
+
+
+def _pointer_bits(builder: ir.IRBuilder, pointer: Any, offset: Any) -> Any:
+    return builder.ptrtoint(builder.gep(pointer, [offset]), _I64)
+
+
+def _encoded(number: float, dtype: str) -> bytes:
+    """In this dtype; exact for bfloat16 too, as float16 represents the number."""
+    if dtype == "bfloat16":
+        return struct.pack("<f", number)[2:]
+    return struct.pack({"float16": "<e", "float32": "<f", "float64": "<d"}[dtype], number)
 
 
 def _widened(builder: ir.IRBuilder, number: Any, dtype: str) -> Any:

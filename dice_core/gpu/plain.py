@@ -24,6 +24,7 @@ def plain_voxels(plan: Plan, gradient: bool, ops: Any) -> tuple[Any, Any, Any]:
     shuffle, label_type = ops.shuffle, ops.label
     modulation, modulation_slope = ops.modulation, ops.modulation_slope
     V, LABELS, GRADIENT = plan.voxels, plan.label_limit, gradient
+    WORD, SPACING = plan.word_voxels, plan.spacing
     CROSS_ENTROPY, FOCAL = plan.spec.gamma is not None, bool(plan.spec.gamma)
     NLL = FOCAL or (CROSS_ENTROPY and not GRADIENT)  # needs -log of the label's probability,
     REST = FOCAL or GRADIENT  # and those of all other classes together
@@ -46,7 +47,7 @@ def plain_voxels(plan: Plan, gradient: bool, ops: Any) -> tuple[Any, Any, Any]:
         sums,
         factor,
         own_factor,
-        inside,
+        left,
         first_class,
         ignored,
         excused,
@@ -65,6 +66,7 @@ def plain_voxels(plan: Plan, gradient: bool, ops: Any) -> tuple[Any, Any, Any]:
         for j in range(V):
             label = labels[j]
             in_range = (label >= label_type(0)) & (label < label_type(LABELS))
+            inside = left > int32(j // WORD * SPACING)
             valid = inside & in_range & (label != ignored)
             lane_label = int32(int32(label) - first_class)
             top = value[j]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..spec import Spec
@@ -28,9 +28,12 @@ MAX_CHANNELS = 1024
 # puts the arrays they index into local memory.
 LANE_CLASSES, LANE_CLASSES_OF_MANY, MANY_LANES = 16, 20, 8  # plain sums: classes per lane
 GENERAL_LANE_SUMS = 48  # other sums: classes per lane times sums
-REGISTER_BUDGET, GENERAL_REGISTER_BUDGET = 40, 16  # 32-bit values per thread
+# 32-bit values per thread: plain sums of one lane, of several, whose words are of few voxels, so
+# that wide ones count for more than many warps; and other sums.
+REGISTER_BUDGET, LANES_REGISTER_BUDGET, GENERAL_REGISTER_BUDGET = 40, 56, 16
 FOCAL_VALUES = 2  # the share of the focal modulation in that budget
-THREE_BLOCKS_BUDGET, LONG_LABELS_BUDGET = 32, 24  # for three blocks on a multiprocessor
+WORD_EXCESS = 9 / 8  # at most so many times the channels per lane for whole words of channels
+THREE_BLOCKS_BUDGET, TWO_BLOCKS_BUDGET = 40, 116  # for so many blocks on a multiprocessor
 
 PLAIN = Spec()
 
@@ -42,8 +45,11 @@ class Plan:
     - logits, labels: dtypes.
     - channels: of the logits.
     - spec: what to sum, without the ignore label, which is an argument.
-    - voxels: adjacent voxels that a thread loads as one word; 1 if they are not contiguous.
+    - voxels: that a thread processes at a time.
     - lanes: adjacent lanes of a warp that share a voxel, each with its part of the classes.
+    - contiguous: the axis along which numbers are adjacent in the logits, the gradient and soft
+      targets, "voxels" or "channels"; labels are along voxels in either case. "" if neither.
+    - word: adjacent numbers that a thread loads or stores together, of that axis.
     """
 
     logits: str
@@ -52,6 +58,8 @@ class Plan:
     spec: Spec = PLAIN
     voxels: int = 1
     lanes: int = 1
+    contiguous: str = "voxels"
+    word: int = 1
 
     @property
     def classes(self) -> int:
@@ -69,9 +77,20 @@ class Plan:
         return len(self.spec.fields)
 
     @property
+    def word_voxels(self) -> int:
+        """Voxels of a word."""
+        return self.word if self.contiguous == "voxels" else 1
+
+    @property
+    def word_channels(self) -> int:
+        """Channels of a word."""
+        return self.word if self.contiguous == "channels" else 1
+
+    @property
     def lane_channels(self) -> int:
-        """Channels per lane; the last lane may have fewer."""
-        return -(-self.channels // self.lanes)
+        """Channels per lane, whole words; the last lanes may have fewer, or none."""
+        words = -(-self.channels // self.word_channels)
+        return -(-words // self.lanes) * self.word_channels
 
     @property
     def background(self) -> int:
@@ -106,13 +125,22 @@ class Plan:
 
     def resident_blocks(self, kind: str) -> int:
         """How many blocks of this kind of kernel a multiprocessor shall hold at least: the more,
-        the fewer registers a thread has. Three of a gradient, unless that spills registers.
+        the fewer registers a thread has, which must not be spilled.
         """
         spec, values = self.spec, self.lane_classes * self.voxels
-        simple = self.lanes == 1 and spec.plain and spec.p == 1 and not spec.gamma
-        budget = LONG_LABELS_BUDGET if self.labels.endswith("64") else THREE_BLOCKS_BUDGET
-        fits = simple and self.logits != "float64" and values <= budget
-        return 3 if kind == "gradient" and fits else 1
+        if not spec.plain or self.logits == "float64" or not self.contiguous:
+            return 1
+        if kind == "statistics":
+            return 2 if values + self.fields * self.lane_classes <= TWO_BLOCKS_BUDGET else 1
+        if self.word < self.voxels:
+            values += 2 * self.lane_channels  # the addresses of several words each
+        few = self.contiguous == "voxels" and values <= THREE_BLOCKS_BUDGET
+        return 3 if few and self.lanes == 1 and spec.p == 1 and not spec.gamma else 2
+
+    @property
+    def spacing(self) -> int:
+        """Voxels from one word of a thread to its next, between which are those of its block."""
+        return THREADS // self.lanes * self.word_voxels
 
     @property
     def step(self) -> int:
@@ -133,25 +161,52 @@ class Plan:
         return self.step * max(1, min(rounds, MAX_ROUNDS), MIN_RUN // self.step)
 
 
-def plan(logits: str, labels: str, channels: int, spec: Spec, adjacent: int) -> Plan:
-    """The plan for logits and labels of these dtypes.
+def itemsize(dtype: str) -> int:
+    """Bytes of a number of any dtype of logits, labels or soft targets."""
+    if dtype in ITEMSIZE:
+        return ITEMSIZE[dtype]
+    return 1 if dtype == "bool" else int(dtype.lstrip("uint")) // 8
 
-    `adjacent`: the number of voxels, a power of two, that can be accessed as whole words.
+
+def plan(
+    logits: str,
+    labels: str,
+    channels: int,
+    spec: Spec,
+    voxels: int,
+    contiguous: str = "voxels",
+    adjacent: int = WORD_BYTES,
+) -> Plan:
+    """The plan for logits and labels of these dtypes, and samples of this many voxels.
+
+    `contiguous`: that of the plan. `adjacent`: how many numbers of that axis, a power of two, can
+    be accessed as whole words.
     """
     lanes = 1
     while lanes < WARP and channels > lanes * _lane_classes(spec, lanes):
         lanes *= 2
     values = -(-spec.classes(channels) // lanes)
     if spec.plain:
-        values, budget = values + (FOCAL_VALUES if spec.gamma else 0), REGISTER_BUDGET
+        values += FOCAL_VALUES if spec.gamma else 0
+        wide = lanes > 1 and spec.gamma is None and contiguous == "voxels" and adjacent > 2
+        budget = LANES_REGISTER_BUDGET if wide else REGISTER_BUDGET
     else:
         passes = 2 if spec.needs_softmax or spec.classes(channels) > channels else 1
         values, budget = values * passes * (1 + spec.soft_targets), GENERAL_REGISTER_BUDGET
     values *= max(1, ITEMSIZE[logits] // 4)  # per voxel
-    voxels = min(adjacent, WORD_BYTES // ITEMSIZE[logits])
-    while voxels > 1 and values * voxels > budget:
-        voxels //= 2
-    return Plan(logits, labels, channels, spec, voxels, lanes)
+    of_word = WORD_BYTES // ITEMSIZE[logits]
+    of_thread = of_word
+    while of_thread > 1 and values * of_thread > budget:
+        of_thread //= 2
+    while of_thread > 1 and THREADS // lanes * of_thread >= 2 * voxels:  # most would have none
+        of_thread //= 2
+    found = Plan(logits, labels, channels, spec, of_thread, lanes, contiguous)
+    word = min(adjacent, of_word if contiguous == "channels" else of_thread)
+    sums = SHARED_BYTES // max(4, ITEMSIZE[logits])  # of a table
+    most = min(found.lane_channels * WORD_EXCESS, sums // (found.fields * lanes))
+    while word > 1 and replace(found, word=word).lane_channels > most:
+        word //= 2
+    return replace(found, word=word)
 
 
 def most_channels(logits: str, spec: Spec) -> int:

@@ -51,7 +51,7 @@ def totals_kernel(loss: bool, ops: Any) -> Callable[..., None]:
     cuda, int32, int64, float64 = ops.cuda, ops.int32, ops.int64, ops.float64
     load_real, load_double, load_relaxed = ops.load_real, ops.load_double, ops.load_relaxed
     store_real, store_double = ops.store_real, ops.store_double
-    divide, floor_divide = ops.divide, ops.quotient
+    divide, floor_divide = ops.divide, ops.floor_divide
     atomic_increment, shuffle = ops.atomic_increment, ops.shuffle
     real, SIZE, LOSS = ops.real, ops.size, loss
     INFINITY, THREADS, WARPS = float("inf"), plans.THREADS, plans.WARPS
@@ -102,7 +102,7 @@ def totals_kernel(loss: bool, ops: Any) -> Callable[..., None]:
                 for k in range(LOADS):  # none of them waits for another one
                     partial[k] = real(0)
                     if r < int32(int32(runs) - int32(k * WARPS)):
-                        partial[k] = load_real(partials, at)[0]
+                        partial[k] = load_real(partials, at)
                     at += int64(WARPS * SIZE) * columns
                 for k in range(LOADS):
                     total += float64(partial[k])
@@ -167,7 +167,7 @@ def totals_kernel(loss: bool, ops: Any) -> Callable[..., None]:
                         quotient, score = divide(num, den), divide(score, den)
                         factor = share
                         if weighted != int64(0):
-                            factor *= load_double(weights, c * int64(8))[0]
+                            factor *= load_double(weights, c * int64(8))
                         if c == ignore_channel:  # whatever its sums, NaN included
                             factor, den = float64(0), float64(INFINITY)
                             quotient, score = float64(0), float64(0)

@@ -228,7 +228,6 @@ class Library:
             packed,
             dict(memory.LIVE),
             seed=self.launches,
-            unordered=in_place(packed),
         )
 
     # ---- streams and events ----------------------------------------------------------------------
@@ -268,19 +267,6 @@ def packed_parameters(extra: int) -> bytes:
     _check(keys_and_values[::2] == [1, 2, 0], 1, "keys of the packed parameters")
     _, pointer, _, size, _ = keys_and_values
     return ctypes.string_at(pointer, c_size_t.from_address(size).value)
-
-
-def in_place(packed: bytes) -> list[int]:
-    """The allocations that two parameters have the same address in: of a gradient in place, in
-    which threads without a voxel read what others write.
-    """
-    words = Counter(struct.unpack(f"{len(packed) // 8}Q", packed))
-    twice = [word for word, times in words.items() if times > 1]
-    return [
-        start
-        for start, size in memory.LIVE.items()
-        if any(start <= word < start + size for word in twice)
-    ]
 
 
 def with_source(link: Callable[..., tuple[bytes, str]]) -> Callable[..., tuple[bytes, str]]:

@@ -513,19 +513,17 @@ def _loaded(
         return local.words(itemsize, count)[at // width]
     found: Array = np.empty((len(addresses), count), f"u{itemsize}")
     for region, which, first in block.spaces[space].located(addresses, width):
-        shadow = region.shadow
-        if shadow is not None:
-            if space == "shared":
-                unwritten = shadow.unwritten(first, width)
-                if unwritten.any():
-                    raise _moved(
-                        Invalid(int(np.argmax(unwritten)), "a read of shared memory never written"),
-                        which,
-                    )
-            try:
-                shadow.read(first, width, block.order, lanes[which], strong)
-            except Race as error:
-                raise _moved(error, which) from error
+        if space == "shared":
+            unwritten = region.shadow.unwritten(first, width)
+            if unwritten.any():
+                raise _moved(
+                    Invalid(int(np.argmax(unwritten)), "a read of shared memory never written"),
+                    which,
+                )
+        try:
+            region.shadow.read(first, width, block.order, lanes[which], strong)
+        except Race as error:
+            raise _moved(error, which) from error
         found[which] = region.words(itemsize, count)[first // width]
     return found
 
@@ -540,19 +538,16 @@ def _stored(block: Block, lanes: Array, addresses: Array, space: str, given: Arr
         local.words(itemsize, count)[at // width] = given
         return
     for region, which, first in block.spaces[space].located(addresses, width):
-        if region.shadow is not None:
-            try:
-                region.shadow.write(first, width, block.order, lanes[which])
-            except Race as error:
-                raise _moved(error, which) from error
+        try:
+            region.shadow.write(first, width, block.order, lanes[which])
+        except Race as error:
+            raise _moved(error, which) from error
         region.words(itemsize, count)[first // width] = given[which]
 
 
 def _added(block: Block, lanes: Array, address: Array, addend: Any) -> Any:
     """The old number, to which the addend is added, by one lane."""
     ((region, _, first),) = block.spaces["global"].located(address, 4)
-    if region.shadow is None:
-        raise Invalid(0, "an atomic operation on unordered memory")
     region.shadow.update(int(first[0]), 4, block.order, int(lanes[0]))
     word = region.words(4, 1)[int(first[0]) // 4]
     old = word[0].copy()

@@ -7,7 +7,7 @@ again where the branches do. Blocks take turns before atomic operations and afte
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +95,6 @@ def launch(
     *,
     seed: int = 0,
     noise: Noise = None,
-    unordered: Iterable[int] = (),
 ) -> Counter[str]:
     """Executes a kernel on host memory; returns how often each opcode was executed, by lanes.
 
@@ -110,14 +109,11 @@ def launch(
     noise
         If it is not None, approximate instructions are off by as much as their documentation
         allows; the errors depend on it. Otherwise their results are the exact ones, rounded.
-    unordered
-        Addresses of allocations in which threads may race: those of a gradient in place, where
-        threads without a voxel read what others write.
     """
     if len(arguments) != kernel.module.arguments_size:
         raise Fault(f"{len(arguments)} bytes of arguments, not {kernel.module.arguments_size}")
     order = np.random.default_rng(seed)
-    space = memory.host(allocations, unordered)
+    space = memory.host(allocations)
     constants = _constants(kernel, blocks, threads)
     executed = dict.fromkeys(kernel.steps, 0)  # by how many lanes
     waiting = [int(index) for index in order.permutation(blocks)]

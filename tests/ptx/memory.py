@@ -26,9 +26,9 @@ class Invalid(Exception):
 
 
 class Region:
-    """An allocation: its bytes, and who accessed them unless `ordered` is False."""
+    """An allocation: its bytes, and who accessed them."""
 
-    def __init__(self, start: int, size: int, host: bool, ordered: bool = True) -> None:
+    def __init__(self, start: int, size: int, host: bool) -> None:
         self.start, self.end = start, start + size
         self.base = start // WORD * WORD
         length = -(-self.end // WORD) * WORD - self.base
@@ -37,7 +37,7 @@ class Region:
         if host:
             memory = (ctypes.c_uint8 * length).from_address(self.base)
         self.bytes: Array = np.frombuffer(memory, np.uint8)
-        self.shadow = Shadow(length) if ordered else None
+        self.shadow = Shadow(length)
 
     def words(self, itemsize: int, count: int) -> Array:
         """All vectors of `count` unsigned integers of this size."""
@@ -73,16 +73,9 @@ class Space:
             yield self.regions[at], chosen, addresses[chosen] - self.regions[at].base
 
 
-def host(allocations: Mapping[int, int], unordered: Iterable[int]) -> Space:
+def host(allocations: Mapping[int, int]) -> Space:
     """Global memory: the host memory at these addresses, of these sizes."""
-    unordered = set(unordered)
-    unknown = unordered - allocations.keys()
-    if unknown:
-        raise ValueError(f"no allocations: {unknown}")
-    return Space(
-        Region(start, size, host=True, ordered=start not in unordered)
-        for start, size in allocations.items()
-    )
+    return Space(Region(start, size, host=True) for start, size in allocations.items())
 
 
 def placed(variables: Mapping[str, Variable], base: int) -> dict[str, int]:
@@ -112,8 +105,7 @@ class Local:
         self.bytes = np.zeros(threads * self.length, np.uint8)
         self.written = np.zeros(threads * self.length, bool)
         self.bounds = Space(
-            Region(addresses[name], each.size, False, ordered=False)
-            for name, each in variables.items()
+            Region(addresses[name], each.size, False) for name, each in variables.items()
         )
 
     def offsets(self, addresses: Array, width: int, lanes: Array) -> Array:
