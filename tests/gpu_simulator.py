@@ -195,6 +195,10 @@ def operations(plan: Plan, cuda: Simulator) -> Any:
         counter[0] += 1
         return counter[0] - np.int32(1)
 
+    def sigmoids(x: Any) -> tuple[Any, ...]:
+        nll, other_nll = np.logaddexp(0, -np.float64(x)), np.logaddexp(0, np.float64(x))
+        return real(np.exp(-nll)), real(np.exp(-other_nll)), real(nll), real(other_nll)
+
     return SimpleNamespace(
         cuda=cuda,
         inlined=lambda function: function,
@@ -214,14 +218,13 @@ def operations(plan: Plan, cuda: Simulator) -> Any:
         atomic_increment=atomic_increment,
         exp=lambda x: real(np.exp(x)),
         log=lambda x: real(np.log(x)),
-        sigmoid=lambda x: real(1 / (1 + np.exp(-np.float64(x)))),
-        softplus=lambda x: real(np.logaddexp(0, np.float64(x))),
+        sigmoids=sigmoids,
         power=lambda x: real(x**p),
         lower_power=lambda x: real(x ** (p - 1)),
         power_complement=lambda x: real(x * sum((1 - np.float64(x)) ** k for k in range(p - 1))),
         modulation=lambda x: real(x**gamma),
         modulation_slope=lambda x: real(gamma * x ** (gamma - 1)),
-        binary_modulation=lambda x: real(x**binary_gamma),
+        binary_modulation=lambda x, nll: real(x**binary_gamma),
         floor_divide=lambda a, b: a // b,
         divide=lambda a, b: a / b,
         reciprocal=lambda x: real(1) / x,

@@ -49,13 +49,13 @@ FLOATS = [
 ]
 
 
-def executed(function, *arguments, allocations):
+def executed(function, *arguments, allocations, noise=None):
     """Executes the PTX of a function of addresses and integers, with one thread."""
     signature = types.void(*(kind for kind, _ in arguments))
     text, _ = compiler.cuda.compile(function, signature, device=False, abi="numba", cc=(9, 0))
     packed = struct.pack(f"{len(arguments)}q", *(value for _, value in arguments))
     sizes = {array.ctypes.data: array.nbytes for array in allocations}
-    return ptx.launch(ptx.Kernel(text), 1, 1, packed, sizes)
+    return ptx.launch(ptx.Kernel(text), 1, 1, packed, sizes, noise=noise)
 
 
 def loaded(load, source, kind, count):
@@ -185,49 +185,103 @@ def test_complements_of_powers(exponent):
     assert_close(found, expected, rtol=4e-7)
 
 
-def test_logarithms():
-    log = intrinsics.log
-
-    def apply(count, numbers):
-        for i in range(count):
-            numbers[i] = log(numbers[i])
-
-    x = np.concatenate([1 + np.logspace(-7, 0, 50001), np.logspace(-37, 37, 200001)])
-    x = np.append(x, np.nan).astype(np.float32)
-    found = x.copy()
-    on_host(apply, LONG, types.CPointer(types.float32))(len(x), found.ctypes.data)
-    expected = np.log(x.astype(np.float64))
-    error = np.abs(found - expected) / np.spacing(np.abs(expected.astype(np.float32)))
-    assert error[:-1].max() <= 1
-    assert np.isnan(found[-1])
-
-
-@pytest.mark.parametrize("name", ["sigmoid", "softplus"])
-def test_binary_functions(monkeypatch, name):
-    """With the host's exponential and division in place of the GPU's approximations."""
-
-    def exp(builder, x):
-        return builder.call(builder.module.declare_intrinsic("llvm.exp", [x.type]), [x])
-
-    monkeypatch.setattr(intrinsics, "_exp", exp)
-    monkeypatch.setattr(
-        intrinsics,
-        "_reciprocal",
-        lambda builder, x: builder.fdiv(llvmlite.ir.Constant(x.type, 1.0), x),
-    )
-    function = getattr(intrinsics, name)
+def applied(function, x):
+    """The function of each number, on the host."""
 
     def apply(count, numbers):
         for i in range(count):
             numbers[i] = function(numbers[i])
 
-    x = np.concatenate([np.linspace(-87, 87, 100001), np.logspace(-7, 0, 1001), [np.inf, -np.inf]])
-    x = np.append(x, np.nan).astype(np.float32)
-    found, wide = x.copy(), x.astype(np.float64)
-    on_host(apply, LONG, types.CPointer(types.float32))(len(x), found.ctypes.data)
+    found = x.copy()
+    real = types.CPointer(getattr(types, str(x.dtype)))
+    on_host(apply, LONG, real)(len(x), found.ctypes.data)
+    return found
+
+
+def ulps(found, expected):
+    """The errors in units in the last place."""
+    return np.abs(found - expected) / np.spacing(np.abs(expected.astype(found.dtype)))
+
+
+@pytest.fixture
+def host_division(monkeypatch):
+    """In place of the GPU's approximation."""
+
+    def reciprocal(builder, x):
+        return builder.fdiv(llvmlite.ir.Constant(x.type, 1.0), x)
+
+    monkeypatch.setattr(intrinsics, "_reciprocal", reciprocal)
+
+
+@pytest.mark.parametrize(("dtype", "digits", "limit"), [("float32", 7, 1), ("float64", 16, 1.3)])
+def test_logarithms(host_division, dtype, digits, limit):
+    near_1 = np.logspace(-digits, -0.3, 50001)
+    most = 37 if dtype == "float32" else 306
+    x = np.concatenate([1 + near_1, 1 - near_1, np.logspace(-most, most, 200001)]).astype(dtype)
+    x = np.append(x, np.finfo(dtype).smallest_normal)
+    assert ulps(applied(intrinsics.log, x), np.log(x.astype(np.longdouble))).max() <= limit
+    assert np.isnan(applied(intrinsics.log, np.full(1, np.nan, dtype))).all()
+
+
+def test_exponentials():
+    x = np.concatenate([np.linspace(-708.39, 709, 200001), np.linspace(-1, 1, 100001)])
+    assert ulps(applied(intrinsics.exp, x), np.exp(x.astype(np.longdouble))).max() <= 1
+    payload = np.array([0x7FF8000000000ABC]).view(np.float64)[0]  # would change the exponent
+    special = applied(intrinsics.exp, np.array([-708.4, -1e300, -np.inf, np.nan, payload]))
+    np.testing.assert_array_equal(special, [0, 0, 0, np.nan, np.nan])
+
+
+@pytest.mark.parametrize("exponent", [0.0, 2.0, 0.5, 2.5, 1e300])
+def test_powers_of_probabilities(exponent):
+    power = intrinsics.probability_power(exponent)
+    x = np.concatenate([[0, 1], np.logspace(-16, -1e-3, 1001)])
+    with np.errstate(divide="ignore"):
+        nll = np.abs(np.log(x))
+
+    def apply(count, numbers, nll):
+        for i in range(count):
+            numbers[i] = power(numbers[i], nll[i])
+
+    found, real = x.copy(), types.CPointer(types.float64)
+    on_host(apply, LONG, real, real)(len(x), found.ctypes.data, nll.ctypes.data)
+    assert_close(found, x**exponent, rtol=2e-14)
+
+
+@pytest.mark.parametrize("noise", [None, 1])
+def test_reciprocals(noise):
+    reciprocal, count = intrinsics.reciprocal, 500
+    x = np.concatenate([np.geomspace(1, 2048, count - 1), [np.nan]])
+
+    def apply(numbers):
+        for i in range(count):
+            numbers[i] = reciprocal(numbers[i])
+
+    found = x.copy()
+    of_numbers = (types.CPointer(types.float64), found.ctypes.data)
+    executed(apply, of_numbers, allocations=[found], noise=noise)
+    assert ulps(found, 1 / x.astype(np.longdouble))[:-1].max() <= 1
+    assert np.isnan(found[-1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("index", range(4))
+def test_sigmoids(monkeypatch, host_division, dtype, index):
+    """With the host's exponential in place of the GPU's approximation."""
+
+    def exp(builder, x):
+        return builder.call(builder.module.declare_intrinsic("llvm.exp", [x.type]), [x])
+
+    if dtype == "float32":
+        monkeypatch.setattr(intrinsics, "_exp", exp)
+    sigmoids = intrinsics.sigmoids
+    function = numba.njit(lambda x: sigmoids(x)[index])
+    most, rtol = (87, 4e-7) if dtype == "float32" else (708, 1e-15)
+    x = np.concatenate([np.linspace(-most, most, 100001), np.logspace(-7, 0, 1001)])
+    x = np.concatenate([x, [np.inf, -np.inf, np.nan]]).astype(dtype)
+    wide = x.astype(np.longdouble) * (1 if index % 2 == 0 else -1)
     with np.errstate(over="ignore", invalid="ignore"):
-        expected = 1 / (1 + np.exp(-wide)) if name == "sigmoid" else np.logaddexp(0, wide)
-    assert_close(found, expected, rtol=4e-7)
+        expected = 1 / (1 + np.exp(-wide)) if index < 2 else np.logaddexp(0, -wide)
+    assert_close(applied(function, x), expected, rtol=rtol)
 
 
 def test_the_counter_returns_its_old_value():

@@ -139,8 +139,7 @@ def operations(plan: Plan) -> Any:
         atomic_increment=intrinsics.atomic_increment,
         exp=intrinsics.exp,
         log=intrinsics.log,
-        sigmoid=intrinsics.sigmoid,
-        softplus=intrinsics.softplus,
+        sigmoids=intrinsics.sigmoids,
         # s^p and s^(p-1), and 1 - s^(p-1) of 1 - s; (1 - s)^gamma, the focal modulation, and its
         # derivative
         power=intrinsics.scaled_power(1, spec.p),
@@ -148,7 +147,7 @@ def operations(plan: Plan) -> Any:
         power_complement=intrinsics.power_complement(spec.p - 1),
         modulation=intrinsics.scaled_power(1, gamma),
         modulation_slope=intrinsics.scaled_power(gamma, gamma - 1),
-        binary_modulation=intrinsics.scaled_power(1, binary_gamma),
+        binary_modulation=intrinsics.probability_power(binary_gamma),
         floor_divide=intrinsics.floor_divide,
         divide=intrinsics.divide,
         reciprocal=intrinsics.reciprocal,

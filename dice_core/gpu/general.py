@@ -19,7 +19,7 @@ def general_voxels(plan: Plan, gradient: bool, ops: Any) -> tuple[Any, Any, Any]
     exp, log, reciprocal, fmax = ops.exp, ops.log, ops.reciprocal, ops.fmax
     shuffle, label_type = ops.shuffle, ops.label
     modulation, modulation_slope = ops.modulation, ops.modulation_slope
-    sigmoid, softplus, binary_modulation = ops.sigmoid, ops.softplus, ops.binary_modulation
+    sigmoids, binary_modulation = ops.sigmoids, ops.binary_modulation
     spec = plan.spec
     V, LABELS, GRADIENT = plan.voxels, plan.label_limit, gradient
     WORD, SPACING = plan.word_voxels, plan.spacing
@@ -139,10 +139,16 @@ def general_voxels(plan: Plan, gradient: bool, ops: Any) -> tuple[Any, Any, Any]
                     if REST:
                         likely = e + e > total
                         not_q = rest if likely else real(1) - e * inverse
+                    if SIGMOID or BINARY:
+                        z = value[V + j] if c < BACKGROUND else v
+                        b, not_b, positive, negative = sigmoids(z)  # -log b, -log(1 - b)
+                        if c < BACKGROUND:  # one exponential for both classes of a channel
+                            z, b, not_b = -z, not_b, b
+                            positive, negative = negative, positive
                     if SOFTMAX:
                         s = e * inverse
                     elif SIGMOID:
-                        s = sigmoid(v)
+                        s = b
                     elif ARGMAX:
                         s = real(1) if winner == first_class + int32(c) else real(0)
                     elif THRESHOLD:
@@ -155,11 +161,8 @@ def general_voxels(plan: Plan, gradient: bool, ops: Any) -> tuple[Any, Any, Any]
                         complement = fmax(not_q, real(SMALLEST))
 
                     if BINARY:
-                        z = -value[V + j] if c < BACKGROUND else v
-                        b, not_b = sigmoid(z), sigmoid(-z)
-                        positive, negative = softplus(-z), softplus(z)  # -log b, -log (1 - b)
-                        positive_modulation = binary_modulation(fmax(not_b, real(SMALLEST)))
-                        negative_modulation = binary_modulation(fmax(b, real(SMALLEST)))
+                        positive_modulation = binary_modulation(not_b, negative)
+                        negative_modulation = binary_modulation(b, positive)
 
                     if not GRADIENT:
                         if valid:
@@ -189,7 +192,7 @@ def general_voxels(plan: Plan, gradient: bool, ops: Any) -> tuple[Any, Any, Any]
                         continue
 
                     at_class = first_class + int32(c)
-                    not_s = sigmoid(-v) if SIGMOID else not_q if SOFTMAX else real(1) - s
+                    not_s = not_b if SIGMOID else not_q if SOFTMAX else real(1) - s
                     # a t + b p s^(p-1) as (a + b p) t + b p (s^(p-1) - t). Where t is 0, the
                     # first factor may be infinite, such as 2 / (P + Y).
                     difference = real(1) - t

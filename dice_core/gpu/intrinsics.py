@@ -11,12 +11,11 @@ from load to store.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 POINTER = types.CPointer(types.uint8)
@@ -26,13 +25,26 @@ REAL = {
     "float32": types.float32,
     "float64": types.float64,
 }
-LOG2_E = 1.4426950216293335  # rounded to float32
-LOG_2 = 0.6931471805599453
+LOG2_E = 1.4426950408889634
+FLOAT32_LOG2_E = 1.4426950216293335  # rounded to float32
+LOG_2, LOG_2_REST = 0.6931471805599453, 2.3190468138462996e-17  # their sum has twice the precision
 # Of p in log(1 + f) = f + f**2 p(f), |f| <= 1/3: a minimax fit, with relative error 3e-8.
 LOG_COEFFICIENTS = (
     *(-0.49999937, 0.33333197, -0.25007820, 0.20011169),
     *(-0.16415960, 0.13995807, -0.15388547, 0.14026363),
 )
+# Of p in log((1 + s) / (1 - s)) = 2 s + s**3 p(s**2), |s| <= 1/5: likewise, with 2e-17.
+ATANH_COEFFICIENTS = (
+    *(0.6666666666667244, 0.399999999962693, 0.2857142938026753, 0.22222139506443597),
+    *(0.18186321200962322, 0.15250794043292884, 0.153640302360838),
+)
+# Of a polynomial for exp(f), |f| <= log(2) / 2: a minimax fit, with relative error 4e-18.
+EXP_COEFFICIENTS = (
+    *(1.0, 1.0, 0.5000000000000011, 0.1666666666666641, 0.04166666666653016, 0.008333333333494964),
+    *(0.0013888888943636034, 0.00019841269505995013, 2.4801493088293116e-05),
+    *(2.7557586562645156e-06, 2.763025322479453e-07, 2.500008189021538e-08),
+)
+LEAST_EXPONENT = -708.3964185322641  # exp of it is the least normal float64
 WORD_BYTES = 16  # of the widest access
 
 _I16, _I32, _I64 = (ir.IntType(bits) for bits in (16, 32, 64))
@@ -186,8 +198,8 @@ def atomic_increment(typingctx: Any, pointer: Any) -> Any:
 
 @intrinsic
 def exp(typingctx: Any, x: Any) -> Any:
-    """exp(x). float32: relative error at most 2 ulp + 1.3 |x| / 2**24, 0 where the result would be
-    subnormal. float64: libdevice's.
+    """exp(x), 0 where the result would be subnormal. float32: relative error at most
+    2 ulp + 1.3 |x| / 2**24. float64: within 1 ulp for x < 709.
     """
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
@@ -198,7 +210,9 @@ def exp(typingctx: Any, x: Any) -> Any:
 
 @intrinsic
 def log(typingctx: Any, x: Any) -> Any:
-    """log(x) of a normal number, or NaN. float32: within 1 ulp. float64: libdevice's."""
+    """log(x) of a normal number or NaN. float32: within 1 ulp for x < 1e38. float64: within 1.5 ulp
+    for x < 1e307.
+    """
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         return _log(builder, *args)
@@ -207,34 +221,27 @@ def log(typingctx: Any, x: Any) -> Any:
 
 
 @intrinsic
-def sigmoid(typingctx: Any, x: Any) -> Any:
-    """1 / (1 + exp(-x)), with the relative error of `exp` where it is small; NaN of NaN."""
+def sigmoids(typingctx: Any, x: Any) -> Any:
+    """b = 1 / (1 + exp(-x)), 1 - b, -log(b) and -log(1 - b), of one exponential and one logarithm,
+    each with the relative error of `exp` where it is small; NaN of NaN.
+    """
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         (x,) = args
-        e, inverse = _exp_neg_abs(builder, x)
-        negative = builder.fcmp_ordered("<", x, ir.Constant(x.type, 0.0))
-        return builder.select(negative, builder.fmul(e, inverse), inverse)
-
-    return x(x), codegen
-
-
-@intrinsic
-def softplus(typingctx: Any, x: Any) -> Any:
-    """log(1 + exp(x)) = -log(sigmoid(-x)), with the relative error of `exp` where it is small."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        (x,) = args
-        e, inverse = _exp_neg_abs(builder, x)
-        one = ir.Constant(x.type, 1.0)
+        one, size = ir.Constant(x.type, 1.0), _absolute(builder, x)
+        e = _exp(builder, _negated(builder, size))
         total = builder.fadd(e, one)
+        larger = _reciprocal(builder, total)
+        smaller = builder.fmul(e, larger)
         lost = builder.fsub(e, builder.fsub(total, one))  # the rounding error of the sum
-        log1p = builder.fma(lost, inverse, _log(builder, total))
-        zero = ir.Constant(x.type, 0.0)
-        positive = builder.select(builder.fcmp_ordered(">", x, zero), x, zero)
-        return builder.fadd(positive, log1p)
+        nll = builder.fma(lost, larger, _log(builder, total))  # of the larger one
+        other_nll = builder.fadd(nll, size)
+        negative = builder.fcmp_ordered("<", x, ir.Constant(x.type, 0.0))
+        pairs = ((smaller, larger), (larger, smaller), (other_nll, nll), (nll, other_nll))
+        results = [builder.select(negative, *pair) for pair in pairs]
+        return context.make_tuple(builder, signature.return_type, results)
 
-    return x(x), codegen
+    return types.UniTuple(x, 4)(x), codegen
 
 
 @intrinsic
@@ -259,7 +266,7 @@ def divide(typingctx: Any, a: Any, b: Any) -> Any:
 
 @intrinsic
 def reciprocal(typingctx: Any, x: Any) -> Any:
-    """1 / x. float32: within 1 ulp for x >= 1. float64: correctly rounded."""
+    """1 / x, within 1 ulp, of a finite number >= 1, or NaN."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         return _reciprocal(builder, *args)
@@ -300,7 +307,7 @@ def scaled_power(factor: float, exponent: float) -> Callable[..., Any]:
     def power(typingctx: Any, x: Any) -> Any:
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
             (base,) = args
-            if exponent % 1 == 0 and 0 <= exponent < 2**31:
+            if _is_whole(exponent):
                 result = _whole_power(builder, base, int(exponent))
             else:
                 times = ir.Constant(base.type, float(exponent))
@@ -309,6 +316,22 @@ def scaled_power(factor: float, exponent: float) -> Callable[..., Any]:
             return result if factor == 1 else builder.fmul(result, scale)
 
         return x(x), codegen
+
+    return power
+
+
+def probability_power(exponent: float) -> Callable[..., Any]:
+    """x, -log x -> x**exponent, for 0 <= x <= 1 and exponents >= 0, without another logarithm."""
+
+    @intrinsic
+    def power(typingctx: Any, x: Any, nll: Any) -> Any:
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            x, nll = args
+            if _is_whole(exponent):
+                return _whole_power(builder, x, int(exponent))
+            return _exp(builder, builder.fmul(ir.Constant(x.type, -float(exponent)), nll))
+
+        return x(x, x), codegen
 
     return power
 
@@ -472,38 +495,86 @@ def _pair(builder: ir.IRBuilder, low: Any, high: Any) -> Any:
 
 def _exp(builder: ir.IRBuilder, x: Any) -> Any:
     if x.type == _F64:
-        return _libdevice(builder, "__nv_exp", x)
-    exponent = builder.fmul(x, ir.Constant(_F32, LOG2_E))
+        return _double_exp(builder, x)
+    exponent = builder.fmul(x, ir.Constant(_F32, FLOAT32_LOG2_E))
     return _inline_asm(builder, "ex2.approx.ftz.f32 $0, $1;", _F32, "=f,f", exponent)
 
 
+def _double_exp(builder: ir.IRBuilder, x: Any) -> Any:
+    """With x = n log(2) + f. libdevice's exp and log are longer and have branches: loops with
+    several of them are not unrolled.
+    """
+    # Rounds to a whole number n; the lowest bits are then n + 1023, the exponent of 2**n.
+    shift = ir.Constant(_F64, 1.5 * 2.0**52 + 1023)
+    shifted = builder.fma(x, ir.Constant(_F64, LOG2_E), shift)
+    n = builder.fsub(shifted, shift)
+    f = builder.fma(n, ir.Constant(_F64, -LOG_2), x)
+    f = builder.fma(n, ir.Constant(_F64, -LOG_2_REST), f)
+    power = builder.bitcast(builder.shl(builder.bitcast(shifted, _I64), _I64(52)), _F64)
+    result = builder.fmul(_polynomial(builder, f, EXP_COEFFICIENTS), power)
+    tiny = builder.fcmp_ordered("<", x, ir.Constant(_F64, LEAST_EXPONENT))
+    return builder.select(tiny, ir.Constant(_F64, 0.0), result)
+
+
+def _absolute(builder: ir.IRBuilder, x: Any) -> Any:
+    word, mask = (_I32, 2**31 - 1) if x.type == _F32 else (_I64, 2**63 - 1)
+    return builder.bitcast(builder.and_(builder.bitcast(x, word), word(mask)), x.type)
+
+
+def _negated(builder: ir.IRBuilder, x: Any) -> Any:
+    return builder.fsub(ir.Constant(x.type, -0.0), x)  # NVVM knows no fneg
+
+
 def _reciprocal(builder: ir.IRBuilder, x: Any) -> Any:
-    if x.type == _F64:
-        return builder.fdiv(ir.Constant(_F64, 1.0), x)
-    return _inline_asm(builder, "rcp.approx.ftz.f32 $0, $1;", _F32, "=f,f", x)
-
-
-def _exp_neg_abs(builder: ir.IRBuilder, x: Any) -> tuple[Any, Any]:
-    """exp(-|x|) and 1 / (1 + exp(-|x|))."""
-    negative = builder.fcmp_ordered("<", x, ir.Constant(x.type, 0.0))
-    e = _exp(builder, builder.select(negative, x, builder.fsub(ir.Constant(x.type, 0.0), x)))
-    return e, _reciprocal(builder, builder.fadd(e, ir.Constant(x.type, 1.0)))
+    if x.type == _F32:
+        return _inline_asm(builder, "rcp.approx.ftz.f32 $0, $1;", _F32, "=f,f", x)
+    one = ir.Constant(_F64, 1.0)
+    crude = _inline_asm(builder, "rcp.approx.ftz.f64 $0, $1;", _F64, "=d,d", x)
+    error = builder.fma(_negated(builder, x), crude, one)
+    return builder.fma(crude, builder.fma(error, error, error), crude)
 
 
 def _log(builder: ir.IRBuilder, x: Any) -> Any:
     """With x = 2**n (1 + f), 2/3 <= 1 + f < 4/3. lg2.approx is not accurate enough near 1."""
     if x.type == _F64:
-        return _libdevice(builder, "__nv_log", x)
+        return _double_log(builder, x)
     bits = builder.sub(builder.bitcast(x, _I32), _I32(0x3F2AAAAB))  # minus the bits of 2/3
     exponent = builder.and_(bits, _I32(0xFF800000))  # n 2**23
     scale = builder.bitcast(builder.sub(_I32(0x3F800000), exponent), _F32)  # 2**-n
     f = builder.fma(x, scale, ir.Constant(_F32, -1.0))
-    *lower, p = (ir.Constant(_F32, number) for number in LOG_COEFFICIENTS)
-    for number in reversed(lower):
-        p = builder.fma(p, f, number)
+    p = _polynomial(builder, f, LOG_COEFFICIENTS)
     result = builder.fma(p, builder.fmul(f, f), f)
     n, scaled_log_2 = builder.sitofp(exponent, _F32), ir.Constant(_F32, LOG_2 / 2**23)
     return builder.fma(n, scaled_log_2, result)
+
+
+def _double_log(builder: ir.IRBuilder, x: Any) -> Any:
+    """Likewise; with s = f / (2 + f), log(1 + f) = f - (f**2 / 2 - s (f**2 / 2 + s**2 p(s**2)))."""
+    bits = builder.sub(builder.bitcast(x, _I64), _I64(0x3FE55555 << 32))  # 2/3 rounded down
+    exponent = builder.and_(bits, _I64(-1 << 52))
+    scale = builder.bitcast(builder.sub(_I64(0x3FF << 52), exponent), _F64)
+    f = builder.fma(x, scale, ir.Constant(_F64, -1.0))
+    s = builder.fmul(f, _reciprocal(builder, builder.fadd(f, ir.Constant(_F64, 2.0))))
+    square = builder.fmul(s, s)
+    half = builder.fmul(builder.fmul(f, ir.Constant(_F64, 0.5)), f)
+    p = builder.fma(square, _polynomial(builder, square, ATANH_COEFFICIENTS), half)
+    result = builder.fsub(f, builder.fma(_negated(builder, s), p, half))
+    upper = builder.trunc(builder.lshr(exponent, _I64(32)), _I32)  # n 2**20
+    n, scaled_log_2 = builder.sitofp(upper, _F64), ir.Constant(_F64, LOG_2 / 2**20)
+    return builder.fma(n, scaled_log_2, result)
+
+
+def _polynomial(builder: ir.IRBuilder, x: Any, coefficients: Sequence[float]) -> Any:
+    """By Horner's rule; the constant coefficient is the first."""
+    *lower, result = (ir.Constant(x.type, number) for number in coefficients)
+    for number in reversed(lower):
+        result = builder.fma(result, x, number)
+    return result
+
+
+def _is_whole(exponent: float) -> bool:
+    """Whether a power takes no logarithm."""
+    return exponent % 1 == 0 and 0 <= exponent < 2**31
 
 
 def _whole_power(builder: ir.IRBuilder, x: Any, exponent: int) -> Any:
@@ -514,11 +585,6 @@ def _whole_power(builder: ir.IRBuilder, x: Any, exponent: int) -> Any:
         square = builder.fmul(square, square)
         exponent //= 2
     return ir.Constant(x.type, 1.0) if result is None else result
-
-
-def _libdevice(builder: ir.IRBuilder, name: str, x: Any) -> Any:
-    function = ir.FunctionType(_F64, [_F64])
-    return builder.call(cgutils.get_or_insert_function(builder.module, function, name), [x])
 
 
 def _inline_asm(

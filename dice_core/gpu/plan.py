@@ -193,6 +193,8 @@ def plan(
     else:
         passes = 2 if spec.needs_softmax or spec.classes(channels) > channels else 1
         values, budget = values * passes * (1 + spec.soft_targets), GENERAL_REGISTER_BUDGET
+        if logits == "float64" and (spec.gamma or 0) % 1:  # long: such powers take a logarithm
+            budget //= 2
     values *= max(1, ITEMSIZE[logits] // 4)  # per voxel
     of_word = WORD_BYTES // ITEMSIZE[logits]
     of_thread = of_word
