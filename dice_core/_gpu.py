@@ -224,13 +224,13 @@ class _Job:
         self.samples, channels = x.shape[:2]
         self.voxels = voxels = math.prod(x.shape[2:]) if self.samples else 0
         soft = spec.soft_targets
-        arrays = zip((x, y, dx), offsets, (True, soft, True), strict=True)
-        logits, targets, grad = (_steps(*each) for each in arrays)
-        if grad is None:
+        if _voxel_step(dx, 2) is None:
             raise ValueError(
                 f"out's voxels are not equally spaced in memory (strides {dx.strides} bytes), "
                 f"which the cuda backend cannot write"
             )
+        arrays = zip((x, y, dx), offsets, (True, soft, True), strict=True)
+        logits, targets, grad = (_steps(*each) for each in arrays)
         contiguous, adjacent = _contiguous(logits, targets, grad, soft, channels, voxels)
         kernel_spec = replace(spec, ignore_label=None)
         self.plan = plans.plan(
@@ -312,11 +312,9 @@ class _Steps(NamedTuple):
         return count
 
 
-def _steps(layout: Any, offset: int, has_channels: bool) -> _Steps | None:
-    """None if the voxels are not equally spaced."""
+def _steps(layout: Any, offset: int, has_channels: bool) -> _Steps:
     voxel = _voxel_step(layout, 2 if has_channels else 1)
-    if voxel is None:
-        return None
+    assert voxel is not None  # or `unsupported` refuses the call
     channel = _step(layout, 1) if has_channels else 0
     return _Steps(_step(layout, 0), channel, voxel, layout.itemsize, offset)
 

@@ -5,9 +5,9 @@ branches and short loops in each. The hot loop loads each logit of the plan or, 
 having a loop that loads the cotangent, stores each.
 
 The way of a warp between two instructions is the longest one without a jump back: where the code
-branches, a warp takes one side, and the longer one is counted. Of a voxel that is the side of a
-valid label, the other being that of ignored and out-of-range labels, which is shorter. So a warp
-with labels of both kinds executes more than this way, and one with ignored labels alone less. An
+branches, a warp takes one side, and the longer one is counted. Of a voxel that is nearly always the
+side of a valid label, the other being that of ignored and out-of-range labels. So a warp with
+labels of both kinds executes more than this way, and one with ignored labels alone less. An
 instruction whose predicate is false counts, since it is issued. What lies after the last
 unconditional EXIT does not: shuffles of threads that have diverged, which never happens.
 """

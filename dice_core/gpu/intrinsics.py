@@ -63,7 +63,7 @@ def load_numbers(dtype: str, count: int, absent: float = 0.0) -> Callable[..., A
     def load(typingctx: Any, pointer: Any, offset: Any, condition: Any) -> Any:
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
             fill = int.from_bytes(_encoded(absent, dtype), "little")
-            words = _load_if(builder, *args, _BITS[dtype], count, fill)
+            words = _load_if(builder, args, _BITS[dtype], count, fill)
             if _BITS[dtype] == 16 and count > 1:
                 numbers = [half for pair in words for half in _halves(builder, pair, dtype)]
             else:
@@ -86,7 +86,7 @@ def load_labels(dtype: str, count: int) -> Callable[..., Any]:
     @intrinsic
     def load(typingctx: Any, pointer: Any, offset: Any, condition: Any) -> Any:
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            words = _load_if(builder, *args, bits, count, 0)
+            words = _load_if(builder, args, bits, count, 0)
             labels = _elements(builder, words, ir.IntType(bits), count)
             if bits < 32:
                 widen = builder.sext if dtype.startswith("int") else builder.zext
@@ -104,7 +104,7 @@ def load_number(dtype: str) -> Callable[..., Any]:
     @intrinsic
     def load(typingctx: Any, pointer: Any, offset: Any) -> Any:
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            address = _address(builder, *args, _FLOATS[dtype])
+            address = _address(builder, args[0], args[1], _FLOATS[dtype])
             return _widened(builder, builder.load(address, align=_BITS[dtype] // 8), dtype)
 
         return REAL[dtype](POINTER, types.int64), codegen
@@ -370,18 +370,11 @@ def _words(bits: int, count: int) -> tuple[int, int, int]:
     return width, size // width, min(size, 8 * WORD_BYTES) // width
 
 
-def _load_if(
-    builder: ir.IRBuilder,
-    pointer: Any,
-    offset: Any,
-    condition: Any,
-    bits: int,
-    count: int,
-    fill: int,
-) -> list[Any]:
+def _load_if(builder: ir.IRBuilder, where: Any, bits: int, count: int, fill: int) -> list[Any]:
     """The words of adjacent elements, by predicated loads; of elements with the bits `fill` if the
-    condition does not hold.
+    condition, the last of `where`, does not hold.
     """
+    pointer, offset, condition = where
     width, words, at_once = _words(bits, count)
     register = _I64 if width == 64 else _I32
     fill = sum(fill << bits * i for i in range(width // bits))
