@@ -37,6 +37,7 @@ COSTS = {
     ("statistics", "float32", "int64", 14, Spec(gamma=0.0)): (122, 19.7),
     ("statistics", "bfloat16", "int16", 20, Spec(p=2, gamma=0.5)): (94, 27.1),
     ("statistics", "float16", "uint16", 150, Spec()): (119, 13.8),
+    ("statistics", "float32", "int64", 150, Spec(gamma=0.0)): (162, 20.0),
     ("statistics", "float16", "uint8", 105, Spec()): (107, 13.6),
     ("gradient", "float16", "uint8", 105, Spec()): (114, 23.3),
     ("gradient", "float16", "int8", 1, Spec()): (48, 26.4),

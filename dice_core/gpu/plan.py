@@ -33,7 +33,7 @@ GENERAL_LANE_SUMS = 48  # other sums: classes per lane times sums
 REGISTER_BUDGET, LANES_REGISTER_BUDGET, GENERAL_REGISTER_BUDGET = 40, 56, 16
 FOCAL_VALUES = 2  # the share of the focal modulation in that budget
 WORD_EXCESS = 9 / 8  # at most so many times the channels per lane for whole words of channels
-THREE_BLOCKS_BUDGET, TWO_BLOCKS_BUDGET = 40, 116  # for so many blocks on a multiprocessor
+THREE_BLOCKS_BUDGET, TWO_BLOCKS_BUDGET = 40, 100  # for so many blocks on a multiprocessor
 
 PLAIN = Spec()
 
