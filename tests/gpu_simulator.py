@@ -159,7 +159,6 @@ def operations(plan: Plan, cuda: Simulator) -> Any:
         for number in (plan.spec.gamma, plan.spec.binary_gamma)
     )
     p = plan.spec.p
-    word = plan.word if plan.spec.soft_targets else plan.word_voxels
     label: Any
     if plan.labels in plans.ITEMSIZE:
         label = np.float64 if plan.labels == "float64" else np.float32
@@ -186,7 +185,7 @@ def operations(plan: Plan, cuda: Simulator) -> Any:
     def store_grad(address: Any, at: Any, numbers: Array, first: int, condition: Any) -> None:
         if not condition:
             return
-        step = plan.voxels if plan.contiguous == "channels" else 1
+        step = plan.word_step
         grad = elements(address, at, plan.logits, plan.word)
         grad[:] = numbers[first : first + plan.word * step : step].astype(grad.dtype)
 
@@ -207,7 +206,7 @@ def operations(plan: Plan, cuda: Simulator) -> Any:
         int64=np.int64,
         float64=np.float64,
         load_logits=load(plan.logits, plan.word, real, -np.inf),
-        load_targets=load(plan.labels, word, label),
+        load_targets=load(plan.labels, plan.word_targets, label),
         load_real=load_one(real.__name__, real),
         load_double=load_one("float64", np.float64),
         load_relaxed=lambda address, at: elements(address, at, "float64", 1)[0],

@@ -114,8 +114,6 @@ def _failure(error: Exception, errors: str, capability: tuple[int, int]) -> str:
 def operations(plan: Plan) -> Any:
     """The operations that the kernels of a plan are written in."""
     real, spec = intrinsics.REAL[plan.logits], plan.spec
-    word = plan.word if spec.soft_targets else plan.word_voxels
-    step = plan.voxels if plan.contiguous == "channels" else 1
     gamma, binary_gamma = (
         min(number or 0.0, LARGEST[real]) for number in (spec.gamma, spec.binary_gamma)
     )
@@ -128,11 +126,11 @@ def operations(plan: Plan) -> Any:
         float64=float64,
         label=intrinsics.label_type(plan.labels),
         load_logits=intrinsics.load_numbers(plan.logits, plan.word, float("-inf")),
-        load_targets=intrinsics.load_targets(plan.labels, word),
+        load_targets=intrinsics.load_targets(plan.labels, plan.word_targets),
         load_real=intrinsics.load_number(real.name),
         load_double=intrinsics.load_number("float64"),
         load_relaxed=intrinsics.load_relaxed,
-        store_grad=intrinsics.store_numbers(plan.logits, plan.word, step),
+        store_grad=intrinsics.store_numbers(plan.logits, plan.word, plan.word_step),
         store_real=intrinsics.store_number(real),
         store_double=intrinsics.store_number(float64),
         store_int=intrinsics.store_number(int32),

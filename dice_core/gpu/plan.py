@@ -87,6 +87,16 @@ class Plan:
         return self.word if self.contiguous == "channels" else 1
 
     @property
+    def word_targets(self) -> int:
+        """Labels or soft targets of a word."""
+        return self.word if self.spec.soft_targets else self.word_voxels
+
+    @property
+    def word_step(self) -> int:
+        """Values of a thread, (classes, voxels), from one number of a word to the next."""
+        return self.voxels if self.contiguous == "channels" else 1
+
+    @property
     def lane_channels(self) -> int:
         """Channels per lane, whole words; the last lanes may have fewer, or none."""
         words = -(-self.channels // self.word_channels)
